@@ -1,0 +1,288 @@
+"""The ``aefast`` command.
+
+Errors that a user can act on become one line on standard error and exit code 2; set ``AEFAST_DEBUG=1`` for
+their traceback. An interrupted command exits with 128 + the number of the signal.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aefast.bench.cli import bench
+from aefast.errors import AefastError, InputError
+
+# typer exports the leaves of click's exceptions only; this is the base of all that concern the command line.
+_CommandLineError = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="aefast",
+    help="Fused kernels that make autoencoder training fast.",
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("bench")(bench)
+
+_RUN = "Run"
+_MODEL = "Model (options not given take the model's default)"
+
+_TRAIN_EPILOG = """
+[bold]Examples[/bold]
+
+aefast train --data digits --out runs/digits
+
+aefast train --data patches --hidden 512,128 --latent 32 --epochs 5 --out runs/patches
+
+aefast train --data samples.npy --linear-decoder --activation gelu --out runs/mine
+
+aefast train --data patches --epochs 20 --out runs/patches --resume
+"""
+
+
+@app.command(epilog=_TRAIN_EPILOG)
+def train(
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH|NAME",
+            help="What to train on: [cyan]digits[/cyan], [cyan]patches[/cyan] (both come with "
+            '"aefast\\[train]", no download), or a .npy, .npz or .pt array of shape (N, ...). '
+            "uint8 is scaled to \\[0, 1].",
+            rich_help_panel=_RUN,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Folder that receives config.json, model.safetensors, metrics.jsonl, checkpoints/, plots/.",
+            rich_help_panel=_RUN,
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="Which model to train.", rich_help_panel=_RUN)
+    ] = "autoencoder",
+    epochs: Annotated[int, typer.Option(help="Passes over the training samples.", rich_help_panel=_RUN)] = 10,
+    batch_size: Annotated[int, typer.Option(help="Samples of a step.", rich_help_panel=_RUN)] = 256,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.", rich_help_panel=_RUN)] = 1e-3,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the initial weights and of the samples' order.", rich_help_panel=_RUN)
+    ] = 0,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="cpu|cuda|auto",
+            help="Where to train; auto takes CUDA where it is.",
+            rich_help_panel=_RUN,
+        ),
+    ] = "auto",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the newest checkpoint in --out, bit for bit; the other options must be those of "
+            "the run, only --epochs may grow. Without a checkpoint there, start afresh.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Start afresh even if --out holds a run, which is deleted. Without this or --resume such a "
+            "folder is an error.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
+    no_compare: Annotated[
+        bool,
+        typer.Option(
+            "--no-compare",
+            help="Leave out the closing measurement of the same model in eager PyTorch.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
+    log_every: Annotated[
+        int, typer.Option(help="Steps between two lines of metrics.jsonl.", rich_help_panel=_RUN)
+    ] = 50,
+    patch_size: Annotated[
+        int, typer.Option(help="Side of the patches of --data patches, in pixels.", rich_help_panel=_RUN)
+    ] = 16,
+    hidden: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N...]|none",
+            help="Widths of the encoder's hidden layers, such as 512 or 512,128. \\[default: 512]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    latent: Annotated[
+        int | None,
+        typer.Option(
+            help="Latent size; more than the data's features is an overcomplete model. \\[default: 16]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Activation of the hidden layers: identity, relu, leaky_relu, elu, selu, silu, gelu, "
+            "gelu_tanh, tanh, sigmoid, softplus. \\[default: relu]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    decoder_hidden: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N...]|none",
+            help="Widths of the decoder's hidden layers. \\[default: the encoder's in reverse]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    linear_decoder: Annotated[
+        bool,
+        typer.Option("--linear-decoder", help="Make the decoder one linear layer.", rich_help_panel=_MODEL),
+    ] = False,
+    output_activation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Activation of the reconstruction, such as sigmoid for data in \\[0, 1]. "
+            "\\[default: identity]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+) -> int:
+    """Train an autoencoder on real data and keep everything about it in one folder.
+
+    Ctrl-C finishes the current step and writes a checkpoint that --resume goes on from.
+    """
+    # Imported here so that help and the other commands need not wait for it.
+    import torch
+    from rich.console import Console
+
+    from aefast.data import load
+    from aefast.models import find_model
+    from aefast.train import TrainConfig, Trainer
+
+    model_class = find_model(model)
+    config = TrainConfig(
+        epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, device=device, log_every=log_every
+    )
+    if resume and overwrite:
+        raise InputError("overwrite: give either --resume or --overwrite, not both")
+    options = {
+        "hidden": _widths(hidden, "hidden"),
+        "latent": latent,
+        "activation": activation,
+        "decoder_hidden": _widths(decoder_hidden, "decoder_hidden"),
+        "linear_decoder": linear_decoder or None,
+        "output_activation": output_activation,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    # The options are checked before the data is read, for which any input size will do.
+    model_class.config_class.from_dict({"input_size": 1, **given}, f"model {model_class.name}")
+
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    dataset = load(data, patch_size=patch_size)
+    torch.manual_seed(seed)
+    network = model_class(
+        model_class.config_class.from_dict(
+            {"input_size": dataset.features, **given}, f"model {model_class.name}"
+        )
+    )
+    trainer = Trainer(network, dataset, config, out, console=console)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    say(
+        f"{model_class.name}: {parameters:,} parameters on {trainer.device} · "
+        f"{dataset.name}: {len(trainer.batches.rows):,} samples of {dataset.features} features, "
+        f"{len(trainer.held_out.rows):,} held out"
+    )
+    result = trainer.fit(resume=resume, overwrite=overwrite, compare=not no_compare)
+
+    if result.interrupted is not None:
+        epoch = min(trainer.epoch + 1, epochs)
+        say(
+            f"interrupted by {result.interrupted.name} at epoch {epoch}/{epochs}, step "
+            f"{result.step:,}; checkpoint: {trainer.store.paths()[-1]}"
+        )
+        say(f"resume with: {_resume_command()}")
+        return 128 + result.interrupted
+    say(f"model, metrics and plots: {result.directory}")
+    if result.comparison is not None:
+        say(str(result.comparison))
+    return 0
+
+
+@app.command()
+def info() -> None:
+    """Show versions, devices, and which backend serves each op and why."""
+    import aefast.info
+
+    aefast.info.main()
+
+
+def _widths(text: str | None, argument: str) -> tuple[int, ...] | None:
+    """``"512,128"`` as (512, 128) and ``"none"`` as (); None stays None."""
+    if text is None:
+        return None
+    if text.strip().lower() in ("", "none"):
+        return ()
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"{argument}={text!r}: expected positive integers with commas between them, such as 512,128, "
+            "or none"
+        ) from None
+
+
+_arguments: list[str] = []
+
+
+def _resume_command() -> str:
+    """The command line that goes on with the run of this one."""
+    kept = [argument for argument in _arguments if argument not in ("--resume", "--overwrite")]
+    return shlex.join(["aefast", *kept, "--resume"])
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments`, those of the process by default; the exit code.
+
+    Errors in the input end in one line on standard error and 2. Other exceptions are bugs and pass.
+    """
+    _arguments[:] = sys.argv[1:] if arguments is None else arguments
+    debug = os.environ.get("AEFAST_DEBUG", "") not in ("", "0")
+    try:
+        code = app(args=_arguments or ["--help"], prog_name="aefast", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except _CommandLineError as error:
+        return _fail(error.format_message())
+    except AefastError as error:
+        if debug:
+            raise
+        return _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

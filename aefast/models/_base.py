@@ -1,0 +1,300 @@
+"""What every model shares: config, output, registry, and the folder a model is kept in."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aefast.errors import InputError
+from aefast.models._files import write_atomically
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+# What a `loss` option may name. Each takes (reconstruction, target) of one shape and returns a scalar.
+RECONSTRUCTION_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"mse": F.mse_loss}
+
+MODELS: dict[str, type[Model]] = {}
+"""The models by the name that config files and the command line call them."""
+
+ModelType = TypeVar("ModelType", bound="type[Model]")
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` where one of `known` resembles `word`, else an empty string."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def register(name: str) -> Callable[[ModelType], ModelType]:
+    """Class decorator: list a model in `MODELS` as `name`."""
+
+    def add(model_class: ModelType) -> ModelType:
+        if name in MODELS:
+            raise ValueError(f"a model named {name!r} is registered already")
+        model_class.name = name
+        MODELS[name] = model_class
+        return model_class
+
+    return add
+
+
+def find_model(name: object, argument: str = "model") -> type[Model]:
+    """The model class registered as `name`, whatever its case; `InputError` lists the names otherwise."""
+    model_class = MODELS.get(name.lower()) if isinstance(name, str) else None
+    if model_class is None:
+        raise InputError(
+            f"{argument}={name!r}: expected one of {', '.join(sorted(MODELS))}{did_you_mean(name, MODELS)}"
+        )
+    return model_class
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Options of a model: plain values only, so that they go through JSON and back unchanged."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON values (tuples become lists)."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any], origin: str = "config") -> ModelConfig:
+        """The config of `options`; `origin` is what an error calls their source.
+
+        Raises:
+            InputError: an option that is unknown, missing, or out of its range.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if not isinstance(options, Mapping):
+            raise InputError(f"{origin}: expected options by name, got {type(options).__name__}")
+        for key in options:
+            if key not in fields:
+                raise InputError(
+                    f"{origin}: unknown option {key!r}, expected one of {', '.join(fields)}"
+                    f"{did_you_mean(key, fields)}"
+                )
+        missing = [
+            name
+            for name, field in fields.items()
+            if name not in options
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise InputError(f"{origin}: missing option {', '.join(map(repr, missing))}")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{origin}: {error}") from None
+
+
+@dataclasses.dataclass
+class ModelOutput:
+    """What a model returns for a batch of B samples.
+
+    Attributes:
+        reconstruction: the shape of the input.
+        latent: (B, latent).
+        loss: scalar, the sum of `terms`, to call ``backward()`` on.
+        terms: the scalars that add up to the loss, by name.
+    """
+
+    reconstruction: torch.Tensor
+    latent: torch.Tensor
+    loss: torch.Tensor
+    terms: dict[str, torch.Tensor]
+
+
+class Model(nn.Module):
+    """Base of all models: `encode`, `decode`, `forward`, and the folder a model is saved in.
+
+    A subclass sets `config_class`, is registered with `register`, and implements `encode`, `decode`,
+    `forward`, `eager_twin` and `eager_loss`.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[ModelConfig]]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise InputError(
+                f"config: expected {self.config_class.__name__}, got {type(config).__name__} ({config!r})"
+            )
+        self.config = config
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """The latents of a batch: x (B, ...) to (B, latent)."""
+        raise NotImplementedError
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """The reconstructions of a batch of latents: (B, latent) to (B, input_size)."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> ModelOutput:
+        """Reconstruct a batch x (B, ...) and say what that costs."""
+        raise NotImplementedError
+
+    def eager_twin(self) -> nn.Module:
+        """The same architecture in plain PyTorch, with copied weights and the same state dict keys.
+
+        Maps a batch (B, input_size) to its reconstruction (B, input_size).
+        """
+        raise NotImplementedError
+
+    def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The loss of `eager_twin` on a batch (B, input_size), in plain PyTorch."""
+        raise NotImplementedError
+
+    def flatten(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, ...) as (B, input_size); `InputError` if a sample has another number of features."""
+        size = self.config.input_size
+        if not isinstance(x, torch.Tensor):
+            raise InputError(f"x: expected a tensor of shape (B, {size}), got {type(x).__name__}")
+        if x.dim() < 2 or x.shape[1:].numel() != size:
+            raise InputError(
+                f"x: expected shape (B, {size}) or (B, ...) with {size} features a sample, "
+                f"got {tuple(x.shape)}"
+            )
+        return x.flatten(1)
+
+    def save_pretrained(self, directory: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into `directory`, which is made if missing.
+
+        Each file appears whole or not at all.
+
+        Args:
+            directory: where to write.
+            metadata: JSON values kept in ``config.json`` beside the options; loading ignores them.
+        """
+        directory = Path(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"directory={str(directory)!r}: expected a directory, found a file") from None
+        write_atomically(directory / WEIGHTS_FILE, safetensors.torch.save(self.cpu_state()))
+        content = {"format_version": FORMAT_VERSION, "model": self.name, "config": self.config.to_dict()}
+        if metadata is not None:
+            content["metadata"] = dict(metadata)
+        write_atomically(directory / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+    def cpu_state(self) -> dict[str, torch.Tensor]:
+        """The state dict as contiguous CPU tensors."""
+        return {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Model:
+        """Load the model that `save_pretrained` wrote into `directory`.
+
+        Args:
+            directory: folder holding ``config.json`` and ``model.safetensors``.
+            device: where the model goes; the CPU by default.
+            dtype: floating-point type to convert to; that of the file by default.
+
+        Raises:
+            InputError: a missing folder or file, an unknown model or option, a newer file format, weights
+                that are damaged or do not fit the config, or a model of another class than this one.
+        """
+        directory = Path(directory)
+        model_class, config = _read_config(directory)
+        if not issubclass(model_class, cls):
+            raise InputError(
+                f"directory={str(directory)!r}: holds a {model_class.__name__}, expected {cls.__name__}"
+            )
+        with torch.device("meta"):
+            model = model_class(config)
+        _fill(model, _read_weights(directory / WEIGHTS_FILE), directory / WEIGHTS_FILE)
+        return model.to(device=device, dtype=dtype)
+
+
+def from_pretrained(
+    directory: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """Load whichever model `directory` holds; see `Model.from_pretrained`."""
+    return Model.from_pretrained(directory, device=device, dtype=dtype)
+
+
+def _read_config(directory: Path) -> tuple[type[Model], ModelConfig]:
+    if not directory.is_dir():
+        found = "a file" if directory.exists() else "nothing"
+        raise InputError(f"directory={str(directory)!r}: expected a folder with a saved model, found {found}")
+    path = directory / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"directory={str(directory)!r}: {CONFIG_FILE} is missing, expected a folder with a saved model"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected a readable JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
+
+    known = ("format_version", "model", "config", "metadata")
+    for key in content:
+        if key not in known:
+            raise InputError(f"{path}: unknown key {key!r}{did_you_mean(key, known)}")
+    for key in known[:3]:
+        if key not in content:
+            raise InputError(f"{path}: missing key {key!r}")
+    version = content["format_version"]
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise InputError(
+            f"{path}: format_version={version!r}: expected an integer from 1 to {FORMAT_VERSION}"
+        )
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format_version={version} is newer than this aefast reads (up to {FORMAT_VERSION}); "
+            "upgrade aefast to load it"
+        )
+    model_class = find_model(content["model"], f"{path}: model")
+    return model_class, model_class.config_class.from_dict(content["config"], origin=str(path))
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise InputError(f"directory={str(path.parent)!r}: {path.name} is missing, expected a saved model")
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: expected a readable safetensors file ({error})") from None
+
+
+def _fill(model: Model, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Give `model`, which may be on the meta device, the tensors read from `path`."""
+    expected = model.state_dict()
+    problems = [f"missing {key!r}" for key in expected if key not in weights]
+    problems += [f"unexpected {key!r}" for key in weights if key not in expected]
+    problems += [
+        f"{key!r} has shape {tuple(weights[key].shape)}, expected {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in weights and weights[key].shape != tensor.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise InputError(f"{path}: the tensors do not fit {CONFIG_FILE}: {shown}")
+    model.load_state_dict(weights, assign=True)

@@ -1,0 +1,143 @@
+"""A dense layer and its activation in one op."""
+
+from __future__ import annotations
+
+import difflib
+import math
+
+import torch
+from torch import nn
+
+import aefast.functional as AF
+from aefast.errors import InputError
+from aefast.kernels.activation import ACTIVATIONS
+
+
+def check_activation(name: object, argument: str = "activation") -> str:
+    """Return `name` if it is one of `ACTIVATIONS`; raise `InputError` naming `argument` otherwise."""
+    if name in ACTIVATIONS:
+        return name
+    close = difflib.get_close_matches(str(name), ACTIVATIONS, n=1)
+    suggestion = f"; did you mean {close[0]!r}?" if close else ""
+    raise InputError(f"{argument}={name!r}: expected one of {', '.join(ACTIVATIONS)}{suggestion}")
+
+
+def check_positive_int(value: object, argument: str) -> int:
+    """Return `value` if it is an int of at least 1; raise `InputError` naming `argument` otherwise."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise InputError(f"{argument}={value!r}: expected a positive integer")
+
+
+def eager_activation(name: str, *, negative_slope: float = 0.01, alpha: float = 1.0) -> nn.Module:
+    """The plain PyTorch module of the activation called `name`."""
+    make = {
+        "identity": nn.Identity,
+        "relu": nn.ReLU,
+        "leaky_relu": lambda: nn.LeakyReLU(negative_slope),
+        "elu": lambda: nn.ELU(alpha),
+        "selu": nn.SELU,
+        "silu": nn.SiLU,
+        "gelu": nn.GELU,
+        "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+        "tanh": nn.Tanh,
+        "sigmoid": nn.Sigmoid,
+        "softplus": nn.Softplus,
+    }
+    return make[check_activation(name)]()
+
+
+class LinearAct(nn.Module):
+    """``activation(x @ weight.T + bias)`` in one op: `torch.nn.Linear` followed by an activation.
+
+    Initialisation and state dict (``weight``, ``bias``) are those of `torch.nn.Linear`.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+        bias: whether the layer adds a learnt bias.
+        activation: one of `aefast.kernels.activation.ACTIVATIONS`.
+        negative_slope: slope of leaky_relu below 0; the other activations ignore it.
+        alpha: scale of elu below 0; the other activations ignore it.
+
+    Shape:
+        input (\\*, in_features), output (\\*, out_features).
+
+    Attributes:
+        weight: (out_features, in_features).
+        bias: (out_features,), or None.
+
+    Raises:
+        InputError: an unknown activation, or a size that is not a positive integer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "relu",
+        *,
+        negative_slope: float = 0.01,
+        alpha: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = check_positive_int(in_features, "in_features")
+        self.out_features = check_positive_int(out_features, "out_features")
+        self.activation = check_activation(activation)
+        self.negative_slope = float(negative_slope)
+        self.alpha = float(alpha)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias from U(−1/√in_features, 1/√in_features), in the order `nn.Linear` does."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return AF.linear_act(
+            x,
+            self.weight,
+            self.bias,
+            self.activation,
+            negative_slope=self.negative_slope,
+            alpha=self.alpha,
+        )
+
+    def eager_linear(self) -> nn.Linear:
+        """A `torch.nn.Linear` holding copies of this layer's weight and bias."""
+        linear = nn.utils.skip_init(
+            nn.Linear,
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        linear.load_state_dict(self.state_dict())
+        return linear.train(self.training)
+
+    def eager(self) -> nn.Sequential:
+        """The layer in plain PyTorch, as ``nn.Sequential(nn.Linear, activation)``, with copied values."""
+        activation = eager_activation(self.activation, negative_slope=self.negative_slope, alpha=self.alpha)
+        return nn.Sequential(self.eager_linear(), activation)
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, activation={self.activation}"
+        )
+        if self.activation == "leaky_relu":
+            text += f", negative_slope={self.negative_slope:g}"
+        if self.activation == "elu":
+            text += f", alpha={self.alpha:g}"
+        return text

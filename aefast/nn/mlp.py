@@ -1,0 +1,103 @@
+"""A whole dense stack in one op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+import aefast.functional as AF
+from aefast.errors import InputError
+from aefast.nn.linear_act import LinearAct, check_activation, check_positive_int, eager_activation
+
+
+class MLP(nn.Module):
+    """Dense layers with activations between them, evaluated as one op.
+
+    Layer i is the child named ``str(2 * i)``: the numbers that ``nn.Sequential(nn.Linear, activation,
+    nn.Linear, activation, …)`` gives its linear layers. The state dict (``0.weight``, ``0.bias``,
+    ``2.weight``, …) therefore loads from that twin and into it. The children hold the parameters; the forward
+    pass does not call them, so hooks belong on the MLP itself.
+
+    Args:
+        features: sizes from the input to the output, at least two of them.
+        activation: activation of all layers but the last.
+        output_activation: activation of the last layer.
+        bias: whether the layers add learnt biases.
+        negative_slope: slope of leaky_relu below 0.
+        alpha: scale of elu below 0.
+
+    Shape:
+        input (\\*, features[0]), output (\\*, features[-1]).
+
+    Raises:
+        InputError: fewer than two sizes, a size that is not a positive integer, or an unknown activation.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[int],
+        activation: str = "relu",
+        output_activation: str = "identity",
+        *,
+        bias: bool = True,
+        negative_slope: float = 0.01,
+        alpha: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(features, (str, bytes)) or not isinstance(features, Sequence) or len(features) < 2:
+            raise InputError(f"features={features!r}: expected a sequence of at least two layer sizes")
+        self.features = tuple(
+            check_positive_int(size, f"features[{index}]") for index, size in enumerate(features)
+        )
+        check_activation(activation)
+        check_activation(output_activation, "output_activation")
+        self.negative_slope = float(negative_slope)
+        self.alpha = float(alpha)
+        layers = len(self.features) - 1
+        self.activations = (activation,) * (layers - 1) + (output_activation,)
+        for index, (fan_in, fan_out) in enumerate(pairwise(self.features)):
+            layer = LinearAct(
+                fan_in,
+                fan_out,
+                bias,
+                self.activations[index],
+                negative_slope=negative_slope,
+                alpha=alpha,
+                device=device,
+                dtype=dtype,
+            )
+            self.add_module(str(2 * index), layer)
+
+    @property
+    def layers(self) -> tuple[LinearAct, ...]:
+        """The layers from the input to the output."""
+        return tuple(self._modules.values())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layers = self._modules.values()
+        return AF.mlp(
+            x,
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
+            self.activations,
+            negative_slope=self.negative_slope,
+            alpha=self.alpha,
+        )
+
+    def eager(self) -> nn.Sequential:
+        """The same stack in plain PyTorch, with copies of the parameters and the same state dict keys.
+
+        An output activation of "identity" adds no module.
+        """
+        modules: list[nn.Module] = []
+        for layer, activation in zip(self.layers, self.activations, strict=True):
+            modules.append(layer.eager_linear())
+            modules.append(eager_activation(activation, negative_slope=self.negative_slope, alpha=self.alpha))
+        if self.activations[-1] == "identity":
+            modules.pop()
+        return nn.Sequential(*modules).train(self.training)

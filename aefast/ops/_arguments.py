@@ -1,0 +1,63 @@
+"""Checks that ops share. Each error names the argument, what it is, and what was expected."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from aefast.errors import InputError
+from aefast.kernels.activation import ACTIVATIONS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(name: str, value: Any, op: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_floating(name: str, value: torch.Tensor, op: str) -> None:
+    if value.dtype not in DTYPES:
+        raise InputError(
+            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {str(value.dtype).removeprefix('torch.')}"
+        )
+
+
+def check_like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor, op: str) -> None:
+    """That `value` has the dtype and device of `other`."""
+    if value.dtype != other.dtype:
+        raise InputError(
+            f"{op}: {name} must have the dtype of {other_name}, {str(other.dtype).removeprefix('torch.')}, "
+            f"got {str(value.dtype).removeprefix('torch.')}"
+        )
+    if value.device != other.device:
+        raise InputError(f"{op}: {name} must be on the device of {other_name}, {other.device}, got {value.device}")
+
+
+def check_activation(name: str, value: Any, op: str) -> None:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        close = difflib.get_close_matches(str(value), ACTIVATIONS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"{op}: {name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}{hint}")
+
+
+def check_activation_parameters(negative_slope: Any, alpha: Any, op: str) -> None:
+    """Negative ones would make the activation non-monotonic, and its derivative no function of its output."""
+    if not 0.0 <= negative_slope < float("inf"):
+        raise InputError(f"{op}: negative_slope must be finite and at least 0, got {negative_slope!r}")
+    if not 0.0 <= alpha < float("inf"):
+        raise InputError(f"{op}: alpha must be finite and at least 0, got {alpha!r}")
+
+
+def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def autocast_dtype(tensors: Sequence[torch.Tensor | None], device_type: str) -> torch.dtype | None:
+    """The dtype that autocast wants dense ops to run in, or None where autocast leaves these tensors alone."""
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        return None
+    return torch.get_autocast_dtype(device_type)

@@ -1,0 +1,260 @@
+"""What an op is, which backends there are, and which of them serves a call."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from aefast import _library
+from aefast.errors import BackendError, InputError
+
+logger = logging.getLogger("aefast")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: everything that backends, tests and the benchmark need to know of it.
+
+    ``function`` is the public function and ``reference`` the same in plain PyTorch, differentiable and
+    exact in float64. ``samples(device, dtype)`` yields their keyword arguments, among them empty, one-wide,
+    prime and strided shapes. ``bytes`` and ``flops`` of such arguments are the least memory traffic, in
+    bytes, and the floating-point operations of one forward. ``tolerance`` maps an output or a gradient to an
+    extra factor on the tests' bound, with its reason.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    samples: Callable[[torch.device, torch.dtype], Iterator[dict[str, Any]]]
+    bytes: Callable[..., int]
+    flops: Callable[..., int]
+    tolerance: dict[str, tuple[float, str]] = field(default_factory=dict)
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    OPS[op.name] = op
+    return op
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of `BACKENDS`.
+
+    ``available()`` says why the backend can serve nothing here, or None. ``supports(op, device_type, dtype)``
+    says why it cannot serve such tensors, or None. ``kernels(op)`` holds the op's launchers as attributes.
+    """
+
+    name: str
+    available: Callable[[], str | None]
+    supports: Callable[[str, str, torch.dtype], str | None]
+    kernels: Callable[[str], Any]
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _serves(device_type: str) -> Callable[[str, str, torch.dtype], str | None]:
+    def supports(op: str, given: str, dtype: torch.dtype) -> str | None:
+        return None if given == device_type else f"it serves {device_type} tensors, and these are on {given}"
+
+    return supports
+
+
+def _cuda_available() -> str | None:
+    return _library.load("cuda") or (None if torch.cuda.is_available() else "torch finds no CUDA device")
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed; pip install "aefast[triton]"'
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    return None
+
+
+def _triton_available() -> str | None:
+    if interpreting() or torch.cuda.is_available():
+        return _triton_missing()
+    return "torch finds no CUDA device, and TRITON_INTERPRET is not 1"
+
+
+def _triton_supports(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    return _serves("cpu" if interpreting() else "cuda")(op, device_type, dtype)
+
+
+@functools.cache
+def _triton_kernels(op: str) -> Any:
+    return importlib.import_module(f"aefast.kernels.triton.{op}")
+
+
+class _CompiledKernels:
+    """The launchers that a compiled library registers with PyTorch."""
+
+    def __init__(self, namespace: str):
+        self._ops = getattr(torch.ops, namespace)
+
+    def __getattr__(self, launcher: str) -> Any:
+        overload = getattr(self._ops, launcher).default
+        setattr(self, launcher, overload)
+        return overload
+
+
+@functools.cache
+def _compiled_kernels(namespace: str) -> Any:
+    return _CompiledKernels(namespace)
+
+
+def _anything(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _no_kernels(op: str) -> Any:
+    raise BackendError(f"the eager backend runs {op} in PyTorch and has no kernels")
+
+
+# In order of preference. "eager" is the reference itself, differentiated by PyTorch.
+BACKENDS: tuple[Backend, ...] = (
+    Backend("cuda", _cuda_available, _serves("cuda"), lambda op: _compiled_kernels("aefast_cuda")),
+    Backend("triton", _triton_available, _triton_supports, _triton_kernels),
+    Backend("cpu", lambda: _library.load("cpu"), _serves("cpu"), lambda op: _compiled_kernels("aefast_cpu")),
+    Backend("eager", lambda: None, _anything, _no_kernels),
+)
+BACKEND_NAMES = ("auto", *(backend.name for backend in BACKENDS))
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
+
+
+def _checked_name(name: str, origin: str) -> str:
+    if name not in BACKEND_NAMES:
+        raise InputError(f"{origin} must be one of {', '.join(BACKEND_NAMES)}, got {name!r}")
+    return name
+
+
+_requested: ContextVar[str] = ContextVar(
+    "aefast_backend", default=_checked_name(os.environ.get("AEFAST_BACKEND", "auto"), "AEFAST_BACKEND")
+)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within it, the calls of this thread use backend `name`: auto, cuda, triton, cpu or eager.
+
+    A backend that cannot serve a call raises `BackendError`; "auto" takes the first that can. A graph that
+    torch.compile makes keeps the backends it was compiled with.
+    """
+    token = _requested.set(_checked_name(name, "backend"))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def requested() -> str:
+    """The backend that the calls of this thread ask for, "auto" unless someone said otherwise."""
+    return _requested.get()
+
+
+def refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why backend `name` cannot serve `op` on such tensors, or None if it can."""
+    row = _BY_NAME[name]
+    return row.available() or row.supports(op, device_type, dtype)
+
+
+@functools.cache
+def _resolve(request: str, op: str, device_type: str, dtype: torch.dtype) -> str:
+    if request != "auto":
+        reason = refusal(request, op, device_type, dtype)
+        if reason:
+            raise BackendError(f"backend {request!r} cannot serve {op}: {reason}")
+        return request
+    reasons = []
+    for row in BACKENDS:
+        reason = refusal(row.name, op, device_type, dtype)
+        if reason is None:
+            break
+        if row.supports(op, device_type, dtype) is None:
+            reasons.append(f"{row.name}: {reason}")
+    if reasons:
+        logger.info("%s on %s runs on the %s backend (%s)", op, device_type, row.name, "; ".join(reasons))
+    return row.name
+
+
+@torch.compiler.assume_constant_result
+def _choose(op: str, device_type: str, dtype: torch.dtype) -> str:
+    return _resolve(_requested.get(), op, device_type, dtype)
+
+
+# Below this many floating-point operations PyTorch's own calls end before a Python-level dispatch does.
+_CPU_LEAST_FLOPS = 20_000_000
+
+
+def _transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is under way."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def choose(op: str, tensor: torch.Tensor, flops: int) -> str:
+    """The backend that serves a call of `op` on tensors like `tensor` that takes `flops` operations.
+
+    That is the one requested by name. Else it is the first in `BACKENDS` that can serve the call, but
+    "eager" under torch.func's transforms and forward-mode differentiation, which only the reference
+    supports, and for work that is smaller than its own dispatch.
+
+    Raises:
+        BackendError: a backend was requested by name and cannot serve the call.
+    """
+    device_type, dtype = tensor.device.type, tensor.dtype
+    if torch.compiler.is_compiling():
+        return _choose(op, device_type, dtype)
+    request = _requested.get()
+    name = _resolve(request, op, device_type, dtype)
+    if _transformed() and name != "eager":
+        if request != "auto":
+            raise BackendError(
+                f"backend {request!r} cannot serve {op}: torch.func transforms (vmap, jvp, grad, ...) and "
+                "forward-mode differentiation need backend 'eager' or 'auto'"
+            )
+        return "eager"
+    if name == "cpu" and flops < _CPU_LEAST_FLOPS and request == "auto":
+        return "eager"
+    return name
+
+
+def kernels(name: str, op: str) -> Any:
+    """The launchers of `op` on backend `name`."""
+    return _BY_NAME[name].kernels(op)
+
+
+def differentiate(
+    function: Callable[..., torch.Tensor],
+    inputs: tuple[torch.Tensor | None, ...],
+    needs: tuple[bool, ...],
+    grad: torch.Tensor,
+) -> list[torch.Tensor | None]:
+    """The gradients of `function` with respect to the inputs that need one, differentiable once more.
+
+    The inputs are differentiated through aliases, so that an input computed from another does not
+    count twice.
+    """
+    with torch.enable_grad():
+        aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        out = function(*aliases)
+        wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]

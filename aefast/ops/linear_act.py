@@ -1,0 +1,274 @@
+"""A dense layer and its activation in one op: ``act(x @ weight.T + bias)``."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from aefast.errors import InputError
+from aefast.kernels.activation import STORES_DERIVATIVE
+from aefast.ops import _arguments, _registry
+from aefast.ops._library import LIBRARY, below_autograd, contiguous, define
+
+_EAGER_ACTIVATIONS = {
+    "identity": lambda x, negative_slope, alpha: x,
+    "relu": lambda x, negative_slope, alpha: F.relu(x),
+    "leaky_relu": lambda x, negative_slope, alpha: F.leaky_relu(x, negative_slope),
+    "elu": lambda x, negative_slope, alpha: F.elu(x, alpha),
+    "selu": lambda x, negative_slope, alpha: F.selu(x),
+    "silu": lambda x, negative_slope, alpha: F.silu(x),
+    "gelu": lambda x, negative_slope, alpha: F.gelu(x),
+    "gelu_tanh": lambda x, negative_slope, alpha: F.gelu(x, approximate="tanh"),
+    "tanh": lambda x, negative_slope, alpha: torch.tanh(x),
+    "sigmoid": lambda x, negative_slope, alpha: torch.sigmoid(x),
+    "softplus": lambda x, negative_slope, alpha: F.softplus(x),
+}
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    *,
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+) -> Tensor:
+    """`linear_act` in plain PyTorch."""
+    return _EAGER_ACTIVATIONS[activation](F.linear(x, weight, bias), negative_slope, alpha)
+
+
+_SETTINGS = "str activation, float negative_slope, float alpha"
+define(f"linear_act(Tensor x, Tensor weight, Tensor? bias, {_SETTINGS}, str backend) -> Tensor")
+define(
+    f"linear_act_with_derivative(Tensor x, Tensor weight, Tensor? bias, {_SETTINGS}, str backend)"
+    " -> (Tensor, Tensor)"
+)
+define(
+    f"linear_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor? saved, {_SETTINGS}, bool need_x,"
+    " bool need_weight, bool need_bias, str backend) -> Tensor[]"
+)
+
+
+@torch.library.impl(LIBRARY, "linear_act", "CompositeExplicitAutograd")
+def _forward(x, weight, bias, activation, negative_slope, alpha, backend):
+    launch = _registry.kernels(backend, "linear_act").linear_act
+    return launch(x, weight, contiguous(bias), activation, negative_slope, alpha, False)[0]
+
+
+@torch.library.impl(LIBRARY, "linear_act_with_derivative", "CompositeExplicitAutograd")
+def _forward_with_derivative(x, weight, bias, activation, negative_slope, alpha, backend):
+    launch = _registry.kernels(backend, "linear_act").linear_act
+    return launch(x, weight, contiguous(bias), activation, negative_slope, alpha, True)
+
+
+@torch.library.impl(LIBRARY, "linear_act_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad, x, weight, saved, activation, negative_slope, alpha, need_x, need_weight, need_bias, backend
+):
+    launch = _registry.kernels(backend, "linear_act").linear_act_backward
+    gradients = launch(
+        grad, x, weight, saved, activation, negative_slope, alpha, need_x, need_weight, need_bias
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@torch.library.register_fake("aefast::linear_act", lib=LIBRARY)
+def _(x, weight, bias, activation, negative_slope, alpha, backend):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("aefast::linear_act_with_derivative", lib=LIBRARY)
+def _(x, weight, bias, activation, negative_slope, alpha, backend):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("aefast::linear_act_backward", lib=LIBRARY)
+def _(
+    grad, x, weight, saved, activation, negative_slope, alpha, need_x, need_weight, need_bias, backend
+):
+    gradients = []
+    if need_x:
+        gradients.append(x.new_empty(x.shape))
+    if need_weight:
+        gradients.append(weight.new_empty(weight.shape))
+    if need_bias:
+        gradients.append(weight.new_empty(weight.shape[0]))
+    return gradients
+
+
+class _LinearAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, activation, negative_slope, alpha, backend):
+        settings = (activation, negative_slope, alpha)
+        with below_autograd():
+            if activation in STORES_DERIVATIVE:
+                out, saved = torch.ops.aefast.linear_act_with_derivative.default(
+                    x, weight, bias, *settings, backend
+                )
+            else:
+                out = torch.ops.aefast.linear_act.default(x, weight, bias, *settings, backend)
+                saved = None if activation == "identity" else out
+        ctx.save_for_backward(x, weight, bias, saved)
+        ctx.settings, ctx.backend = settings, backend
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            gradients = _registry.differentiate(
+                lambda *inputs: reference(
+                    *inputs,
+                    ctx.settings[0],
+                    negative_slope=ctx.settings[1],
+                    alpha=ctx.settings[2],
+                ),
+                (x, weight, bias),
+                needs,
+                grad,
+            )
+        else:
+            computed = iter(
+                torch.ops.aefast.linear_act_backward.default(
+                    grad, x, weight, saved, *ctx.settings, *needs, ctx.backend
+                )
+            )
+            gradients = [next(computed) if need else None for need in needs]
+        return *gradients, None, None, None, None
+
+
+@torch.library.impl(LIBRARY, "linear_act", "Autograd")
+def _autograd(x, weight, bias, activation, negative_slope, alpha, backend):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _LinearAct.apply(x, weight, bias, activation, negative_slope, alpha, backend)
+    with below_autograd():
+        return torch.ops.aefast.linear_act.default(
+            x, weight, bias, activation, negative_slope, alpha, backend
+        )
+
+
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    *,
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+) -> Tensor:
+    """``act(x @ weight.T + bias)`` with the bias and the activation applied while the product is in cache.
+
+    The backward needs no pre-activation: it works from the output, or, for silu and the gelus, from the
+    derivative that the forward stored in its place. Products are torch's own, in the precision that
+    ``torch.backends`` sets; sums are in float32 at least, in an order that depends on the shape alone.
+
+    Args:
+        x: (*, K), float32, bfloat16, float16 or float64, any strides.
+        weight: (N, K), the dtype and device of x.
+        bias: (N,) or None.
+        activation: identity, relu, leaky_relu, elu, selu, silu, gelu (by erf), gelu_tanh (Hendrycks and
+            Gimpel's approximation), tanh, sigmoid or softplus (torch's, with threshold 20).
+        negative_slope: leaky_relu's, at least 0.
+        alpha: elu's, at least 0.
+
+    Returns:
+        (*, N), contiguous, in x's dtype; in autocast's dtype under autocast.
+
+    Raises:
+        InputError: a shape, dtype, device, name or value is not as above; the message names it.
+        BackendError: the backend asked for cannot serve the call.
+    """
+    check_layer(x, weight, bias, "linear_act", "weight", "bias")
+    _arguments.check_activation("activation", activation, "linear_act")
+    _arguments.check_activation_parameters(negative_slope, alpha, "linear_act")
+    dtype = _arguments.autocast_dtype((x, weight, bias), x.device.type)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    rows = math.prod(x.shape[:-1])
+    features, inputs = weight.shape
+    backend = _registry.choose("linear_act", x, 2 * rows * features * inputs)
+    if backend == "eager":
+        return reference(x, weight, bias, activation, negative_slope=negative_slope, alpha=alpha)
+    if x.dim() == 2:
+        return torch.ops.aefast.linear_act.default(
+            x, weight, bias, activation, negative_slope, alpha, backend
+        )
+    out = torch.ops.aefast.linear_act.default(
+        x.reshape(rows, inputs), weight, bias, activation, negative_slope, alpha, backend
+    )
+    return out.reshape(*x.shape[:-1], features)
+
+
+def check_layer(x: Any, weight: Any, bias: Any, op: str, weight_name: str, bias_name: str) -> None:
+    """That (x, weight, bias) are the operands of a dense layer."""
+    _arguments.check_tensor("x", x, op)
+    _arguments.check_tensor(weight_name, weight, op)
+    _arguments.check_floating("x", x, op)
+    if x.dim() < 1:
+        raise InputError(f"{op}: x must have at least one dimension, (*, K), got a scalar")
+    if weight.dim() != 2:
+        raise InputError(
+            f"{op}: {weight_name} must have two dimensions, (N, K), got shape {_arguments.shape_of(weight)}"
+        )
+    if weight.shape[1] != x.shape[-1]:
+        raise InputError(
+            f"{op}: {weight_name} must be (N, {x.shape[-1]}) to match x of shape {_arguments.shape_of(x)}, "
+            f"got shape {_arguments.shape_of(weight)}"
+        )
+    # Under autocast torch casts mixed dtypes to one; elsewhere they are an error, as for torch's linear.
+    if weight.dtype != x.dtype or weight.device != x.device:
+        _arguments.check_like(weight_name, weight, "x", x, op)
+    if bias is not None:
+        _arguments.check_tensor(bias_name, bias, op)
+        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+            raise InputError(
+                f"{op}: {bias_name} must be ({weight.shape[0]},) to match {weight_name}, "
+                f"got shape {_arguments.shape_of(bias)}"
+            )
+        if bias.dtype != x.dtype or bias.device != x.device:
+            _arguments.check_like(bias_name, bias, "x", x, op)
+
+
+def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Operands over shapes and strides: empty, one-wide, prime, multiples of a vector, transposed, sliced."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    for rows, inputs, features in (
+        (0, 5, 3), (4, 0, 3), (4, 5, 0), (1, 1, 1), (7, 1, 1), (1, 13, 7), (31, 17, 29), (64, 32, 48),
+        (257, 67, 131), (130, 8, 1030),
+    ):  # fmt: skip
+        scale = max(1, inputs) ** -0.5
+        yield {"x": draw(rows, inputs), "weight": draw(features, inputs) * scale, "bias": draw(features)}
+    yield {"x": draw(6, 5, 24), "weight": draw(16, 24) * 0.2, "bias": draw(16)}
+    yield {"x": draw(24), "weight": draw(16, 24) * 0.2, "bias": None}
+    yield {"x": draw(24, 66).t(), "weight": draw(24, 40).t() * 0.2, "bias": draw(80)[::2]}
+    yield {"x": draw(50, 96)[3::2, 1::3], "weight": draw(33, 64)[:, ::2] * 0.2, "bias": draw(1).expand(33)}
+    yield {"x": draw(1, 12).expand(40, 12), "weight": draw(9, 12) * 0.3, "bias": None}
+
+
+def least_bytes(x: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any) -> int:
+    """Each operand read once and the output written once."""
+    rows = math.prod(x.shape[:-1])
+    elements = rows * (weight.shape[1] + weight.shape[0]) + weight.numel() + (0 if bias is None else bias.numel())
+    return elements * x.element_size()
+
+
+def flops(x: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any) -> int:
+    """Of the product alone."""
+    return 2 * math.prod(x.shape[:-1]) * weight.numel()
+
+
+OP = _registry.register(
+    _registry.Op("linear_act", linear_act, reference, samples, bytes=least_bytes, flops=flops)
+)

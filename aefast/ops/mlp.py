@@ -1,0 +1,334 @@
+"""A stack of dense layers as one op."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aefast.errors import InputError
+from aefast.kernels.activation import STORES_DERIVATIVE
+from aefast.ops import _arguments, _registry, linear_act
+from aefast.ops._library import LIBRARY, below_autograd, contiguous, define
+
+
+def reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    *,
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+) -> Tensor:
+    """`mlp` in plain PyTorch."""
+    for weight, bias, activation in zip(weights, biases, activations, strict=True):
+        x = linear_act.reference(x, weight, bias, activation, negative_slope=negative_slope, alpha=alpha)
+    return x
+
+
+_LAYERS = "Tensor x, Tensor[] weights, Tensor?[] biases"
+_SETTINGS = "str[] activations, float negative_slope, float alpha"
+define(f"mlp({_LAYERS}, {_SETTINGS}, str backend) -> Tensor")
+# Every layer's output, then the derivatives of the layers whose activation stores one.
+define(f"mlp_saving({_LAYERS}, {_SETTINGS}, str backend) -> Tensor[]")
+# The gradients that are needed: of x, of the weights, of the biases.
+define(
+    f"mlp_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] saved, {_SETTINGS}, bool need_x,"
+    " bool[] need_weights, bool[] need_biases, str backend) -> Tensor[]"
+)
+
+
+@torch.library.impl(LIBRARY, "mlp", "CompositeExplicitAutograd")
+def _forward(x, weights, biases, activations, negative_slope, alpha, backend):
+    launch = _registry.kernels(backend, "mlp").mlp
+    biases = [contiguous(bias) for bias in biases]
+    return launch(x, weights, biases, activations, negative_slope, alpha, False)[0][0]
+
+
+@torch.library.impl(LIBRARY, "mlp_saving", "CompositeExplicitAutograd")
+def _forward_saving(x, weights, biases, activations, negative_slope, alpha, backend):
+    launch = _registry.kernels(backend, "mlp").mlp
+    biases = [contiguous(bias) for bias in biases]
+    outputs, derivatives = launch(x, weights, biases, activations, negative_slope, alpha, True)
+    return [*outputs, *(derivative for derivative in derivatives if derivative is not None)]
+
+
+@torch.library.impl(LIBRARY, "mlp_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad,
+    x,
+    weights,
+    saved,
+    activations,
+    negative_slope,
+    alpha,
+    need_x,
+    need_weights,
+    need_biases,
+    backend,
+):
+    outputs = saved[: len(weights)]
+    stored = iter(saved[len(weights) :])
+    derivatives = [
+        next(stored) if activation in STORES_DERIVATIVE else None for activation in activations
+    ]
+    launch = _registry.kernels(backend, "mlp").mlp_backward
+    x_gradient, weight_gradients, bias_gradients = launch(
+        grad,
+        x,
+        weights,
+        outputs,
+        derivatives,
+        activations,
+        negative_slope,
+        alpha,
+        need_x,
+        need_weights,
+        need_biases,
+    )
+    return [
+        gradient
+        for gradient in (x_gradient, *weight_gradients, *bias_gradients)
+        if gradient is not None
+    ]
+
+
+@torch.library.register_fake("aefast::mlp", lib=LIBRARY)
+def _(x, weights, biases, activations, negative_slope, alpha, backend):
+    return x.new_empty(x.shape[0], weights[-1].shape[0])
+
+
+@torch.library.register_fake("aefast::mlp_saving", lib=LIBRARY)
+def _(x, weights, biases, activations, negative_slope, alpha, backend):
+    outputs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+    derivatives = [
+        x.new_empty(x.shape[0], weight.shape[0])
+        for weight, activation in zip(weights, activations, strict=True)
+        if activation in STORES_DERIVATIVE
+    ]
+    return [*outputs, *derivatives]
+
+
+@torch.library.register_fake("aefast::mlp_backward", lib=LIBRARY)
+def _(
+    grad,
+    x,
+    weights,
+    saved,
+    activations,
+    negative_slope,
+    alpha,
+    need_x,
+    need_weights,
+    need_biases,
+    backend,
+):
+    gradients = [x.new_empty(x.shape)] if need_x else []
+    gradients += [w.new_empty(w.shape) for w, need in zip(weights, need_weights, strict=True) if need]
+    gradients += [w.new_empty(w.shape[0]) for w, need in zip(weights, need_biases, strict=True) if need]
+    return gradients
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, activations, negative_slope, alpha, backend, *parameters):
+        layers = len(parameters) // 2
+        weights, biases = list(parameters[:layers]), list(parameters[layers:])
+        settings = (activations, negative_slope, alpha)
+        with below_autograd():
+            saved = torch.ops.aefast.mlp_saving.default(x, weights, biases, *settings, backend)
+        ctx.save_for_backward(x, *parameters, *saved)
+        ctx.layers, ctx.settings, ctx.backend = layers, settings, backend
+        return saved[layers - 1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        layers = ctx.layers
+        x, *rest = ctx.saved_tensors
+        weights, biases, saved = rest[:layers], rest[layers : 2 * layers], rest[2 * layers :]
+        need_x, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        needs = (need_x, *need_parameters)
+        activations, negative_slope, alpha = ctx.settings
+        if torch.is_grad_enabled():
+            gradients = _registry.differentiate(
+                lambda x, *parameters: reference(
+                    x,
+                    parameters[:layers],
+                    parameters[layers:],
+                    activations,
+                    negative_slope=negative_slope,
+                    alpha=alpha,
+                ),
+                (x, *weights, *biases),
+                needs,
+                grad,
+            )
+        else:
+            computed = iter(
+                torch.ops.aefast.mlp_backward.default(
+                    grad,
+                    x,
+                    weights,
+                    saved,
+                    *ctx.settings,
+                    need_x,
+                    need_parameters[:layers],
+                    need_parameters[layers:],
+                    ctx.backend,
+                )
+            )
+            gradients = [next(computed) if need else None for need in needs]
+        return gradients[0], None, None, None, None, *gradients[1:]
+
+
+@torch.library.impl(LIBRARY, "mlp", "Autograd")
+def _autograd(x, weights, biases, activations, negative_slope, alpha, backend):
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *weights, *biases)
+    ):
+        return _Mlp.apply(x, list(activations), negative_slope, alpha, backend, *weights, *biases)
+    with below_autograd():
+        return torch.ops.aefast.mlp.default(
+            x, weights, biases, activations, negative_slope, alpha, backend
+        )
+
+
+def mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    *,
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+) -> Tensor:
+    """A whole dense stack: ``h = act_l(h @ weights[l].T + biases[l])`` over l, starting from x.
+
+    The backward applies layer l's derivative and sums its bias gradient while layer l+1's data gradient is
+    in cache. What is saved for it: each layer's output, and for silu and the gelus the derivative.
+
+    Args:
+        x: (*, K), float32, bfloat16, float16 or float64, any strides.
+        weights: one a layer, weights[l] (N_l, N_{l-1}) with N_{-1} = K, the dtype and device of x.
+        biases: one a layer, (N_l,) or None.
+        activations: one a layer, the names that `linear_act` takes.
+        negative_slope: that of every leaky_relu, at least 0.
+        alpha: that of every elu, at least 0.
+
+    Returns:
+        (*, N_last), contiguous, in x's dtype; in autocast's dtype under autocast.
+
+    Raises:
+        InputError: a shape, dtype, device, name or value is not as above; the message names it.
+        BackendError: the backend asked for cannot serve the call.
+    """
+    _check(x, weights, biases, activations)
+    _arguments.check_activation_parameters(negative_slope, alpha, "mlp")
+    dtype = _arguments.autocast_dtype((x, *weights, *biases), x.device.type)
+    if dtype is not None:
+        x = x.to(dtype)
+        weights = [weight.to(dtype) for weight in weights]
+        biases = [None if bias is None else bias.to(dtype) for bias in biases]
+    rows = math.prod(x.shape[:-1])
+    work = 2 * rows * sum(weight.shape[0] * weight.shape[1] for weight in weights)
+    backend = _registry.choose("mlp", x, work)
+    if backend == "eager":
+        return reference(x, weights, biases, activations, negative_slope=negative_slope, alpha=alpha)
+    out = torch.ops.aefast.mlp.default(
+        x if x.dim() == 2 else x.reshape(rows, x.shape[-1]),
+        list(weights),
+        list(biases),
+        list(activations),
+        negative_slope,
+        alpha,
+        backend,
+    )
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[1])
+
+
+def _check(x: Any, weights: Any, biases: Any, activations: Any) -> None:
+    _arguments.check_tensor("x", x, "mlp")
+    for name, value in (("weights", weights), ("biases", biases), ("activations", activations)):
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise InputError(f"mlp: {name} must be a sequence with one entry a layer, got {type(value).__name__}")
+    if len(weights) == 0:
+        raise InputError("mlp: weights must hold at least one layer, got none")
+    for name, value in (("biases", biases), ("activations", activations)):
+        if len(value) != len(weights):
+            raise InputError(
+                f"mlp: {name} must have one entry for each of the {len(weights)} weights, got {len(value)}"
+            )
+    for layer, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
+        _arguments.check_activation(f"activations[{layer}]", activation, "mlp")
+        if layer == 0:
+            linear_act.check_layer(x, weight, bias, "mlp", "weights[0]", "biases[0]")
+            continue
+        name = f"weights[{layer}]"
+        _arguments.check_tensor(name, weight, "mlp")
+        inputs = weights[layer - 1].shape[0]
+        if weight.dim() != 2 or weight.shape[1] != inputs:
+            raise InputError(
+                f"mlp: {name} must be (N, {inputs}) to follow weights[{layer - 1}], "
+                f"got shape {_arguments.shape_of(weight)}"
+            )
+        _arguments.check_like(name, weight, "x", x, "mlp")
+        if bias is not None:
+            _arguments.check_tensor(f"biases[{layer}]", bias, "mlp")
+            if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+                raise InputError(
+                    f"mlp: biases[{layer}] must be ({weight.shape[0]},) to match {name}, "
+                    f"got shape {_arguments.shape_of(bias)}"
+                )
+            _arguments.check_like(f"biases[{layer}]", bias, "x", x, "mlp")
+
+
+def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Stacks of one to four layers over the shapes that `linear_act` is sampled at.
+
+    Kinked activations come first in a stack: above other layers, rounding decides which side of the kink
+    an element is on, and the gradient's error is that of a coin toss.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    for rows, widths, activations in (
+        (0, (5, 3, 2), ("relu", "identity")),
+        (1, (1, 1), ("tanh",)),
+        (3, (4, 0, 2), ("relu", "gelu")),
+        (67, (31, 17), ("gelu",)),
+        (33, (13, 8, 29), ("elu", "sigmoid")),
+        (129, (64, 32, 7, 32), ("relu", "silu", "identity")),
+        (300, (40, 131, 16, 131, 40), ("gelu_tanh", "identity", "elu", "softplus")),
+    ):
+        yield {
+            "x": draw(rows, widths[0]),
+            "weights": [draw(n, k) * max(1, k) ** -0.5 for k, n in zip(widths, widths[1:], strict=False)],
+            "biases": [draw(n) if layer != 1 else None for layer, n in enumerate(widths[1:])],
+            "activations": list(activations),
+        }
+    yield {
+        "x": draw(4, 48, 3)[:, ::2].transpose(1, 2),
+        "weights": [draw(24, 10).t() * 0.2, draw(9, 20)[:, ::2] * 0.3],
+        "biases": [draw(20)[::2], draw(1).expand(9)],
+        "activations": ["selu", "tanh"],
+    }
+
+
+def least_bytes(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], **settings: Any) -> int:
+    """x and the parameters read once and the output written once."""
+    rows = math.prod(x.shape[:-1])
+    elements = rows * (x.shape[-1] + weights[-1].shape[0]) + sum(weight.numel() for weight in weights)
+    elements += sum(bias.numel() for bias in biases if bias is not None)
+    return elements * x.element_size()
+
+
+def flops(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], **settings: Any) -> int:
+    """Of the products alone."""
+    return 2 * math.prod(x.shape[:-1]) * sum(weight.numel() for weight in weights)
+
+
+OP = _registry.register(_registry.Op("mlp", mlp, reference, samples, bytes=least_bytes, flops=flops))

@@ -1,0 +1,104 @@
+"""Loss terms averaged on the device, and the file their averages go to."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Window:
+    """Mean of each loss term over the samples since the last reset.
+
+    Terms are summed on their device in float64, so that adding costs no wait for it; `means` is the one place
+    that waits.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._samples = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Start an empty window now."""
+        self._sums = {}
+        self._samples = 0
+        self._timed_samples = 0
+        self._start = time.perf_counter()
+
+    def add(self, terms: dict[str, torch.Tensor], samples: int) -> None:
+        """Add the terms of a step (scalars, means over `samples` samples)."""
+        for name, term in terms.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros((), dtype=torch.float64, device=term.device)
+            self._sums[name].add_(term, alpha=samples)
+        self._samples += samples
+        self._timed_samples += samples
+
+    def means(self) -> dict[str, float]:
+        """The mean of each term; empty if nothing was added."""
+        return {name: total.item() / self._samples for name, total in self._sums.items()}
+
+    def samples_per_s(self) -> float:
+        """Samples a second since the reset; right only after `means` has waited for the device."""
+        return self._timed_samples / max(time.perf_counter() - self._start, 1e-9)
+
+    def state(self) -> dict[str, Any]:
+        """The sums as JSON values."""
+        return {
+            "sums": {name: total.item() for name, total in self._sums.items()},
+            "samples": self._samples,
+        }
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue the window that `state` describes; its samples do not count for `samples_per_s`."""
+        self.reset()
+        self._sums = {
+            name: torch.tensor(total, dtype=torch.float64, device=device)
+            for name, total in state["sums"].items()
+        }
+        self._samples = state["samples"]
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object a line, written as soon as it is known.
+
+    Args:
+        path: the file; it is cut to `size` bytes, then appended to.
+        size: bytes to keep.
+    """
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
+        if self._file.tell() > size:
+            self._file.truncate(size)
+            self._file.seek(0, os.SEEK_END)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a line."""
+        self._file.write((json.dumps(record) + "\n").encode())
+        self._file.flush()
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``; an unfinished last line is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

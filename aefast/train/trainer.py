@@ -1,0 +1,392 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from aefast.data import Batches, Dataset
+from aefast.errors import AefastError, InputError
+from aefast.models import Model
+from aefast.train.checkpoint import Checkpoint, CheckpointStore
+from aefast.train.compare import Comparison, compare_with_eager
+from aefast.train.config import TrainConfig
+from aefast.train.interrupt import Interrupt
+from aefast.train.metrics import MetricsLog, Window, read_metrics
+from aefast.train.plots import plot_loss, plot_reconstructions
+from aefast.train.progress import ProgressView
+from aefast.train.step import TrainStep
+
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINT_FOLDER = "checkpoints"
+PLOT_FOLDER = "plots"
+
+PLOTTED_SAMPLES = 20
+COMPARED_BATCHES = 16
+
+# A data set moves to the GPU whole if it takes at most this share of the free memory there.
+_GPU_SHARE = 0.5
+
+
+class TrainingError(AefastError):
+    """Training cannot go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        directory: where its files are.
+        step: steps taken over the whole run.
+        interrupted: the signal that ended it early, or None.
+        comparison: throughput beside eager PyTorch, or None if it was not measured.
+    """
+
+    directory: Path
+    step: int
+    interrupted: signal.Signals | None = None
+    comparison: Comparison | None = None
+
+
+class Trainer:
+    """Trains a model on a data set and writes the run into a folder.
+
+    The folder receives ``config.json`` and ``model.safetensors`` (`aefast.models.from_pretrained` loads
+    them), ``metrics.jsonl``, ``checkpoints/`` and ``plots/``. A resumed run goes on bit for bit as if it had
+    never stopped, on the CPU with the same number of threads.
+
+    Args:
+        model: the model to train, with its initial weights. It is moved to the device and trained in place.
+        dataset: what to train on; a part is held out for validation.
+        config: how to train.
+        directory: where the run is written.
+        console: where progress is shown; standard output by default.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        dataset: Dataset,
+        config: TrainConfig,
+        directory: str | Path,
+        *,
+        console: Console | None = None,
+    ) -> None:
+        if dataset.features != model.config.input_size:
+            raise InputError(
+                f"dataset: expected {model.config.input_size} features a sample, the model's input_size, "
+                f"got {dataset.features}"
+            )
+        self.config = config
+        self.dataset = dataset
+        self.directory = Path(directory)
+        self.console = Console() if console is None else console
+        self.device = config.resolve_device()
+        self.model = model.to(self.device).train()
+        self.step = TrainStep(self.model, config.lr)
+
+        training, held_out = dataset.split()
+        samples = self._place(dataset.samples)
+        options = {"batch_size": config.batch_size, "seed": config.seed, "device": self.device}
+        self.batches = Batches(samples, training, **options)
+        self.held_out = Batches(samples, held_out, **options)
+        self.store = CheckpointStore(self.directory / CHECKPOINT_FOLDER)
+        self.window = Window()
+        self.steps_taken = 0
+        self.epoch = 0
+        # Batches of the current epoch that are done. All of them done means that only validation is left.
+        self.batch = 0
+        self._last_checkpoint: float | None = None
+
+    def fit(self, *, resume: bool = False, overwrite: bool = False, compare: bool = True) -> TrainResult:
+        """Train to the last epoch, or until SIGINT or SIGTERM asks to stop after the current step.
+
+        Args:
+            resume: go on from the newest checkpoint in the folder; without one, start afresh and say so.
+            overwrite: start afresh even if the folder holds a run, which is deleted.
+            compare: measure the throughput beside eager PyTorch at the end.
+
+        Raises:
+            InputError: the folder cannot be written, holds a run that was not asked for, or one that was
+                started with other options.
+            CheckpointError: all checkpoints are damaged.
+            TrainingError: the loss is no longer finite; the last checkpoint is kept.
+        """
+        metrics_size = self._open(resume, overwrite)
+        self.metrics = MetricsLog(self.directory / METRICS_FILE, metrics_size)
+        try:
+            with Interrupt() as interrupt:
+                self._train(interrupt)
+                self._save()
+        finally:
+            self.metrics.close()
+        if interrupt.signal is not None:
+            return TrainResult(self.directory, self.steps_taken, interrupt.signal)
+
+        try:
+            self._plot()
+        except ImportError as error:
+            self._say(f'notice: no plots ({error}); for plots: pip install "aefast[train]"')
+        comparison = (
+            compare_with_eager(self.model, self._sample_batches(), self.config.lr) if compare else None
+        )
+        return TrainResult(self.directory, self.steps_taken, None, comparison)
+
+    def _place(self, samples: torch.Tensor) -> torch.Tensor:
+        """The samples on the GPU if they fit there with room to spare, else where they are."""
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if samples.nbytes <= _GPU_SHARE * free:
+                return samples.to(self.device)
+        return samples
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    # Starting
+
+    def _open(self, resume: bool, overwrite: bool) -> int:
+        """Prepare the folder and the state; the bytes of ``metrics.jsonl`` that stay."""
+        self._make_directory()
+        checkpoint = self.store.load_newest(lambda text: self._say(f"warning: {text}")) if resume else None
+        if checkpoint is None:
+            self._start_afresh(resume, overwrite)
+            return 0
+        self._check_same_run(checkpoint.state["settings"])
+        self._restore(checkpoint)
+        if self.epoch >= self.config.epochs:
+            self._say(
+                f"nothing left to train: {self.directory} has reached epoch {self.epoch}; "
+                "a larger number of epochs goes on from there"
+            )
+        else:
+            self._say(f"resuming {self.directory} at epoch {self.epoch + 1}, step {self.steps_taken:,}")
+        return checkpoint.state["metrics_size"]
+
+    def _make_directory(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe = self.directory / ".aefast-write-test"
+            probe.touch()
+            probe.unlink()
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"out={str(self.directory)!r}: expected a folder, found a file") from None
+        except OSError as error:
+            raise InputError(
+                f"out={str(self.directory)!r}: expected a folder that can be written ({error.strerror})"
+            ) from None
+
+    def _start_afresh(self, resume: bool, overwrite: bool) -> None:
+        weights = self.directory / "model.safetensors"
+        if resume:
+            self._say(f"notice: no checkpoint in {self.directory} to resume from; starting afresh")
+        elif overwrite:
+            for folder in (CHECKPOINT_FOLDER, PLOT_FOLDER):
+                shutil.rmtree(self.directory / folder, ignore_errors=True)
+            weights.unlink(missing_ok=True)
+        elif self.store.paths() or weights.exists():
+            raise InputError(
+                f"out={str(self.directory)!r}: holds a run already; add --resume to go on with it, "
+                "--overwrite to replace it, or choose another folder"
+            )
+        torch.manual_seed(self.config.seed)
+
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run it goes on with, by option name."""
+        return {
+            "model": self.model.name,
+            **self.model.config.to_dict(),
+            "batch_size": self.config.batch_size,
+            "lr": self.config.lr,
+            "seed": self.config.seed,
+            "data": self.dataset.fingerprint(),
+        }
+
+    def _check_same_run(self, stored: dict[str, Any]) -> None:
+        current = self._settings()
+        # A model's options follow from which model it is and from the data, so those two are told first.
+        for name in ("model", "data", *current):
+            if current.get(name) != stored.get(name):
+                raise InputError(
+                    f"{name}={current.get(name)!r}: expected {stored.get(name)!r}, with which the run in "
+                    f"{self.directory} was started; resume with that, or choose another folder"
+                )
+
+    # Saving and going on
+
+    def _save(self) -> None:
+        """Write a checkpoint of this moment, and the model as it is now."""
+        window = self.window.state()
+        self._check_finite(window["sums"])
+        # The loss was computed before the update it led to.
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            raise self._diverged("a weight")
+        optimizer = {
+            f"{index}/{name}": value.cpu()
+            for index, state in self.step.optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            "settings": self._settings(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "window": window,
+            "metrics_size": self.metrics.size,
+        }
+        tensors = {"model": self.model.cpu_state(), "optimizer": optimizer, "rng": random}
+        self.store.save(Checkpoint(self.steps_taken, tensors, state))
+        training = {"data": self.dataset.name, "step": self.steps_taken, **dataclasses.asdict(self.config)}
+        self.model.save_pretrained(self.directory, metadata={"training": training})
+        self._last_checkpoint = time.monotonic()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Become the run that `checkpoint` was taken of."""
+        self.model.load_state_dict(checkpoint.tensors["model"])
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in checkpoint.tensors.get("optimizer", {}).items():
+            index, _, name = key.partition("/")
+            moments.setdefault(int(index), {})[name] = value
+        optimizer = self.step.optimizer
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        torch.set_rng_state(checkpoint.tensors["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in checkpoint.tensors["rng"]:
+            torch.cuda.set_rng_state(checkpoint.tensors["rng"]["cuda"], self.device)
+        self.steps_taken = checkpoint.step
+        self.epoch = checkpoint.state["epoch"]
+        self.batch = checkpoint.state["batch"]
+        self.window.restore(checkpoint.state["window"], self.device)
+
+    # The loop
+
+    def _train(self, interrupt: Interrupt) -> None:
+        view = ProgressView(
+            self.console,
+            epochs=self.config.epochs,
+            steps_per_epoch=len(self.batches),
+            step=self.steps_taken,
+        )
+        started = time.monotonic()
+        with view:
+            while self.epoch < self.config.epochs and interrupt.signal is None:
+                for batch in self.batches.epoch(self.epoch, first=self.batch):
+                    self.window.add(self.step(batch), len(batch))
+                    self.steps_taken += 1
+                    self.batch += 1
+                    view.advance(self.steps_taken, self.epoch)
+                    if self.steps_taken % self.config.log_every == 0 and self.batch < len(self.batches):
+                        self._log(view)
+                    if interrupt.signal is not None:
+                        break
+                    last = started if self._last_checkpoint is None else self._last_checkpoint
+                    if time.monotonic() - last >= self.config.checkpoint_seconds:
+                        self._save()
+                if self.batch == len(self.batches) and interrupt.signal is None:
+                    self._end_epoch(view, interrupt)
+
+    def _end_epoch(self, view: ProgressView, interrupt: Interrupt) -> None:
+        """Validate and log; an interruption leaves this to the resumed run."""
+        means = self.window.means()
+        samples_per_s = self.window.samples_per_s()
+        self._check_finite(means)
+        val_loss = self._validate(interrupt)
+        if val_loss is None:
+            return
+        self._log(view, means, samples_per_s, val_loss)
+        self.epoch += 1
+        self.batch = 0
+        if self._last_checkpoint is None:
+            self._save()
+
+    def _log(
+        self,
+        view: ProgressView,
+        means: dict[str, float] | None = None,
+        samples_per_s: float | None = None,
+        val_loss: float | None = None,
+    ) -> None:
+        """Write a line of metrics about the window that ends here, and start a new window."""
+        if means is None:
+            means = self.window.means()
+            samples_per_s = self.window.samples_per_s()
+            self._check_finite(means)
+        record = {
+            "step": self.steps_taken,
+            "epoch": self.epoch + 1,
+            "loss": sum(means.values()),
+            **means,
+            "samples_per_s": round(samples_per_s, 1),
+        }
+        if val_loss is not None:
+            record["val_loss"] = val_loss
+        self.metrics.write(record)
+        view.log(record)
+        self.window.reset()
+
+    def _validate(self, interrupt: Interrupt) -> float | None:
+        """The mean loss over the held-out samples, or None if a signal arrived meanwhile."""
+        total = Window()
+        devices = [self.device] if self.device.type == "cuda" else []
+        # Stochastic models get the same noise at every validation, and training noise is not used up.
+        with torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(self.config.seed)
+            self.model.eval()
+            try:
+                for batch in self.held_out.in_order():
+                    if interrupt.signal is not None:
+                        return None
+                    total.add(self.model(batch).terms, len(batch))
+            finally:
+                self.model.train()
+        return sum(total.means().values())
+
+    def _check_finite(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise self._diverged(f"the loss term {name}")
+
+    def _diverged(self, what: str) -> TrainingError:
+        kept = self.store.paths()
+        return TrainingError(
+            f"{what} is no longer finite at step {self.steps_taken:,} (epoch {self.epoch + 1}); "
+            f"lower lr={self.config.lr:g}. "
+            + (f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was written before")
+        )
+
+    # What a finished run leaves behind
+
+    def _sample_batches(self) -> list[torch.Tensor]:
+        """Batches of one size, as training draws them."""
+        batches = [batch for _, batch in zip(range(COMPARED_BATCHES), self.batches.epoch(0), strict=False)]
+        return [batch for batch in batches if len(batch) == len(batches[0])]
+
+    def _plot(self) -> None:
+        folder = self.directory / PLOT_FOLDER
+        folder.mkdir(exist_ok=True)
+        rows = self.held_out.rows
+        rows = rows[torch.linspace(0, len(rows) - 1, min(PLOTTED_SAMPLES, len(rows))).long()]
+        originals = self.dataset.samples[rows]
+        self.model.eval()
+        with torch.no_grad():
+            reconstructions = self.model(originals.to(self.device)).reconstruction.cpu()
+        self.model.train()
+        title = f"{self.model.name} on {self.dataset.name}"
+        plot_reconstructions(
+            originals,
+            reconstructions,
+            self.dataset.sample_shape,
+            f"{title}: held-out samples after step {self.steps_taken:,}",
+            folder / "reconstructions.png",
+        )
+        plot_loss(read_metrics(self.directory / METRICS_FILE), title, folder / "loss.png")

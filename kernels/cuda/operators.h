@@ -1,0 +1,233 @@
+// The dense layers' operators on the LibTorch stable ABI: the order in which matrix
+// products and pointwise kernels run. What a backend supplies:
+//
+//   struct Backend {
+//     struct Scope { explicit Scope(const Tensor&); };  // makes the tensor's device current
+//     static void addmm(const Tensor& out, const Tensor& bias, const Tensor& a, const Tensor& b);
+//     static void mm(const Tensor& out, const Tensor& a, const Tensor& b);
+//     // values = act(values); derivative = act'(values before), or null. Same shape, contiguous.
+//     static void activate(const Tensor& values, const Tensor* derivative, const ActivationSpec& spec);
+//     // g = grad * act', bias_grad = column sums of g; each of g and bias_grad may be null. `saved` is the
+//     // derivative or the output, null for identity. All (M, N) and contiguous; bias_grad (N,).
+//     static void activation_gradient(const Tensor& grad, const Tensor* saved, const Tensor* g,
+//                                     const Tensor* bias_grad, const ActivationSpec& spec);
+//   };
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "activation.h"
+#include "dense_schemas.h"
+
+namespace aefast::dense {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct ActivationSpec {
+  Activation activation;
+  ActivationParameters<double> parameters;
+};
+
+inline ActivationSpec activation_spec(const std::string& name, double negative_slope, double alpha) {
+  Activation activation;
+  STD_TORCH_CHECK(activation_named(name, activation), "aefast: unknown activation ", name);
+  return {activation, {negative_slope, alpha}};
+}
+
+// Contiguous and uninitialised, on the device of `like`.
+inline Tensor empty(const Tensor& like, int32_t dtype, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = stride;
+    stride *= sizes[dim] > 0 ? sizes[dim] : 1;
+  }
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype, device_type,
+                                                         like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty(like, dtype, sizes);
+}
+
+// The view (C, R) of a matrix (R, C).
+inline Tensor transposed(const Tensor& matrix) {
+  const int64_t sizes[] = {matrix.size(1), matrix.size(0)};
+  const int64_t strides[] = {matrix.stride(1), matrix.stride(0)};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes, strides, 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols, name, " must be (", rows,
+                  ", ", cols, ")");
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have the dtype of the other tensors");
+}
+
+template <typename Backend>
+struct Operators {
+  static std::tuple<Tensor, OptionalTensor> linear_act(const Tensor& x, const Tensor& weight,
+                                                       const OptionalTensor& bias, const std::string& activation,
+                                                       double negative_slope, double alpha, bool save_derivative) {
+    const typename Backend::Scope scope(x);
+    return layer(x, weight, bias, activation_spec(activation, negative_slope, alpha), save_derivative);
+  }
+
+  static std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> linear_act_backward(
+      const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& saved, const std::string& activation,
+      double negative_slope, double alpha, bool need_x, bool need_weight, bool need_bias) {
+    const typename Backend::Scope scope(x);
+    const ActivationSpec spec = activation_spec(activation, negative_slope, alpha);
+    LayerGradients gradients = layer_backward(grad, x, weight, saved, spec, need_x, need_weight, need_bias);
+    return {gradients.x, gradients.weight, gradients.bias};
+  }
+
+  static std::tuple<std::vector<Tensor>, std::vector<OptionalTensor>> mlp(
+      const Tensor& x, const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
+      const std::vector<std::string>& activations, double negative_slope, double alpha, bool save) {
+    const size_t layers = weights.size();
+    STD_TORCH_CHECK(layers > 0, "weights must hold at least one layer");
+    STD_TORCH_CHECK(biases.size() == layers && activations.size() == layers,
+                    "biases and activations must have one entry a layer");
+    const typename Backend::Scope scope(x);
+    std::vector<Tensor> outputs;
+    std::vector<OptionalTensor> derivatives;
+    Tensor hidden = x;
+    for (size_t l = 0; l < layers; ++l) {
+      const ActivationSpec spec = activation_spec(activations[l], negative_slope, alpha);
+      auto [out, derivative] = layer(hidden, weights[l], biases[l], spec, save);
+      hidden = out;
+      if (save) {
+        outputs.push_back(out);
+        derivatives.push_back(derivative);
+      }
+    }
+    if (!save) outputs.push_back(hidden);
+    return {outputs, derivatives};
+  }
+
+  static std::tuple<OptionalTensor, std::vector<OptionalTensor>, std::vector<OptionalTensor>> mlp_backward(
+      const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& outputs,
+      const std::vector<OptionalTensor>& derivatives, const std::vector<std::string>& activations, double negative_slope,
+      double alpha, bool need_x, const std::vector<bool>& need_weights, const std::vector<bool>& need_biases) {
+    const size_t layers = weights.size();
+    STD_TORCH_CHECK(outputs.size() == layers && derivatives.size() == layers && activations.size() == layers &&
+                        need_weights.size() == layers && need_biases.size() == layers,
+                    "outputs, derivatives, activations, need_weights and need_biases must have one entry a layer");
+    const typename Backend::Scope scope(x);
+    // need_input[l]: x or a parameter of a layer below l wants a gradient.
+    std::vector<bool> need_input(layers);
+    bool needed = need_x;
+    for (size_t l = 0; l < layers; ++l) {
+      need_input[l] = needed;
+      needed = needed || need_weights[l] || need_biases[l];
+    }
+    std::vector<OptionalTensor> weight_gradients(layers), bias_gradients(layers);
+    OptionalTensor gradient = grad;
+    for (size_t l = layers; l-- > 0 && gradient;) {
+      const ActivationSpec spec = activation_spec(activations[l], negative_slope, alpha);
+      OptionalTensor saved;
+      if (stores_derivative(spec.activation)) {
+        saved = derivatives[l];
+      } else if (spec.activation != Activation::identity) {
+        saved = outputs[l];
+      }
+      const Tensor& input = l > 0 ? outputs[l - 1] : x;
+      LayerGradients gradients = layer_backward(*gradient, input, weights[l], saved, spec, need_input[l],
+                                                need_weights[l], need_biases[l]);
+      weight_gradients[l] = gradients.weight;
+      bias_gradients[l] = gradients.bias;
+      gradient = gradients.x;
+    }
+    return {gradient, weight_gradients, bias_gradients};
+  }
+
+ private:
+  struct LayerGradients {
+    OptionalTensor x, weight, bias;
+  };
+
+  static std::tuple<Tensor, OptionalTensor> layer(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                  const ActivationSpec& spec, bool save_derivative) {
+    STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x and weight must be matrices");
+    check_matrix("weight", weight, weight.size(0), x.size(1), x);
+    Tensor out = empty(x, {x.size(0), weight.size(0)});
+    if (bias) {
+      STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == x.scalar_type(),
+                      "bias must be (", weight.size(0), ",) of x's dtype");
+      Backend::addmm(out, *bias, x, transposed(weight));
+    } else {
+      Backend::mm(out, x, transposed(weight));
+    }
+    if (spec.activation == Activation::identity) return {out, std::nullopt};
+    OptionalTensor derivative;
+    if (save_derivative && stores_derivative(spec.activation)) derivative = empty(x, {x.size(0), weight.size(0)});
+    Backend::activate(out, derivative ? &*derivative : nullptr, spec);
+    return {out, derivative};
+  }
+
+  static LayerGradients layer_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                       const OptionalTensor& saved, const ActivationSpec& spec, bool need_x,
+                                       bool need_weight, bool need_bias) {
+    STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x and weight must be matrices");
+    const int64_t rows = x.size(0), cols = weight.size(0);
+    const bool is_identity = spec.activation == Activation::identity;
+    check_matrix("weight", weight, cols, x.size(1), x);
+    check_matrix("grad", grad, rows, cols, x);
+    STD_TORCH_CHECK(is_identity || saved, "saved must be given for every activation but identity");
+
+    LayerGradients gradients;
+    if (need_bias) gradients.bias = empty(x, {cols});
+    const Tensor* bias_gradient = need_bias ? &*gradients.bias : nullptr;
+    Tensor g = as_contiguous(grad);
+    if (is_identity) {
+      if (need_bias) Backend::activation_gradient(g, nullptr, nullptr, bias_gradient, spec);
+    } else if (need_x || need_weight || need_bias) {
+      check_matrix("saved", *saved, rows, cols, x);
+      const Tensor contiguous_saved = as_contiguous(*saved), contiguous_grad = g;
+      if (need_x || need_weight) g = empty(x, {rows, cols});
+      Backend::activation_gradient(contiguous_grad, &contiguous_saved, need_x || need_weight ? &g : nullptr,
+                                   bias_gradient, spec);
+    }
+    if (need_x) {
+      gradients.x = empty(x, {rows, x.size(1)});
+      Backend::mm(*gradients.x, g, weight);
+    }
+    if (need_weight) {
+      gradients.weight = empty(x, {cols, x.size(1)});
+      Backend::mm(*gradients.weight, transposed(g), x);
+    }
+    return gradients;
+  }
+};
+
+template <typename Backend>
+void implement(torch::stable::detail::StableLibrary& library) {
+  library.impl("linear_act", TORCH_BOX(&Operators<Backend>::linear_act));
+  library.impl("linear_act_backward", TORCH_BOX(&Operators<Backend>::linear_act_backward));
+  library.impl("mlp", TORCH_BOX(&Operators<Backend>::mlp));
+  library.impl("mlp_backward", TORCH_BOX(&Operators<Backend>::mlp_backward));
+}
+
+}  // namespace aefast::dense

@@ -1,0 +1,118 @@
+"""A stack of dense layers. The kernels are linear_act.py's; what is fused across layers is the backward:
+
+    g_l = (g_{l+1} @ W_{l+1}) * act'_l   one GEMM, act' in its epilogue
+    dbias_l = g_l.sum(0)                 sums over 64 rows from the same epilogue, then column_sum_kernel
+
+so that no layer but the last reads or writes a gradient outside a GEMM.
+"""
+
+import torch
+
+from ..activation import STORES_DERIVATIVE
+from .linear_act import (
+    apply_derivative,
+    compatible,
+    forward,
+    gemm,
+    new_partials,
+    on_device,
+    outermost_gradient,
+    plan,
+    product,
+    sum_partials,
+)
+
+__all__ = ["compatible", "mlp", "mlp_backward"]
+
+
+def inner_gradient(g, weight, saved, activation, negative_slope, alpha, need_bias):
+    """(g @ weight) * act' of the layer below, and the column sums of that.
+
+    g (M, N), weight (N, K). saved (M, K): act' for STORES_DERIVATIVE, else the output of the layer below;
+    unused for identity.
+    """
+    M, K = g.shape[0], weight.shape[1]
+    below = torch.empty((M, K), dtype=g.dtype, device=g.device)
+    if below.numel() == 0:
+        return below, torch.zeros(K, dtype=g.dtype, device=g.device) if need_bias else None
+    partials = new_partials(M, K, g) if need_bias else None
+    saved = None if activation == "identity" else saved.contiguous()
+    chosen = plan("dgrad_act", g, weight)
+    if chosen.fused:
+        gemm(
+            g,
+            weight,
+            below,
+            chosen,
+            saved=saved,
+            partials=partials,
+            activation=activation,
+            negative_slope=negative_slope,
+            alpha=alpha,
+        )
+    else:
+        torch.mm(g, weight, out=below)
+        if saved is not None or partials is not None:
+            apply_derivative(
+                below, saved, None if saved is None else below, partials, activation, negative_slope, alpha
+            )
+    return below, sum_partials(partials, g.dtype) if need_bias else None
+
+
+def mlp(x, weights, biases, activations, negative_slope, alpha, save):
+    """x (M, K) through all layers: (outputs, derivatives), one a layer; ([final], [None]) without save."""
+    outputs, derivatives = [], []
+    with on_device(x):
+        for weight, bias, activation in zip(weights, biases, activations, strict=True):
+            x, derivative = forward(x, weight, bias, activation, negative_slope, alpha, save)
+            outputs.append(x)
+            derivatives.append(derivative)
+    return (outputs, derivatives) if save else (outputs[-1:], [None])
+
+
+def mlp_backward(
+    grad,
+    x,
+    weights,
+    outputs,
+    derivatives,
+    activations,
+    negative_slope,
+    alpha,
+    need_x,
+    need_weights,
+    need_biases,
+):
+    """(dx | None, dweights, dbiases), None where not needed. Ends at the lowest layer that anything needs."""
+    layers = len(weights)
+    dweights, dbiases = [None] * layers, [None] * layers
+    needed = [i for i in range(layers) if need_x or need_weights[i] or need_biases[i]]
+    lowest = min(needed, default=layers)
+    if lowest == layers:
+        return None, dweights, dbiases
+
+    def saved(layer):
+        return derivatives[layer] if activations[layer] in STORES_DERIVATIVE else outputs[layer]
+
+    with on_device(grad):
+        top = layers - 1
+        need_g = need_x or lowest < top or need_weights[top]
+        g, dbiases[top] = outermost_gradient(
+            grad, saved(top), activations[top], negative_slope, alpha, need_g, need_biases[top]
+        )
+        for layer in range(top, lowest - 1, -1):
+            if need_weights[layer]:
+                dweights[layer] = product("wgrad", g.t(), outputs[layer - 1] if layer else x)
+            if layer > lowest:
+                below = layer - 1
+                g, dbiases[below] = inner_gradient(
+                    g,
+                    weights[layer],
+                    saved(below),
+                    activations[below],
+                    negative_slope,
+                    alpha,
+                    need_biases[below],
+                )
+        dx = product("dgrad", g, weights[0]) if need_x else None
+    return dx, dweights, dbiases

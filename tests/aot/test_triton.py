@@ -1,0 +1,85 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 within the budgets of kernels/triton/aot.py."""
+
+import importlib.util
+import inspect
+import json
+import os
+import pkgutil
+import sys
+from pathlib import Path
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
+triton = pytest.importorskip("triton")
+package = importlib.import_module("aefast.kernels.triton")
+aot = importlib.import_module("aefast.kernels.triton.aot")
+tuning = importlib.import_module("aefast.kernels.triton.tuning")
+
+
+def sibling(name):
+    """A module beside this one; --import-mode=importlib puts no test folder on sys.path."""
+    spec = importlib.util.spec_from_file_location(f"aot_{name}", Path(__file__).parent / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sass = sibling("sass")
+pytestmark = pytest.mark.aot
+
+SIGNATURES = aot.signatures()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    "signature, capability",
+    [
+        pytest.param(signature, capability, id=f"{signature.name} sm_{capability}".replace(" ", "/"))
+        for signature in SIGNATURES
+        for capability in signature.targets
+    ],
+)
+def test_budget(signature, capability, tmp_path, aot_row):
+    code = sass.compile_signature(signature, capability, tmp_path)
+    matrix = code.matrix(capability)
+    aot_row(
+        (
+            signature.name,
+            capability,
+            code.registers,
+            signature.registers,
+            code.spills,
+            code.shared,
+            code.load_bits,
+            matrix,
+        )
+    )
+    assert code.spills == 0 and code.stack == 0
+    assert code.registers <= signature.registers
+    assert code.load_bits >= signature.load_bits
+    assert code.shared <= {80: 163, 90: 227, 100: 227}[capability] * 1024
+    assert (matrix > 0) == signature.matrix
+
+
+def test_every_kernel_has_a_signature():
+    covered = {signature.kernel for signature in SIGNATURES}
+    for module in pkgutil.iter_modules(package.__path__):
+        members = inspect.getmembers(importlib.import_module(f"{package.__name__}.{module.name}"))
+        for name, member in members:
+            if isinstance(member, triton.JITFunction) and name.endswith("_kernel"):
+                assert member in covered, f"{module.name}.{name} has no signature in aot.py"
+
+
+def test_shipped_tables_name_only_compiled_tiles():
+    """A table's tile is one of those above."""
+    known = {*tuning.TILES_TENSOR, *tuning.TILES_FMA, *tuning.TILES_ODD}
+    for path in (Path(package.__path__[0]) / "tuned").glob("*.json"):
+        for key, row in json.loads(path.read_text())["rows"].items():
+            assert row["candidate"] in ("fused", "unfused"), key
+            assert row["candidate"] == "unfused" or tuning.Tile.parse(row["tile"]) in known, key

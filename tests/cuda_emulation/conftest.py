@@ -1,0 +1,35 @@
+"""Compiles CUDA C++ sources for the CPU, against the emulation of cuda_emulation.h."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+TORCH = Path(torch.__file__).parent
+
+
+@pytest.fixture(scope="session")
+def compile_emulated(tmp_path_factory):
+    """compile_emulated(source, *flags, first_include=None) -> path of a shared library."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the emulation needs g++, which is not on PATH")
+
+    def compile_emulated(source: Path, *flags: str, first_include: Path | None = None) -> Path:
+        library = tmp_path_factory.mktemp("emulation") / f"{source.stem}.so"
+        includes = [HERE, REPOSITORY / "kernels/cuda", REPOSITORY / "kernels/include"]
+        if first_include is not None:
+            includes.insert(0, first_include)
+        command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
+        # Each library has an emulated machine and shared memory of its own.
+        command += ["-shared", "-fPIC", "-fno-gnu-unique", "-Wl,-Bsymbolic"]
+        command += [f"-I{path}" for path in includes]
+        command += ["-isystem", str(TORCH / "include"), "-x", "c++", str(source), "-o", str(library), *flags]
+        subprocess.run(command, check=True)
+        return library
+
+    return compile_emulated

@@ -1,0 +1,130 @@
+"""What nvcc makes of the CUDA kernels: registers, spills, shared memory, widths of memory accesses.
+
+Needs nvcc but no GPU. Triton brings the disassembler.
+"""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.aot
+
+REPOSITORY = Path(__file__).parents[2]
+ARCHITECTURES = {"sm_80": "80", "sm_90a": "90a", "sm_100": "100"}
+ELEMENT = {"f": "float32", "d": "float64", "N3c104HalfE": "float16", "N3c108BFloat16E": "bfloat16"}
+
+# Registers a thread. Blocks of 256 threads that fit on a multiprocessor: eight with 32, six with 40, three
+# with 80, two with 128.
+REGISTERS = {
+    "activation": 40,
+    "activation_gradient vectorised": 80,
+    "activation_gradient one by one": 128,
+    "column_sum": 32,
+}
+
+
+def disassembler() -> str | None:
+    spec = importlib.util.find_spec("triton")
+    if spec is not None:
+        bundled = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
+        if bundled.exists():
+            return str(bundled)
+    return shutil.which("cuobjdump")
+
+
+def kernel_and_element(symbol: str) -> tuple[str, str]:
+    match = re.search(r"\d+([a-z_]+)_kernelI(N3c108BFloat16E|N3c104HalfE|f|d)", symbol)
+    kernel = match[1]
+    if kernel == "activation_gradient":
+        kernel += " vectorised" if re.search(r"Lb1EEEv", symbol) else " one by one"
+    return kernel, ELEMENT[match[2]]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """{(architecture, symbol): {"registers", "spills", "shared", "accesses"}}."""
+    nvcc, cuobjdump = shutil.which("nvcc"), disassembler()
+    if nvcc is None:
+        pytest.skip("nvcc is not on PATH")
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump: neither Triton nor the CUDA toolkit brings one")
+    fatbin = tmp_path_factory.mktemp("budgets") / "linear_act.fatbin"
+    command = [nvcc, "-fatbin", "-std=c++17", "-O3", "--threads=0", "-Xptxas=-v"]
+    command += ["--fmad=false"]
+    command += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ARCHITECTURES.values()]
+    command += ["-DUSE_CUDA", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += [f"-I{REPOSITORY / 'kernels/include'}", f"-isystem={Path(torch.__file__).parent / 'include'}"]
+    command += [str(REPOSITORY / "kernels/cuda/linear_act.cu"), "-o", str(fatbin)]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+    facts = defaultdict(dict)
+    entries = re.split(r"Compiling entry function '(\S+)' for '(\S+)'", report)[1:]
+    for symbol, architecture, text in zip(entries[::3], entries[1::3], entries[2::3], strict=True):
+        shared = re.search(r"(\d+) bytes smem", text)
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        facts[architecture, symbol] |= {
+            "registers": int(re.search(r"Used (\d+) registers", text)[1]),
+            "spills": int(spills[1]) + int(spills[2]),
+            "shared": int(shared[1]) if shared else 0,
+        }
+
+    listing = subprocess.run([cuobjdump, "-sass", fatbin], check=True, capture_output=True, text=True).stdout
+    architecture = symbol = None
+    for line in listing.splitlines():
+        if match := re.search(r"code for (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.search(r"Function : (\S+)", line):
+            symbol = match[1]
+            facts[architecture, symbol]["accesses"] = Counter()
+        elif match := re.search(r"\b(LDG|STG|LDL|STL)\.(\S+)", line):
+            width = re.search(r"\b(?:128|64|U16|U8|S16|S8)\b", match[2])
+            facts[architecture, symbol]["accesses"][match[1], width[0] if width else "32"] += 1
+    return facts
+
+
+def test_every_kernel_is_compiled_for_every_architecture(compiled):
+    symbols = {architecture: {s for a, s in compiled if a == architecture} for architecture in ARCHITECTURES}
+    assert all(symbols.values())
+    assert symbols["sm_80"] == symbols["sm_90a"] == symbols["sm_100"]
+    assert {kernel_and_element(symbol) for _, symbol in compiled} == {
+        (kernel, element) for kernel in REGISTERS for element in ELEMENT.values()
+    }
+
+
+def test_registers_and_spills(compiled, capsys):
+    groups = defaultdict(list)
+    for (architecture, symbol), facts in compiled.items():
+        groups[(*kernel_and_element(symbol), architecture)].append(facts)
+    with capsys.disabled():
+        row = "{:<32}{:<10}{:<8}{:>8}{:>10}{:>8}{:>8}  {}".format
+        print(
+            "\n" + row("kernel", "element", "target", "kernels", "registers", "spills", "shared", "accesses")
+        )
+        for group, members in sorted(groups.items()):
+            widths = sorted({f"{name}.{width}" for facts in members for name, width in facts["accesses"]})
+            worst = (max(facts[key] for facts in members) for key in ("registers", "spills", "shared"))
+            print(row(*group, len(members), *worst, " ".join(widths)))
+    over = {
+        key: facts
+        for key, facts in compiled.items()
+        if facts["spills"] > 0 or facts["registers"] > REGISTERS[kernel_and_element(key[1])[0]]
+    }
+    assert not over
+
+
+def test_vector_accesses_are_16_bytes_wide(compiled):
+    for (_, symbol), facts in compiled.items():
+        kernel, _ = kernel_and_element(symbol)
+        accesses = facts["accesses"]
+        assert not any(name in ("LDL", "STL") for name, _ in accesses), f"{symbol} uses local memory"
+        if kernel == "activation":  # its last vector may be partial
+            assert accesses["LDG", "128"] and accesses["STG", "128"], symbol
+        if kernel == "activation_gradient vectorised":  # the narrower store is a column's partial sum
+            assert accesses["LDG", "128"] and accesses["STG", "128"], symbol
+            assert {width for name, width in accesses if name == "LDG"} == {"128"}, symbol

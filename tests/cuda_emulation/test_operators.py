@@ -1,0 +1,171 @@
+"""kernels/cuda/linear_act.cu whole, on CPU tensors: the operators' glue, with emulated kernels."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from aefast.kernels.activation import ACTIVATIONS, STORES_DERIVATIVE
+
+SOURCE = Path(__file__).parents[2] / "kernels/cuda/linear_act.cu"
+SLOPE, ALPHA = 0.2, 1.3
+
+FORWARD = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "leaky_relu": lambda x: F.leaky_relu(x, SLOPE),
+    "elu": lambda x: F.elu(x, ALPHA),
+    "selu": F.selu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+}
+
+
+@pytest.fixture(scope="module")
+def ops(compile_emulated):
+    torch_lib = Path(torch.__file__).parent / "lib"
+    flags = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    link = [f"-L{torch_lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    torch.ops.load_library(str(compile_emulated(SOURCE, *flags, *link)))
+    return torch.ops.aefast_cuda_emulation
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def eager_gradients(names, grad, x, weights, biases):
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *weights)]
+    bias_leaves = [None if b is None else b.detach().clone().requires_grad_() for b in biases]
+    out = leaves[0]
+    for name, weight, bias in zip(names, leaves[1:], bias_leaves, strict=True):
+        out = FORWARD[name](F.linear(out, weight, bias))
+    wanted = leaves + [b for b in bias_leaves if b is not None]
+    gradients = iter(torch.autograd.grad(out, wanted, grad))
+    d_x, *d_weights = [next(gradients) for _ in leaves]
+    return out, d_x, d_weights, [None if b is None else next(gradients) for b in bias_leaves]
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_linear_act(ops, name, with_bias):
+    x, weight, grad = random(11, 6, seed=1), random(9, 6, seed=2), random(11, 9, seed=3)
+    bias = random(9, seed=4) if with_bias else None
+    options = (name, SLOPE, ALPHA)
+    out, derivative = ops.linear_act(x, weight, bias, *options, True)
+    assert (derivative is not None) == (name in STORES_DERIVATIVE)
+    saved = None if name == "identity" else out if derivative is None else derivative
+    d_x, d_weight, d_bias = ops.linear_act_backward(grad, x, weight, saved, *options, True, True, with_bias)
+
+    expected, e_x, (e_weight,), (e_bias,) = eager_gradients([name], grad, x, [weight], [bias])
+    for actual, reference in ((out, expected), (d_x, e_x), (d_weight, e_weight), (d_bias, e_bias)):
+        assert (actual is None) == (reference is None)
+        if reference is not None:
+            torch.testing.assert_close(actual, reference, rtol=1e-12, atol=1e-12)
+
+    without, none = ops.linear_act(x, weight, bias, *options, False)
+    torch.testing.assert_close(without, out, rtol=0, atol=0)
+    assert none is None
+    nothing = ops.linear_act_backward(grad, x, weight, saved, *options, False, False, False)
+    assert nothing == (None, None, None)
+
+
+def test_strided_and_expanded_tensors(ops):
+    x, weight = random(6, 11, seed=1).t(), random(6, 9, seed=2).t()
+    grad = random(1, 9, seed=3).expand(11, 9)
+    for name in ("identity", "tanh"):
+        options = (name, SLOPE, ALPHA)
+        out, _ = ops.linear_act(x, weight, None, *options, True)
+        saved = None if name == "identity" else out.t().contiguous().t()
+        gradients = ops.linear_act_backward(grad, x, weight, saved, *options, True, True, True)
+        zeros = torch.zeros(9, dtype=torch.float64)
+        _, d_x, (d_weight,), (d_bias,) = eager_gradients([name], grad, x, [weight], [zeros])
+        torch.testing.assert_close(gradients, (d_x, d_weight, d_bias), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (5, 0, 4), (5, 3, 0)], ids=str)
+def test_empty_tensors(ops, shape):
+    rows, k, n = shape
+    x, weight, bias, grad = random(rows, k), random(n, k), random(n), random(rows, n)
+    options = ("relu", SLOPE, ALPHA)
+    out, _ = ops.linear_act(x, weight, bias, *options, True)
+    gradients = ops.linear_act_backward(grad, x, weight, out, *options, True, True, True)
+    expected, d_x, (d_weight,), (d_bias,) = eager_gradients(["relu"], grad, x, [weight], [bias])
+    torch.testing.assert_close((out, *gradients), (expected, d_x, d_weight, d_bias))
+
+
+MLP = ["gelu", "relu", "identity", "tanh", "silu"]
+SIZES = [5, 8, 7, 7, 3, 6]
+
+
+def mlp_arguments():
+    weights = [random(n, k, seed=n + k) for k, n in pairwise(SIZES)]
+    biases = [None if layer == 2 else random(len(weight), seed=layer) for layer, weight in enumerate(weights)]
+    return random(10, SIZES[0], seed=7), weights, biases, [name for name in MLP]
+
+
+def test_mlp(ops):
+    x, weights, biases, codes = mlp_arguments()
+    grad = random(10, SIZES[-1], seed=8)
+    outputs, derivatives = ops.mlp(x, weights, biases, codes, SLOPE, ALPHA, True)
+    assert len(outputs) == len(derivatives) == len(MLP)
+    assert [d is not None for d in derivatives] == [name in STORES_DERIVATIVE for name in MLP]
+    has_bias = [bias is not None for bias in biases]
+    d_x, d_weights, d_biases = ops.mlp_backward(
+        grad, x, weights, outputs, derivatives, codes, SLOPE, ALPHA, True, [True] * 5, has_bias
+    )
+    expected, e_x, e_weights, e_biases = eager_gradients(MLP, grad, x, weights, biases)
+    torch.testing.assert_close((outputs[-1], d_x), (expected, e_x), rtol=1e-11, atol=1e-12)
+    for actual, reference in zip(d_weights + d_biases, e_weights + e_biases, strict=True):
+        assert (actual is None) == (reference is None)
+        if reference is not None:
+            torch.testing.assert_close(actual, reference, rtol=1e-11, atol=1e-12)
+
+    (only,), nothing = ops.mlp(x, weights, biases, codes, SLOPE, ALPHA, False)
+    assert torch.equal(only, outputs[-1]) and nothing == []
+
+
+def test_mlp_computes_only_what_is_wanted(ops):
+    x, weights, biases, codes = mlp_arguments()
+    grad = random(10, SIZES[-1], seed=8)
+    saved = ops.mlp(x, weights, biases, codes, SLOPE, ALPHA, True)
+    arguments = (grad, x, weights, *saved, codes, SLOPE, ALPHA)
+    _, every_weight, every_bias = ops.mlp_backward(*arguments, True, [True] * 5, [True] * 5)
+    need_weights, need_biases = [False, False, False, True, False], [False, True, False, False, False]
+    d_x, d_weights, d_biases = ops.mlp_backward(*arguments, False, need_weights, need_biases)
+    assert d_x is None
+    assert [d is not None for d in d_weights] == need_weights
+    assert [d is not None for d in d_biases] == need_biases
+    assert torch.equal(d_weights[3], every_weight[3]) and torch.equal(d_biases[1], every_bias[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_other_dtypes(ops, dtype):
+    x, weight, bias = (random(*shape, seed=1).to(dtype) for shape in ((20, 16), (24, 16), (24,)))
+    grad = random(20, 24, seed=2).to(dtype)
+    options = ("gelu", SLOPE, ALPHA)
+    out, derivative = ops.linear_act(x, weight, bias, *options, True)
+    gradients = ops.linear_act_backward(grad, x, weight, derivative, *options, True, True, True)
+    double = [t.double() for t in (grad, x, weight, bias)]
+    expected, d_x, (d_weight,), (d_bias,) = eager_gradients(["gelu"], *double[:2], [double[2]], [double[3]])
+    tolerance = 20 * torch.finfo(dtype).eps
+    for actual, reference in zip((out, *gradients), (expected, d_x, d_weight, d_bias), strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.double(), reference, rtol=tolerance, atol=tolerance)
+
+
+def test_wrong_arguments_are_refused(ops):
+    x, weight = random(4, 3), random(5, 3)
+    with pytest.raises(RuntimeError, match="unknown activation rellu"):
+        ops.linear_act(x, weight, None, "rellu", SLOPE, ALPHA, False)
+    with pytest.raises(RuntimeError, match="weight must be"):
+        ops.linear_act(x, random(5, 4), None, "identity", SLOPE, ALPHA, False)
+    with pytest.raises(RuntimeError, match="dtype"):
+        ops.linear_act(x, weight.float(), None, "identity", SLOPE, ALPHA, False)
+    with pytest.raises(RuntimeError, match="saved must be"):
+        ops.linear_act_backward(random(4, 5), x, weight, random(3, 5), "relu", SLOPE, ALPHA, True, True, True)

@@ -1,0 +1,105 @@
+"""LinearAct and MLP beside the plain PyTorch modules they stand for."""
+
+import pytest
+import torch
+from torch import nn
+
+from aefast.errors import InputError
+from aefast.kernels.activation import ACTIVATIONS
+from aefast.nn import MLP, LinearAct
+
+
+def assert_as_good_as(fused, eager, truth):
+    """`fused` is at most twice as far from the float64 `truth` as `eager` is, up to rounding."""
+    noise = torch.finfo(fused.dtype).eps * truth.abs().max().item()
+    error = (fused.double() - truth).abs().max().item()
+    assert error <= 2 * (eager.double() - truth).abs().max().item() + 2 * noise
+
+
+def outputs_and_gradients(module, x):
+    """Output, input gradient and parameter gradients by state dict key, of a weighted sum of the output."""
+    module.zero_grad()
+    x = x.clone().requires_grad_()
+    output = module(x)
+    (output * torch.linspace(-1, 1, output.numel(), dtype=x.dtype).reshape(output.shape)).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return {"output": output.detach(), "x": x.grad, **gradients}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_linear_act_matches_its_eager_twin(activation):
+    torch.manual_seed(1)
+    layer = LinearAct(13, 7, activation=activation, negative_slope=0.2, alpha=1.5)
+    x = torch.randn(3, 5, 13)
+    fused = outputs_and_gradients(layer, x)
+    eager = outputs_and_gradients(layer.eager(), x)
+    truth = outputs_and_gradients(layer.eager().double(), x.double())
+    for name, value in fused.items():
+        twin = name if name in eager else f"0.{name}"
+        assert_as_good_as(value, eager[twin], truth[twin])
+
+
+def test_linear_act_has_the_parameters_of_linear():
+    torch.manual_seed(3)
+    layer = LinearAct(20, 10, activation="gelu")
+    torch.manual_seed(3)
+    linear = nn.Linear(20, 10)
+    assert list(layer.state_dict()) == list(linear.state_dict())
+    for ours, theirs in zip(layer.parameters(), linear.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert LinearAct(2, 3, bias=False).bias is None
+    assert "bias" not in LinearAct(2, 3, bias=False).state_dict()
+
+
+def test_linear_act_shows_its_options():
+    shown = repr(LinearAct(4, 2, activation="leaky_relu", negative_slope=0.3))
+    for part in ("in_features=4", "out_features=2", "activation=leaky_relu", "negative_slope=0.3"):
+        assert part in shown
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "identity"])
+def test_mlp_matches_its_eager_twin(activation, bias):
+    torch.manual_seed(2)
+    mlp = MLP((11, 17, 5, 9), activation, "tanh", bias=bias)
+    x = torch.randn(6, 11)
+    fused = outputs_and_gradients(mlp, x)
+    eager = outputs_and_gradients(mlp.eager(), x)
+    truth = outputs_and_gradients(mlp.eager().double(), x.double())
+    assert fused.keys() == eager.keys()
+    for name, value in fused.items():
+        assert_as_good_as(value, eager[name], truth[name])
+
+
+def test_mlp_and_sequential_exchange_state_dicts():
+    mlp = MLP((8, 6, 4, 3), "silu")
+    sequential = nn.Sequential(nn.Linear(8, 6), nn.SiLU(), nn.Linear(6, 4), nn.SiLU(), nn.Linear(4, 3))
+    mlp.load_state_dict(sequential.state_dict())
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(mlp(x), sequential(x))
+    assert [type(module) for module in mlp.eager()] == [type(module) for module in sequential]
+
+
+def test_eager_twin_is_a_copy():
+    mlp = MLP((4, 3, 2))
+    twin = mlp.eager()
+    with torch.no_grad():
+        twin[0].weight.zero_()
+    assert mlp.layers[0].weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LinearAct(0, 3), "in_features=0: expected a positive integer"),
+        (lambda: LinearAct(3, 2.0), "out_features=2.0"),
+        (lambda: LinearAct(3, 3, activation="rleu"), "did you mean 'relu'"),
+        (lambda: MLP((3,)), "features="),
+        (lambda: MLP("34"), "features='34'"),
+        (lambda: MLP((3, -1)), r"features\[1\]=-1"),
+        (lambda: MLP((3, 2), output_activation="sigmoidal"), "output_activation='sigmoidal'"),
+    ],
+)
+def test_bad_options_are_named(make, message):
+    with pytest.raises(InputError, match=message):
+        make()

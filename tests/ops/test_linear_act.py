@@ -1,0 +1,266 @@
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from support import numerics
+from torch.nn import functional as F
+
+import aefast
+import aefast.functional as AF
+from aefast.errors import InputError
+from aefast.kernels.activation import ACTIVATIONS, STORES_DERIVATIVE
+from aefast.ops import linear_act
+
+OP = linear_act.OP
+CPU = torch.device("cpu")
+BACKENDS = [
+    pytest.param("cpu", "cpu", id="cpu"),
+    pytest.param("triton", "cuda", id="triton", marks=pytest.mark.gpu),
+    pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.gpu),
+]
+
+
+def operands(rows=6, inputs=5, features=4, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(2)
+    return tuple(
+        torch.randn(*shape, generator=generator, dtype=dtype, requires_grad=True)
+        for shape in ((rows, inputs), (features, inputs), (features,))
+    )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", numerics.DTYPES)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_matches_float64_reference(poisoned_memory, backend, device, dtype, activation):
+    numerics.require_backend(backend, OP.name, device, dtype)
+    for sample in OP.samples(torch.device(device), dtype):
+        settings = {"activation": activation, "negative_slope": 0.2, "alpha": 0.7}
+        numerics.check(OP, backend, {**sample, **settings}, dtype)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_expanded_gradient(poisoned_memory, backend, device):
+    numerics.require_backend(backend, OP.name, device, torch.float32)
+    for sample in OP.samples(torch.device(device), torch.float32):
+        numerics.check(OP, backend, {**sample, "activation": "gelu"}, torch.float32, expand_grad=True)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_chunks(poisoned_memory, dtype, activation):
+    """Enough rows that chunks run in parallel, and blocks end inside chunks."""
+    numerics.require_backend("cpu", OP.name, "cpu", dtype)
+    generator = torch.Generator().manual_seed(3)
+    sample = {
+        "x": torch.randn(5003, 37, generator=generator).to(dtype),
+        "weight": (torch.randn(211, 37, generator=generator) * 0.2).to(dtype),
+        "bias": torch.randn(211, generator=generator).to(dtype),
+        "activation": activation,
+    }
+    numerics.check(OP, "cpu", sample, dtype)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    rows=st.integers(0, 150),
+    inputs=st.integers(0, 40),
+    features=st.integers(0, 70),
+    strides=st.tuples(*[st.sampled_from(["plain", "transposed", "sliced", "expanded"])] * 2),
+    activation=st.sampled_from(ACTIVATIONS),
+    biased=st.booleans(),
+)
+def test_any_shape_and_stride(rows, inputs, features, strides, activation, biased):
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(rows + 1000 * inputs)
+
+    def matrix(height, width, layout):
+        if layout == "transposed":
+            return torch.randn(width, height, generator=generator).t()
+        if layout == "sliced":
+            return torch.randn(2 * height + 1, width + 3, generator=generator)[1::2, 2 : width + 2]
+        if layout == "expanded":
+            return torch.randn(1, width, generator=generator).expand(height, width)
+        return torch.randn(height, width, generator=generator)
+
+    sample = {
+        "x": matrix(rows, inputs, strides[0]),
+        "weight": matrix(features, inputs, strides[1]) * max(1, inputs) ** -0.5,
+        "bias": torch.randn(features, generator=generator) if biased else None,
+        "activation": activation,
+    }
+    numerics.check(OP, "cpu", sample, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu"])
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_opcheck(backend, device, activation, dtype):
+    numerics.require_backend(backend, OP.name, device, dtype)
+    x, weight, bias = (tensor.detach().to(device, dtype) for tensor in operands())
+    settings = (activation, 0.01, 1.0)
+    for needs in ((True, True, True), (False, True, False), (False, False, False)):
+        tensors = [
+            tensor.clone().requires_grad_(need) for tensor, need in zip((x, weight, bias), needs, strict=True)
+        ]
+        torch.library.opcheck(torch.ops.aefast.linear_act.default, (*tensors, *settings, backend))
+    torch.library.opcheck(torch.ops.aefast.linear_act.default, (x, weight, None, *settings, backend))
+    grad = torch.randn(x.shape[0], weight.shape[0], device=device, dtype=dtype)
+    saved = None if activation == "identity" else torch.rand_like(grad)
+    torch.library.opcheck(
+        torch.ops.aefast.linear_act_backward.default,
+        (grad, x, weight, saved, *settings, True, False, True, backend),
+    )
+    if activation in STORES_DERIVATIVE:
+        torch.library.opcheck(
+            torch.ops.aefast.linear_act_with_derivative.default, (x, weight, bias, *settings, backend)
+        )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_first_and_second_derivatives(activation):
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float64)
+    with aefast.backend("cpu"):
+        assert torch.autograd.gradcheck(lambda *t: AF.linear_act(*t, activation), operands())
+        assert torch.autograd.gradgradcheck(lambda *t: AF.linear_act(*t, activation), operands())
+
+
+@pytest.mark.parametrize("activation", ["tanh", "gelu"])
+def test_gradient_penalty(activation):
+    """Second derivatives flow through both an input and a weight that depends on it."""
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float64)
+
+    def penalty(layer):
+        x, weight, bias = operands()
+        mixed = weight * x.mean()
+        out = layer(x, mixed, bias, activation)
+        (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), (x, weight, bias))
+
+    with aefast.backend("cpu"):
+        found = penalty(AF.linear_act)
+    for ours, theirs in zip(found, penalty(OP.reference), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["identity", "leaky_relu", "silu"])
+def test_compiles_whole(activation):
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
+
+    def loss(x, weight, bias):
+        return AF.linear_act(x.view(2, 3, 5), weight, bias, activation).square().sum()
+
+    with aefast.backend("cpu"):
+        expected = torch.autograd.grad(loss(*(t := operands(dtype=torch.float32))), t)
+        compiled = torch.compile(loss, fullgraph=True)
+        found = torch.autograd.grad(compiled(*(t := operands(dtype=torch.float32))), t)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    numerics.require_backend("cpu", OP.name, "cpu", dtype)
+    x, weight, bias = operands(40, 30, 20, torch.float32)
+    with aefast.backend("cpu"), torch.autocast("cpu", dtype):
+        out = AF.linear_act(x, weight, bias, "gelu")
+    assert out.dtype == dtype
+    gradients = torch.autograd.grad(out.float().square().sum(), (x, weight, bias))
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    with torch.autocast("cpu", dtype):
+        expected = F.gelu(F.linear(x, weight, bias))
+    eager = torch.autograd.grad(expected.float().square().sum(), (x, weight, bias))
+    # Both round operands and output to `dtype`: three roundings on each side.
+    tolerance = 6 * torch.finfo(dtype).eps
+    for ours, theirs in zip((out.float(), *gradients), (expected.float(), *eager), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
+    with aefast.backend("cpu"), torch.autocast("cpu", dtype):
+        wide = AF.linear_act(*(tensor.detach().double() for tensor in (x, weight, bias)))
+    assert wide.dtype == torch.float64
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_the_gradients_asked_for(needs, activation):
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float64)
+    tensors = [t.detach().requires_grad_(need) for t, need in zip(operands(), needs, strict=True)]
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    with aefast.backend("cpu"):
+        found = torch.autograd.grad(AF.linear_act(*tensors, activation).square().sum(), wanted)
+    expected = torch.autograd.grad(OP.reference(*tensors, activation).square().sum(), wanted)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_and_infinity_propagate(activation):
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
+    x = torch.tensor([[float("nan")], [float("inf")], [float("-inf")], [1e30], [-1e30], [0.0]])
+    weight = torch.ones(9, 1)
+    with aefast.backend("cpu"):
+        found = AF.linear_act(x, weight, None, activation)
+    expected = OP.reference(x, weight, None, activation)
+    assert torch.equal(found.isnan(), expected.isnan())
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_bitwise_repeatable_on_any_number_of_threads():
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(6007, 64, generator=generator, requires_grad=True)
+    weight = torch.randn(96, 64, generator=generator, requires_grad=True)
+    bias = torch.randn(96, generator=generator, requires_grad=True)
+    threads = torch.get_num_threads()
+
+    def once(count):
+        torch.set_num_threads(count)
+        try:
+            with aefast.backend("cpu"):
+                out = AF.linear_act(x, weight, bias, "gelu")
+            return out.detach(), torch.autograd.grad(out.square().sum(), (bias,))[0]
+        finally:
+            torch.set_num_threads(threads)
+
+    first = once(1)
+    for count in (1, 2, 2, 3):
+        for ours, theirs in zip(once(count), first, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_torch_func_and_forward_mode_use_the_reference():
+    x, weight, bias = (tensor.detach() for tensor in operands(300, 300, 300, torch.float32))
+
+    def layer(activate):
+        return lambda w: activate(x, w, bias, "tanh").sum()
+
+    torch.testing.assert_close(
+        torch.func.grad(layer(AF.linear_act))(weight), torch.func.grad(layer(OP.reference))(weight)
+    )
+    found = torch.func.jvp(lambda x: AF.linear_act(x, weight, bias, "tanh"), (x,), (x,))
+    expected = torch.func.jvp(lambda x: OP.reference(x, weight, bias, "tanh"), (x,), (x,))
+    torch.testing.assert_close(found, expected)
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
+    with aefast.backend("cpu"), pytest.raises(aefast.BackendError, match="forward-mode"):
+        torch.func.jvp(lambda x: AF.linear_act(x, weight, bias), (x,), (x,))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": [[1.0]]}, "x must be a torch.Tensor, got list"),
+        ({"x": torch.ones(())}, "x must have at least one dimension"),
+        ({"x": torch.ones(3, 6)}, r"weight must be \(N, 6\) to match x of shape \(3, 6\), got shape \(4, 5\)"),
+        ({"x": torch.ones(3, 5, dtype=torch.int64)}, "x must be float32, bfloat16, float16 or float64, got int64"),
+        ({"weight": torch.ones(4)}, r"weight must have two dimensions, \(N, K\), got shape \(4,\)"),
+        ({"weight": torch.ones(4, 5).half()}, "weight must have the dtype of x, float32, got float16"),
+        ({"weight": torch.ones(4, 5, device="meta")}, "weight must be on the device of x, cpu, got meta"),
+        ({"bias": torch.ones(5)}, r"bias must be \(4,\) to match weight, got shape \(5,\)"),
+        ({"bias": torch.ones(4).double()}, "bias must have the dtype of x, float32, got float64"),
+        ({"activation": "rellu"}, "activation must be one of .* got 'rellu'; did you mean 'relu'"),
+        ({"activation": torch.relu}, "activation must be one of"),
+        ({"negative_slope": -0.1}, "negative_slope must be finite and at least 0, got -0.1"),
+        ({"alpha": float("nan")}, "alpha must be finite and at least 0, got nan"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {"x": torch.ones(3, 5), "weight": torch.ones(4, 5), "bias": torch.ones(4)}
+    with pytest.raises(InputError, match=message):
+        AF.linear_act(**{**arguments, **change})

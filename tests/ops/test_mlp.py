@@ -1,0 +1,173 @@
+import pytest
+import torch
+from support import numerics
+
+import aefast
+import aefast.functional as AF
+from aefast.errors import InputError
+from aefast.kernels.activation import ACTIVATIONS
+from aefast.ops import mlp
+
+OP = mlp.OP
+BACKENDS = [
+    pytest.param("cpu", "cpu", id="cpu"),
+    pytest.param("triton", "cuda", id="triton", marks=pytest.mark.gpu),
+    pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.gpu),
+]
+
+
+def operands(widths=(5, 4, 3), rows=6, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype, requires_grad=True)
+
+    weights = [draw(n, k) for k, n in zip(widths, widths[1:], strict=False)]
+    return draw(rows, widths[0]), weights, [draw(n) for n in widths[1:]]
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_matches_float64_reference(poisoned_memory, backend, device, dtype):
+    numerics.require_backend(backend, OP.name, device, dtype)
+    for sample in OP.samples(torch.device(device), dtype):
+        numerics.check(OP, backend, sample, dtype)
+        numerics.check(OP, backend, sample, dtype, expand_grad=True)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_every_activation_in_a_data_gradient(poisoned_memory, backend, device, activation):
+    """The derivative of the first layer is applied inside the second layer's data gradient."""
+    numerics.require_backend(backend, OP.name, device, torch.float32)
+    x, weights, biases = operands((20, 33, 10), 150, torch.float32)
+    sample = {
+        "x": x.detach().to(device),
+        "weights": [(weight.detach() * 0.3).to(device) for weight in weights],
+        "biases": [bias.detach().to(device) for bias in biases],
+        "activations": [activation, "identity"],
+        "negative_slope": 0.2,
+        "alpha": 0.7,
+    }
+    numerics.check(OP, backend, sample, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_opcheck(backend, device, dtype):
+    numerics.require_backend(backend, OP.name, device, dtype)
+    x, weights, biases = operands()
+    x = x.detach().to(device, dtype)
+    weights = [weight.detach().to(device, dtype) for weight in weights]
+    biases = [bias.detach().to(device, dtype) for bias in biases]
+    settings = (["gelu", "tanh"], 0.01, 1.0)
+    for need in (True, False):
+        arguments = (
+            x.clone(),
+            [weight.clone().requires_grad_(need) for weight in weights],
+            [biases[0].clone().requires_grad_(need), None],
+        )
+        torch.library.opcheck(torch.ops.aefast.mlp.default, (*arguments, *settings, backend))
+    torch.library.opcheck(torch.ops.aefast.mlp_saving.default, (x, weights, biases, *settings, backend))
+    with aefast.backend(backend):
+        saved = torch.ops.aefast.mlp_saving.default(x, weights, biases, *settings, backend)
+    torch.library.opcheck(
+        torch.ops.aefast.mlp_backward.default,
+        (saved[1].clone(), x, weights, saved, *settings, True, [True, False], [False, True], backend),
+    )
+
+
+def test_first_and_second_derivatives():
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float64)
+    x, weights, biases = operands()
+
+    def stack(x, *parameters):
+        return AF.mlp(x, parameters[:2], parameters[2:], ["gelu", "sigmoid"])
+
+    with aefast.backend("cpu"):
+        assert torch.autograd.gradcheck(stack, (x, *weights, *biases))
+        assert torch.autograd.gradgradcheck(stack, (x, *weights, *biases))
+
+
+def test_gradient_penalty():
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float64)
+
+    def penalty(stack):
+        x, weights, biases = operands()
+        out = stack(x, weights, biases, ["tanh", "softplus"])
+        (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        return torch.autograd.grad((gradient.norm(dim=1) - 1).square().sum(), (x, *weights, *biases), allow_unused=True)
+
+    with aefast.backend("cpu"):
+        found = penalty(AF.mlp)
+    for ours, theirs in zip(found, penalty(OP.reference), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_compiles_whole():
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
+
+    def loss(x, weights, biases):
+        return AF.mlp(x, weights, biases, ["relu", "silu"]).square().sum()
+
+    with aefast.backend("cpu"):
+        x, weights, biases = operands(dtype=torch.float32)
+        inputs = (x, *weights, *biases)
+        expected = torch.autograd.grad(loss(x, weights, biases), inputs)
+        found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x, weights, biases), inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("lowest", [0, 1, 2])
+def test_nothing_below_the_lowest_gradient(lowest):
+    """Frozen layers at the bottom: their gradients are not computed, those above are right."""
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float64)
+    x, weights, biases = operands((7, 6, 5, 4))
+    x = x.detach()
+    weights = [weight.detach().requires_grad_(layer >= lowest) for layer, weight in enumerate(weights)]
+    biases = [bias.detach() for bias in biases]
+    wanted = weights[lowest:]
+    activations = ["gelu", "relu", "tanh"]
+    with aefast.backend("cpu"):
+        found = torch.autograd.grad(AF.mlp(x, weights, biases, activations).sum(), wanted)
+    expected = torch.autograd.grad(OP.reference(x, weights, biases, activations).sum(), wanted)
+    torch.testing.assert_close(found, expected)
+
+
+def test_autocast():
+    numerics.require_backend("cpu", OP.name, "cpu", torch.bfloat16)
+    x, weights, biases = operands((64, 32, 16), 200, torch.float32)
+    with aefast.backend("cpu"), torch.autocast("cpu", torch.bfloat16):
+        out = AF.mlp(x, weights, biases, ["relu", "identity"])
+    assert out.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(out.float().sum(), (x, *weights, *biases))
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": []}, "weights must hold at least one layer"),
+        ({"weights": torch.ones(4, 5)}, "weights must be a sequence"),
+        ({"activations": "relu"}, "activations must be a sequence"),
+        ({"activations": ["relu"]}, "activations must have one entry for each of the 2 weights, got 1"),
+        ({"activations": ["relu", "rely"]}, r"activations\[1\] must be one of .* did you mean 'relu'"),
+        ({"biases": [None]}, "biases must have one entry for each of the 2 weights, got 1"),
+        ({"weights": [torch.ones(4, 5), torch.ones(3, 5)]}, r"weights\[1\] must be \(N, 4\) to follow weights\[0\]"),
+        ({"biases": [None, torch.ones(4)]}, r"biases\[1\] must be \(3,\) to match weights\[1\]"),
+        ({"weights": [torch.ones(4, 5), torch.ones(3, 4).half()]}, r"weights\[1\] must have the dtype of x"),
+        ({"x": torch.ones(2, 4)}, r"weights\[0\] must be \(N, 4\)"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {
+        "x": torch.ones(2, 5),
+        "weights": [torch.ones(4, 5), torch.ones(3, 4)],
+        "biases": [None, None],
+        "activations": ["relu", "identity"],
+    }
+    with pytest.raises(InputError, match=message):
+        AF.mlp(**{**arguments, **change})

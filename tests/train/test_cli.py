@@ -1,0 +1,251 @@
+"""The aefast command: exit codes, messages, files, signals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from aefast import cli
+from aefast.models import from_pretrained
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "samples.npy"
+    np.save(path, np.random.default_rng(0).random((100, 12), dtype=np.float32))
+    return path
+
+
+@pytest.fixture
+def train(data, tmp_path, monkeypatch):
+    """Runs `aefast train` in this process, without plots unless asked; the exit code."""
+
+    def run(*arguments, data=data, out=tmp_path / "run", plots=False):
+        if not plots:
+            monkeypatch.setattr("aefast.train.Trainer._plot", lambda trainer: None)
+        common = ("--data", data, "--out", out, "--hidden", "8", "--latent", "3", "--device", "cpu")
+        return cli.main(["train", *map(str, (*common, "--epochs", 2, "--batch-size", 16, *arguments))])
+
+    return run
+
+
+def test_train_writes_a_run_and_closes_with_the_comparison(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("aefast.train.compare.RUN_SECONDS", 0.002)
+    assert train(plots=True) == 0
+    out = capsys.readouterr().out
+    closing = out.splitlines()[-1]
+    match = re.fullmatch(
+        r"aefast ([\d,]+) samples/s · eager PyTorch ([\d,]+) samples/s · (\d+\.\d\d)×", closing
+    )
+    fused, eager = (float(match[index].replace(",", "")) for index in (1, 2))
+    assert float(match[3]) == pytest.approx(fused / eager, abs=0.01)
+    run = tmp_path / "run"
+    assert from_pretrained(run).config.hidden == (8,)
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["epoch"] == 2
+    for name in ("reconstructions.png", "loss.png"):
+        assert (run / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_compare_leaves_the_comparison_out(train, capsys):
+    assert train("--no-compare") == 0
+    assert "eager PyTorch" not in capsys.readouterr().out
+
+
+def test_model_options_reach_the_model(train, tmp_path):
+    options = ("--hidden", "9,7", "--latent", 20, "--activation", "gelu", "--linear-decoder")
+    assert train("--no-compare", *options, "--output-activation", "sigmoid") == 0
+    config = from_pretrained(tmp_path / "run").config
+    assert (config.hidden, config.latent, config.activation) == ((9, 7), 20, "gelu")
+    assert (config.linear_decoder, config.output_activation) == (True, "sigmoid")
+    assert train("--no-compare", "--overwrite", "--hidden", "none", "--decoder-hidden", "5") == 0
+    config = from_pretrained(tmp_path / "run").config
+    assert (config.hidden, config.decoder_hidden) == ((), (5,))
+
+
+def test_bundled_data_by_name(train, tmp_path):
+    assert train("--no-compare", "--epochs", 1, data="digits") == 0
+    assert from_pretrained(tmp_path / "run").config.input_size == 64
+
+
+def failure(capsys, code):
+    """The one line on standard error of a command that ended with exit code 2."""
+    assert code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--epochs", "-1"), "epochs=-1: expected a positive integer"),
+        (("--epochs", "0"), "epochs=0: expected a positive integer"),
+        (("--epochs", "many"), "'--epochs'.*integer"),
+        (("--batch-size", "0"), "batch_size=0: expected a positive integer"),
+        (("--lr", "nan"), "lr=nan: expected a finite number above 0"),
+        (("--lr", "0"), "lr=0.0: expected a finite number above 0"),
+        (("--lr", "-inf"), "lr=-inf"),
+        (("--seed", "-1"), "seed=-1: expected an integer from 0"),
+        (("--log-every", "0"), "log_every=0"),
+        (("--device", "gpu"), "device='gpu': expected one of auto, cpu, cuda"),
+        (("--model", "autoencodre"), "model='autoencodre'.*did you mean 'autoencoder'"),
+        (("--activation", "rleu"), "activation='rleu': expected one of .*did you mean 'relu'"),
+        (("--output-activation", "x"), "output_activation='x': expected one of"),
+        (("--hidden", "8,a"), "hidden='8,a': expected positive integers"),
+        (("--hidden", "0"), r"hidden\[0\]=0: expected a positive integer"),
+        (("--decoder-hidden", "3,,"), "decoder_hidden='3,,'"),
+        (("--latent", "-3"), "latent=-3: expected a positive integer"),
+        (("--linear-decoder", "--decoder-hidden", "4"), "decoder_hidden"),
+        (("--resume", "--overwrite"), "either --resume or --overwrite"),
+        (("--data", "digit"), "data='digit': expected one of digits.*did you mean 'digits'"),
+        (("--data", "/nowhere/x.npy"), "data='/nowhere/x.npy': expected a readable .npy file"),
+        (("--data", "patches", "--patch-size", "400"), "patch_size=400: expected an integer from 2"),
+        (("--out", "/proc/nothing/here"), "out='/proc/nothing/here': expected a folder that can be written"),
+        (("--bogus",), "No such option: --bogus"),
+    ],
+)
+def test_bad_flags_end_in_one_line(train, tmp_path, capsys, arguments, message):
+    line = failure(capsys, train("--no-compare", *arguments))
+    assert re.search(message, line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_options_end_in_one_line(capsys):
+    assert "--data" in failure(capsys, cli.main(["train", "--out", "x"]))
+    assert "--out" in failure(capsys, cli.main(["train", "--data", "digits"]))
+    assert "trian" in failure(capsys, cli.main(["trian"]))
+
+
+def test_bad_data_files_end_in_one_line(train, data, tmp_path, capsys):
+    array = np.load(data)
+    array[41, 3] = np.nan
+    np.save(data, array)
+    assert "row 41, column 3 holds nan" in failure(capsys, train())
+    data.write_bytes(b"garbage")
+    assert f"data='{data}': expected a readable .npy file" in failure(capsys, train())
+
+
+def test_out_that_is_a_file_ends_in_one_line(train, data, capsys):
+    assert "expected a folder, found a file" in failure(capsys, train(out=data))
+    assert "expected a folder, found a file" in failure(capsys, train(out=data / "below"))
+
+
+def test_a_folder_with_a_run_needs_a_word(train, capsys):
+    assert train("--no-compare") == 0
+    capsys.readouterr()
+    assert "holds a run already; add --resume" in failure(capsys, train("--no-compare"))
+    assert "batch_size=8: expected 16" in failure(capsys, train("--resume", "--batch-size", 8))
+    assert train("--no-compare", "--resume", "--epochs", 3) == 0
+    assert "resuming" in capsys.readouterr().out
+    assert train("--no-compare", "--overwrite") == 0
+
+
+def test_resume_without_a_checkpoint_starts_afresh(train, capsys):
+    assert train("--no-compare", "--resume") == 0
+    assert "starting afresh" in capsys.readouterr().out
+
+
+def test_damaged_checkpoints(train, tmp_path, capsys):
+    assert train("--no-compare") == 0
+    older, newer = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    newer.write_bytes(newer.read_bytes()[:1000])
+    capsys.readouterr()
+    assert train("--no-compare", "--resume") == 0
+    out = capsys.readouterr().out
+    assert "warning" in out
+    assert older.name in out
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    assert "expected a readable checkpoint" in failure(capsys, train("--no-compare", "--resume"))
+
+
+def test_divergence_ends_in_one_line(train, data, capsys):
+    # The squares of such values overflow float32.
+    np.save(data, np.full((100, 12), 3e38, dtype=np.float32))
+    assert re.search("no longer finite at step .*lower lr", failure(capsys, train("--no-compare")))
+
+
+def test_debug_shows_the_traceback(train, monkeypatch):
+    monkeypatch.setenv("AEFAST_DEBUG", "1")
+    with pytest.raises(ValueError, match="epochs=0"):
+        train("--epochs", 0)
+
+
+def test_bugs_are_not_hidden(train, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("aefast.data.load", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["bench", "--help"]])
+def test_help(capsys, arguments):
+    assert cli.main(arguments) == 0
+    output = capsys.readouterr()
+    assert "Usage: aefast" in output.out
+    assert output.err == ""
+
+
+def test_train_help_shows_defaults_and_examples(capsys):
+    cli.main(["train", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for text in ("default: 256", "digits", "patches", "aefast train --data digits --out runs/digits"):
+        assert text in out
+
+
+def test_importing_the_command_stays_light():
+    code = (
+        "import sys, aefast.cli; "
+        "print([m for m in ('matplotlib', 'sklearn', 'skimage', 'PIL') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_a_run_to_resume(train, data, tmp_path, capsys, number):
+    run = tmp_path / "run"
+    command = (
+        f"train --data {data} --out {run} --hidden 8 --latent 3 --device cpu --batch-size 16 "
+        "--epochs 1000000 --no-compare"
+    ).split()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aefast.cli", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").stat().st_size < 500:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline, "the run does not start"
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    assert f"interrupted by {number.name}" in out
+    assert f"resume with: aefast {' '.join(command)} --resume" in out
+
+    from_pretrained(run)
+    epoch = int(re.search(r"at epoch (\d+)/", out)[1])
+    step = int(re.search(r"step ([\d,]+); checkpoint", out)[1].replace(",", ""))
+    assert (run / "checkpoints" / f"step-{step:010d}.safetensors").is_file()
+    assert train("--resume", "--no-compare", "--epochs", epoch + 1) == 0
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # 90 samples to train on make 6 steps an epoch.
+    assert steps[-1] == 6 * (epoch + 1)
+    assert steps == sorted(set(steps))

@@ -1,0 +1,504 @@
+"""Training runs: what they write, how they stop, and that they go on as if they had not."""
+
+import io
+import json
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from rich.console import Console
+
+from aefast.data import Dataset
+from aefast.errors import InputError
+from aefast.models import Autoencoder, from_pretrained
+from aefast.train import CheckpointError, TrainConfig, TrainingError, TrainStep
+from aefast.train import trainer as trainer_module
+from aefast.train.interrupt import Interrupt
+from aefast.train.metrics import MetricsLog, Window, read_metrics
+
+
+def metrics(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(directory):
+    """The lines of metrics.jsonl without the one thing that depends on the clock."""
+    return [{k: v for k, v in record.items() if k != "samples_per_s"} for record in metrics(directory)]
+
+
+def weights(directory):
+    return torch.cat([parameter.flatten() for parameter in from_pretrained(directory).parameters()])
+
+
+def interrupt_after(monkeypatch, steps, number=signal.SIGINT):
+    """The process gets a signal while it takes training step number `steps`."""
+    taken = 0
+    original = TrainStep.__call__
+
+    def call(self, batch):
+        nonlocal taken
+        taken += 1
+        if taken == steps:
+            os.kill(os.getpid(), number)
+        return original(self, batch)
+
+    monkeypatch.setattr(TrainStep, "__call__", call)
+
+
+def test_a_run_leaves_everything(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path / "run", epochs=4, lr=1e-2, plots=True)
+    result = trainer.fit(compare=False)
+    assert (result.step, result.interrupted, result.comparison) == (28, None, None)
+    run = tmp_path / "run"
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "plots",
+    ]
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+        "step-0000000007.safetensors",
+        "step-0000000028.safetensors",
+    ]
+    trained = torch.cat([parameter.flatten() for parameter in trainer.model.parameters()])
+    assert torch.equal(weights(run), trained)
+    assert json.loads((run / "config.json").read_text())["metadata"]["training"]["lr"] == 1e-2
+
+
+def test_metrics_have_a_line_a_log_step(make_trainer, tmp_path, dataset):
+    make_trainer(tmp_path, epochs=2).fit(compare=False)
+    records = metrics(tmp_path)
+    # Every third step, and the seventh, with which an epoch ends.
+    assert [(record["step"], record["epoch"]) for record in records] == [
+        (3, 1),
+        (6, 1),
+        (7, 1),
+        (9, 2),
+        (12, 2),
+        (14, 2),
+    ]
+    assert [record["step"] for record in records if "val_loss" in record] == [7, 14]
+    for record in records:
+        assert record["loss"] == record["mse"] > 0
+        assert record["samples_per_s"] > 0
+    model = from_pretrained(tmp_path)
+    held_out = dataset.samples[dataset.split()[1]]
+    with torch.no_grad():
+        assert records[-1]["val_loss"] == pytest.approx(model(held_out).loss.item(), rel=1e-5)
+    assert records[-1]["val_loss"] < records[2]["val_loss"]
+
+
+def test_window_means_weigh_samples():
+    window = Window()
+    window.add({"a": torch.tensor(1.0), "b": torch.tensor(4.0)}, 3)
+    window.add({"a": torch.tensor(5.0), "b": torch.tensor(8.0)}, 1)
+    assert window.means() == {"a": 2.0, "b": 5.0}
+    copy = Window()
+    copy.restore(json.loads(json.dumps(window.state())), torch.device("cpu"))
+    copy.add({"a": torch.tensor(2.0), "b": torch.tensor(0.0)}, 1)
+    assert copy.means() == {"a": 2.0, "b": 4.0}
+
+
+def test_metrics_log_knows_its_size_after_a_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    log = MetricsLog(path, size=12)
+    assert log.size == 12
+    log.write({"step": 3})
+    assert log.size == path.stat().st_size == 24
+    log.close()
+    assert read_metrics(path) == [{"step": 1}, {"step": 3}]
+
+
+def test_validation_noise_is_its_own(make_trainer, tmp_path, monkeypatch):
+    encode = Autoencoder.encode
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, x: encode(self, x + 0.1 * torch.randn_like(x)))
+    trainer = make_trainer(tmp_path)
+    before = torch.get_rng_state()
+    first = trainer._validate(Interrupt())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert trainer._validate(Interrupt()) == first
+    assert trainer.model.training
+
+
+def ink(path):
+    """Share of the picture's pixels that are not white, and how many colours it has."""
+    pixels = imread(path)[..., :3]
+    return (pixels.min(axis=-1) < 0.95).mean(), len(np.unique(pixels.reshape(-1, 3), axis=0))
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 4), (16,), (1, 4, 4), (2, 8)], ids=["grey", "vector", "channels-first", "wide"]
+)
+def test_plots_show_something(make_trainer, tmp_path, dataset, shape):
+    data = Dataset("shaped", dataset.samples, shape)
+    make_trainer(tmp_path, data=data, epochs=2, plots=True).fit(compare=False)
+    for name in ("reconstructions.png", "loss.png"):
+        share, colours = ink(tmp_path / "plots" / name)
+        assert share > 0.01
+        assert colours > 20
+
+
+def test_plots_of_colour_images(make_trainer, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.rand(60, 3 * 5 * 5, generator=generator)
+    for shape in ((3, 5, 5), (5, 5, 3)):
+        make_trainer(tmp_path, data=Dataset("colour", samples, shape), epochs=1, plots=True).fit(
+            compare=False, overwrite=True
+        )
+        pixels = imread(tmp_path / "plots" / "reconstructions.png")[..., :3]
+        assert (np.ptp(pixels, axis=-1) > 0.3).mean() > 0.05
+
+
+def test_without_matplotlib_a_run_says_so_and_ends_well(make_trainer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    trainer = make_trainer(tmp_path, epochs=1, plots=True)
+    trainer.console = Console(width=1000)
+    assert trainer.fit(compare=False).step == 7
+    assert 'pip install "aefast[train]"' in capsys.readouterr().out
+
+
+def test_progress_bar_on_a_terminal(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    trainer.fit(compare=False)
+    shown = trainer.console.file.getvalue()
+    last = metrics(tmp_path)[-1]
+    assert "epoch 3/3" in shown
+    assert "100%" in shown
+    assert f"loss {last['loss']:.5f} · held out {last['val_loss']:.5f}" in shown
+    assert "samples/s" in shown
+
+
+def test_the_same_seed_gives_the_same_run(make_trainer, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        make_trainer(tmp_path / name, seed=seed).fit(compare=False)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert torch.equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7, 8, 13, 20])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_bit_for_bit(make_trainer, tmp_path, monkeypatch, stop, number):
+    make_trainer(tmp_path / "whole").fit(compare=False)
+
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, stop, number)
+        result = make_trainer(tmp_path / "parts").fit(compare=False)
+    assert result.interrupted is number
+    assert result.step == stop
+    from_pretrained(tmp_path / "parts")
+
+    torch.manual_seed(99)
+    result = make_trainer(tmp_path / "parts").fit(resume=True, compare=False)
+    assert (result.step, result.interrupted) == (21, None)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_interrupted_again_and_again(make_trainer, tmp_path, monkeypatch):
+    make_trainer(tmp_path / "whole").fit(compare=False)
+    for _ in range(10):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 2)
+            make_trainer(tmp_path / "parts").fit(resume=True, compare=False)
+    make_trainer(tmp_path / "parts").fit(resume=True, compare=False)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_interrupted_validation_is_done_by_the_resumed_run(make_trainer, tmp_path, monkeypatch):
+    make_trainer(tmp_path / "whole").fit(compare=False)
+    trainer = make_trainer(tmp_path / "parts")
+    evaluate = trainer.model.eval
+
+    def interrupted_eval():
+        if trainer.epoch == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate()
+
+    monkeypatch.setattr(trainer.model, "eval", interrupted_eval)
+    assert trainer.fit(compare=False).step == 14
+    assert [record["step"] for record in metrics(tmp_path / "parts")][-1] == 12
+    make_trainer(tmp_path / "parts").fit(resume=True, compare=False)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("stop", [4, 14])
+def test_noise_goes_on_bit_for_bit(make_trainer, tmp_path, monkeypatch, stop):
+    encode = Autoencoder.encode
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, x: encode(self, x + 0.1 * torch.randn_like(x)))
+    make_trainer(tmp_path / "whole").fit(compare=False)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, stop)
+        assert make_trainer(tmp_path / "parts").fit(compare=False).step == stop
+    make_trainer(tmp_path / "parts").fit(resume=True, compare=False)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_lines_after_the_checkpoint_are_cut(make_trainer, tmp_path):
+    """A killed run has logged more than its checkpoint knows."""
+    make_trainer(tmp_path, epochs=2).fit(compare=False)
+    before = losses(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "epoch": 9, "loss": 1.0}\n{"step": 10')
+    make_trainer(tmp_path, epochs=3).fit(resume=True, compare=False)
+    assert losses(tmp_path)[: len(before)] == before
+    assert [record["step"] for record in metrics(tmp_path)] == [3, 6, 7, 9, 12, 14, 15, 18, 21]
+
+
+def test_more_epochs_extend_a_finished_run(make_trainer, tmp_path):
+    make_trainer(tmp_path / "whole", epochs=5).fit(compare=False)
+    make_trainer(tmp_path / "parts", epochs=2).fit(compare=False)
+    make_trainer(tmp_path / "parts", epochs=5).fit(resume=True, compare=False)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_nothing_left_to_train(make_trainer, tmp_path, capsys):
+    make_trainer(tmp_path).fit(compare=False)
+    before = weights(tmp_path)
+    trainer = make_trainer(tmp_path, epochs=2)
+    trainer.console = Console()
+    assert trainer.fit(resume=True, compare=False).step == 21
+    assert "nothing left to train" in capsys.readouterr().out
+    assert torch.equal(weights(tmp_path), before)
+
+
+def test_a_checkpoint_at_least_every_so_often(make_trainer, tmp_path, monkeypatch):
+    saved = []
+    trainer = make_trainer(tmp_path, epochs=1, checkpoint_seconds=1e-9)
+    original = trainer.store.save
+    monkeypatch.setattr(
+        trainer.store, "save", lambda checkpoint: saved.append(checkpoint.step) or original(checkpoint)
+    )
+    trainer.fit(compare=False)
+    assert saved == [1, 2, 3, 4, 5, 6, 7, 7]
+    assert [path.name for path in trainer.store.paths()] == [
+        "step-0000000006.safetensors",
+        "step-0000000007.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latent": 5}, "latent=5: expected 4"),
+        ({"batch_size": 16}, "batch_size=16: expected 32"),
+        ({"seed": 3}, "seed=3: expected 0"),
+        ({"lr": 0.5}, "lr=0.5: expected 0.001"),
+        ({"data": Dataset("other", torch.rand(230, 16), (16,))}, "data='230x16-"),
+        ({"data": Dataset("wide", torch.rand(30, 17), (17,))}, "data='30x17-"),
+    ],
+)
+def test_resuming_with_other_options_is_refused(make_trainer, tmp_path, options, message):
+    make_trainer(tmp_path).fit(compare=False)
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, **options).fit(resume=True, compare=False)
+
+
+def test_resuming_nothing_starts_afresh(make_trainer, tmp_path, capsys):
+    make_trainer(tmp_path / "plain").fit(compare=False)
+    trainer = make_trainer(tmp_path / "resumed")
+    trainer.console = Console()
+    trainer.fit(resume=True, compare=False)
+    assert "no checkpoint" in capsys.readouterr().out
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "plain")
+
+
+def test_a_run_is_not_overwritten_unasked(make_trainer, tmp_path):
+    make_trainer(tmp_path).fit(compare=False)
+    before = weights(tmp_path)
+    with pytest.raises(InputError, match="holds a run already; add --resume"):
+        make_trainer(tmp_path, seed=1).fit(compare=False)
+    assert torch.equal(weights(tmp_path), before)
+    make_trainer(tmp_path, seed=1, epochs=1).fit(overwrite=True, compare=False)
+    assert not torch.equal(weights(tmp_path), before)
+    assert [record["step"] for record in metrics(tmp_path)] == [3, 6, 7]
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        del content[len(content) // 2 :]
+    elif how == "emptied":
+        content.clear()
+    elif how == "flipped":
+        content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "emptied", "flipped"])
+def test_a_damaged_checkpoint_gives_way_to_its_predecessor(make_trainer, tmp_path, capsys, how):
+    make_trainer(tmp_path / "whole").fit(compare=False)
+    make_trainer(tmp_path / "parts", epochs=2).fit(compare=False)
+    older, newer = sorted((tmp_path / "parts" / "checkpoints").iterdir())
+    damage(newer, how)
+    trainer = make_trainer(tmp_path / "parts")
+    trainer.console = Console(width=1000)
+    trainer.fit(resume=True, compare=False)
+    out = capsys.readouterr().out
+    assert f"{newer} is damaged" in out
+    assert f"going on from {older.name}" in out
+    assert newer.with_name(f"{newer.name}.damaged").exists()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("how", ["cut", "emptied", "flipped"])
+def test_damage_without_a_predecessor_is_an_error(make_trainer, tmp_path, how):
+    make_trainer(tmp_path).fit(compare=False)
+    paths = sorted((tmp_path / "checkpoints").iterdir())
+    for path in paths:
+        damage(path, how)
+    with pytest.raises(CheckpointError, match="no older one that is whole") as error:
+        make_trainer(tmp_path).fit(resume=True, compare=False)
+    assert str(paths[-1]) in str(error.value)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == paths
+
+
+@pytest.mark.parametrize("where", ["log", "epoch end", "weights"])
+def test_divergence_stops_and_keeps_the_last_checkpoint(make_trainer, tmp_path, monkeypatch, where):
+    bad_step = {"log": 10, "epoch end": 14, "weights": 21}[where]
+    trainer = make_trainer(tmp_path)
+    original = TrainStep.__call__
+
+    def call(self, batch):
+        terms = original(self, batch)
+        if trainer.steps_taken + 1 == bad_step:
+            if where == "weights":
+                with torch.no_grad():
+                    next(self.model.parameters())[0, 0] = torch.inf
+            else:
+                terms = {name: term * torch.nan for name, term in terms.items()}
+        return terms
+
+    monkeypatch.setattr(TrainStep, "__call__", call)
+    if where == "weights":
+        monkeypatch.setattr(trainer, "_validate", lambda interrupt: 0.5)
+    with pytest.raises(TrainingError, match=r"no longer finite.*lower lr=0.001.*step-0000000007"):
+        trainer.fit(compare=False)
+    assert [path.name for path in trainer.store.paths()] == ["step-0000000007.safetensors"]
+    assert weights(tmp_path).isfinite().all()
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    child = os.fork()
+    if child == 0:
+        with Interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGINT
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.signal is signal.SIGTERM
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_comparison_leaves_the_model_alone(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr("aefast.train.compare.RUN_SECONDS", 0.002)
+    trainer = make_trainer(tmp_path)
+    result = trainer.fit(compare=True)
+    trained = torch.cat([parameter.flatten() for parameter in trainer.model.parameters()])
+    assert torch.equal(weights(tmp_path), trained)
+    comparison = result.comparison
+    assert comparison.ratio == comparison.aefast / comparison.eager
+    assert 0.02 < comparison.ratio < 50
+
+
+def test_comparison_times_equal_work(make_trainer, tmp_path, monkeypatch):
+    """Both sides train on the same full-size batches, and start from the same weights."""
+    seen = {"fused": [], "eager": []}
+    first = {}
+
+    def record(name, step_class, module):
+        original = step_class.__call__
+
+        def call(self, batch):
+            if name not in first:
+                first[name] = {k: v.clone() for k, v in module(self).state_dict().items()}
+            seen[name].append(batch)
+            return original(self, batch)
+
+        monkeypatch.setattr(step_class, "__call__", call)
+
+    from aefast.train import compare
+
+    monkeypatch.setattr(compare, "RUN_SECONDS", 0.002)
+    trainer = make_trainer(tmp_path)
+    record("fused", compare.TrainStep, lambda step: step.model)
+    record("eager", compare.EagerStep, lambda step: step.twin)
+    compare.compare_with_eager(trainer.model, trainer._sample_batches(), 1e-3)
+    assert len(seen["fused"]) == len(seen["eager"]) >= 6 + compare.ROUNDS
+    assert {id(batch) for batch in seen["fused"]} == {id(batch) for batch in seen["eager"]}
+    assert {len(batch) for batch in seen["fused"]} == {32}
+    assert first["fused"].keys() == first["eager"].keys()
+    for name, value in first["fused"].items():
+        assert torch.equal(value, first["eager"][name])
+
+
+def test_data_that_does_not_fit_the_model(make_trainer, tmp_path, dataset):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(InputError, match=r"dataset: expected 16 features a sample.*got 3"):
+        trainer_module.Trainer(trainer.model, Dataset("x", torch.rand(9, 3), (3,)), TrainConfig(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs=0: expected a positive integer"),
+        ({"batch_size": -4}, "batch_size=-4"),
+        ({"batch_size": 2.0}, "batch_size=2.0"),
+        ({"log_every": 0}, "log_every=0"),
+        ({"lr": 0}, "lr=0: expected a finite number above 0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"lr": float("inf")}, "lr=inf"),
+        ({"seed": -1}, "seed=-1"),
+        ({"device": "tpu"}, "device='tpu': expected one of auto, cpu, cuda"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_cuda_is_refused():
+    with pytest.raises(InputError, match="device='cuda': expected a CUDA device"):
+        TrainConfig(device="cuda")
+    assert TrainConfig(device="auto").resolve_device().type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("share", [0.5, 0.0], ids=["data-on-gpu", "data-on-cpu"])
+def test_a_run_on_a_gpu_can_be_interrupted_and_goes_on(make_trainer, tmp_path, monkeypatch, share):
+    monkeypatch.setattr(trainer_module, "_GPU_SHARE", share)
+    monkeypatch.setattr("aefast.train.compare.RUN_SECONDS", 0.002)
+    make_trainer(tmp_path / "whole", device="cuda").fit(compare=False)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 10)
+        trainer = make_trainer(tmp_path / "parts", device="cuda")
+        assert trainer.batches.samples.is_cuda == (share > 0)
+        assert trainer.fit(compare=False).step == 10
+    result = make_trainer(tmp_path / "parts", device="cuda", plots=True).fit(resume=True)
+    assert result.comparison.aefast > 0
+    for ours, theirs in zip(losses(tmp_path / "parts"), losses(tmp_path / "whole"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=1e-3, atol=1e-4)
