@@ -48,7 +48,10 @@ class build_libraries(build_ext):
         elif "1" in (os.environ.get("AEFAST_BUILD_CPU"), os.environ.get("AEFAST_BUILD_CUDA")):
             raise SystemExit(f"aefast: the compiled libraries were asked for and cannot be built: {reason}")
         else:
-            print(f"aefast: pure-Python install, ops run on Triton or in eager PyTorch: {reason}", file=sys.stderr)
+            print(
+                f"aefast: pure-Python install, ops run on Triton or in eager PyTorch: {reason}",
+                file=sys.stderr,
+            )
 
     def compile(self) -> None:
         output = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "aefast" / "lib"

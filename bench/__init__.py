@@ -1,0 +1,1 @@
+"""The benchmark: aefast beside plain PyTorch, interleaved in one process."""

@@ -1,7 +1,6 @@
 """Checks that ops share. Each error names the argument, what it is, and what was expected."""
 
 import difflib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +31,9 @@ def check_like(name: str, value: torch.Tensor, other_name: str, other: torch.Ten
             f"got {str(value.dtype).removeprefix('torch.')}"
         )
     if value.device != other.device:
-        raise InputError(f"{op}: {name} must be on the device of {other_name}, {other.device}, got {value.device}")
+        raise InputError(
+            f"{op}: {name} must be on the device of {other_name}, {other.device}, got {value.device}"
+        )
 
 
 def check_activation(name: str, value: Any, op: str) -> None:
@@ -54,10 +55,15 @@ def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def autocast_dtype(tensors: Sequence[torch.Tensor | None], device_type: str) -> torch.dtype | None:
-    """The dtype that autocast wants dense ops to run in, or None where autocast leaves these tensors alone."""
-    if not torch.is_autocast_enabled(device_type):
-        return None
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        return None
-    return torch.get_autocast_dtype(device_type)
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The operands of a dense op as autocast casts them, each floating tensor but float64 to its dtype."""
+    first = tensors[0]
+    if not isinstance(first, torch.Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+
+    def cast(value: Any) -> Any:
+        eligible = isinstance(value, torch.Tensor) and value.dtype in DTYPES and value.dtype != torch.float64
+        return value.to(dtype) if eligible else value
+
+    return tuple(cast(tensor) for tensor in tensors)

@@ -79,7 +79,8 @@ def _cuda_available() -> str | None:
 
 
 @functools.cache
-def _triton_missing() -> str | None:
+def triton_missing() -> str | None:
+    """Why Triton cannot be imported, or None."""
     if importlib.util.find_spec("triton") is None:
         return 'triton is not installed; pip install "aefast[triton]"'
     try:
@@ -91,7 +92,7 @@ def _triton_missing() -> str | None:
 
 def _triton_available() -> str | None:
     if interpreting() or torch.cuda.is_available():
-        return _triton_missing()
+        return triton_missing()
     return "torch finds no CUDA device, and TRITON_INTERPRET is not 1"
 
 
@@ -146,9 +147,8 @@ def _checked_name(name: str, origin: str) -> str:
     return name
 
 
-_requested: ContextVar[str] = ContextVar(
-    "aefast_backend", default=_checked_name(os.environ.get("AEFAST_BACKEND", "auto"), "AEFAST_BACKEND")
-)
+_default = _checked_name(os.environ.get("AEFAST_BACKEND", "auto"), "AEFAST_BACKEND")
+_requested: ContextVar[str] = ContextVar("aefast_backend", default=_default)
 
 
 @contextlib.contextmanager
@@ -165,9 +165,8 @@ def backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-def requested() -> str:
-    """The backend that the calls of this thread ask for, "auto" unless someone said otherwise."""
-    return _requested.get()
+# requested() is the backend that the calls of this thread ask for, "auto" unless someone said otherwise.
+requested = _requested.get
 
 
 def refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -200,40 +199,47 @@ def _choose(op: str, device_type: str, dtype: torch.dtype) -> str:
     return _resolve(_requested.get(), op, device_type, dtype)
 
 
-# Below this many floating-point operations PyTorch's own calls end before a Python-level dispatch does.
-_CPU_LEAST_FLOPS = 20_000_000
-
-
 def _transformed() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is under way."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def choose(op: str, tensor: torch.Tensor, flops: int) -> str:
-    """The backend that serves a call of `op` on tensors like `tensor` that takes `flops` operations.
+def choose(op: str, tensor: torch.Tensor) -> str:
+    """The backend that serves a call of `op` on tensors like `tensor`.
 
     That is the one requested by name. Else it is the first in `BACKENDS` that can serve the call, but
-    "eager" under torch.func's transforms and forward-mode differentiation, which only the reference
-    supports, and for work that is smaller than its own dispatch.
+    "eager" under torch.func's transforms and forward-mode differentiation, which the reference alone
+    supports.
 
     Raises:
         BackendError: a backend was requested by name and cannot serve the call.
     """
-    device_type, dtype = tensor.device.type, tensor.dtype
     if torch.compiler.is_compiling():
-        return _choose(op, device_type, dtype)
+        return _choose(op, tensor.device.type, tensor.dtype)
     request = _requested.get()
-    name = _resolve(request, op, device_type, dtype)
-    if _transformed() and name != "eager":
-        if request != "auto":
-            raise BackendError(
-                f"backend {request!r} cannot serve {op}: torch.func transforms (vmap, jvp, grad, ...) and "
-                "forward-mode differentiation need backend 'eager' or 'auto'"
-            )
-        return "eager"
-    if name == "cpu" and flops < _CPU_LEAST_FLOPS and request == "auto":
-        return "eager"
+    name = _resolve(request, op, tensor.device.type, tensor.dtype)
+    if name != "eager" and _transformed():
+        if request == "auto":
+            return "eager"
+        raise BackendError(
+            f"backend {request!r} cannot serve {op}: torch.func transforms (vmap, jvp, grad, ...) and "
+            "forward-mode differentiation need backend 'eager' or 'auto'"
+        )
     return name
+
+
+def is_direct(*tensors: torch.Tensor) -> bool:
+    """Whether kernels may be launched without going through PyTorch's dispatcher.
+
+    They may on plain tensors with nobody watching. Compilers, tracers, torch.func's transforms and tensor
+    subclasses see the ops of ``torch.ops.aefast`` instead, at twice the cost of a call.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _transformed():
+        return False
+    return all(type(tensor) in _PLAIN for tensor in tensors)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def kernels(name: str, op: str) -> Any:

@@ -13,13 +13,14 @@ from aefast.kernels.activation import STORES_DERIVATIVE
 from aefast.ops import _arguments, _registry
 from aefast.ops._library import LIBRARY, below_autograd, contiguous, define
 
+# The functions that torch.nn.functional's wrappers end in.
 _EAGER_ACTIVATIONS = {
     "identity": lambda x, negative_slope, alpha: x,
-    "relu": lambda x, negative_slope, alpha: F.relu(x),
+    "relu": lambda x, negative_slope, alpha: torch.relu(x),
     "leaky_relu": lambda x, negative_slope, alpha: F.leaky_relu(x, negative_slope),
     "elu": lambda x, negative_slope, alpha: F.elu(x, alpha),
-    "selu": lambda x, negative_slope, alpha: F.selu(x),
-    "silu": lambda x, negative_slope, alpha: F.silu(x),
+    "selu": lambda x, negative_slope, alpha: torch.selu(x),
+    "silu": lambda x, negative_slope, alpha: torch._C._nn.silu(x),
     "gelu": lambda x, negative_slope, alpha: F.gelu(x),
     "gelu_tanh": lambda x, negative_slope, alpha: F.gelu(x, approximate="tanh"),
     "tanh": lambda x, negative_slope, alpha: torch.tanh(x),
@@ -87,9 +88,7 @@ def _(x, weight, bias, activation, negative_slope, alpha, backend):
 
 
 @torch.library.register_fake("aefast::linear_act_backward", lib=LIBRARY)
-def _(
-    grad, x, weight, saved, activation, negative_slope, alpha, need_x, need_weight, need_bias, backend
-):
+def _(grad, x, weight, saved, activation, negative_slope, alpha, need_x, need_weight, need_bias, backend):
     gradients = []
     if need_x:
         gradients.append(x.new_empty(x.shape))
@@ -102,56 +101,77 @@ def _(
 
 class _LinearAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, activation, negative_slope, alpha, backend):
-        settings = (activation, negative_slope, alpha)
+    def forward(ctx, x, weight, bias, activation, negative_slope, alpha, backend, direct):
+        arguments = (x, weight, bias, activation, negative_slope, alpha, backend)
         with below_autograd():
             if activation in STORES_DERIVATIVE:
-                out, saved = torch.ops.aefast.linear_act_with_derivative.default(
-                    x, weight, bias, *settings, backend
-                )
+                ops = torch.ops.aefast.linear_act_with_derivative
+                out, saved = (_forward_with_derivative if direct else ops.default)(*arguments)
             else:
-                out = torch.ops.aefast.linear_act.default(x, weight, bias, *settings, backend)
+                out = (_forward if direct else torch.ops.aefast.linear_act.default)(*arguments)
                 saved = None if activation == "identity" else out
         ctx.save_for_backward(x, weight, bias, saved)
-        ctx.settings, ctx.backend = settings, backend
+        ctx.settings, ctx.backend = (activation, negative_slope, alpha), backend
         return out
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
+        activation, negative_slope, alpha = ctx.settings
         if torch.is_grad_enabled():
             gradients = _registry.differentiate(
-                lambda *inputs: reference(
-                    *inputs,
-                    ctx.settings[0],
-                    negative_slope=ctx.settings[1],
-                    alpha=ctx.settings[2],
+                lambda x, weight, bias: reference(
+                    x, weight, bias, activation, negative_slope=negative_slope, alpha=alpha
                 ),
                 (x, weight, bias),
                 needs,
                 grad,
             )
         else:
-            computed = iter(
-                torch.ops.aefast.linear_act_backward.default(
-                    grad, x, weight, saved, *ctx.settings, *needs, ctx.backend
-                )
+            backward = (
+                _backward
+                if _registry.is_direct(grad, x, weight)
+                else torch.ops.aefast.linear_act_backward.default
             )
+            computed = iter(backward(grad, x, weight, saved, *ctx.settings, *needs, ctx.backend))
             gradients = [next(computed) if need else None for need in needs]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
+
+
+def _needs_gradient(x, weight, bias):
+    return torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
 
 
 @torch.library.impl(LIBRARY, "linear_act", "Autograd")
 def _autograd(x, weight, bias, activation, negative_slope, alpha, backend):
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _LinearAct.apply(x, weight, bias, activation, negative_slope, alpha, backend)
+    arguments = (x, weight, bias, activation, negative_slope, alpha, backend)
+    if _needs_gradient(x, weight, bias):
+        return _LinearAct.apply(*arguments, False)
     with below_autograd():
-        return torch.ops.aefast.linear_act.default(
-            x, weight, bias, activation, negative_slope, alpha, backend
-        )
+        return torch.ops.aefast.linear_act.default(*arguments)
+
+
+def _run(*arguments):
+    x, weight, bias, *_ = arguments
+    if not _registry.is_direct(x, weight):
+        return torch.ops.aefast.linear_act.default(*arguments)
+    if _needs_gradient(x, weight, bias):
+        return _LinearAct.apply(*arguments, True)
+    with below_autograd():
+        return _forward(*arguments)
+
+
+# Below this many output elements PyTorch's two calls on a CPU take no more time than one call of an op
+# written in Python. By activation, as measured: where torch's own is a pass over memory, only outputs that
+# leave the cache gain; where it has no vector code for it, small ones do too.
+LEAST_CPU_ELEMENTS = {
+    **dict.fromkeys(("identity", "relu", "leaky_relu"), 1_000_000),
+    **dict.fromkeys(("silu", "gelu", "sigmoid"), 400_000),
+    **dict.fromkeys(("elu", "selu", "gelu_tanh", "tanh", "softplus"), 100_000),
+}
 
 
 def linear_act(
@@ -185,30 +205,55 @@ def linear_act(
         InputError: a shape, dtype, device, name or value is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
-    check_layer(x, weight, bias, "linear_act", "weight", "bias")
-    _arguments.check_activation("activation", activation, "linear_act")
-    _arguments.check_activation_parameters(negative_slope, alpha, "linear_act")
-    dtype = _arguments.autocast_dtype((x, weight, bias), x.device.type)
-    if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    rows = math.prod(x.shape[:-1])
-    features, inputs = weight.shape
-    backend = _registry.choose("linear_act", x, 2 * rows * features * inputs)
+    if not torch.compiler.is_compiling() and _registry.requested() == "auto":
+        # Work as short as this leaves no time for checks: PyTorch makes nearly all of them itself.
+        try:
+            features, inputs = weight.shape
+            if (
+                x.numel() * features < LEAST_CPU_ELEMENTS[activation] * inputs
+                and x.is_cpu
+                and weight.is_cpu
+                and x.dtype is torch.float32
+                and (bias is None or bias.size(0) == features)
+                and negative_slope >= 0.0
+                and alpha >= 0.0
+            ):
+                return _EAGER_ACTIVATIONS[activation](F.linear(x, weight, bias), negative_slope, alpha)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            _check(x, weight, bias, activation, negative_slope, alpha)
+            raise
+    x, weight, bias = _arguments.autocast(x, weight, bias)
+    _check(x, weight, bias, activation, negative_slope, alpha)
+    backend = _registry.choose("linear_act", x)
     if backend == "eager":
         return reference(x, weight, bias, activation, negative_slope=negative_slope, alpha=alpha)
     if x.dim() == 2:
-        return torch.ops.aefast.linear_act.default(
-            x, weight, bias, activation, negative_slope, alpha, backend
-        )
-    out = torch.ops.aefast.linear_act.default(
-        x.reshape(rows, inputs), weight, bias, activation, negative_slope, alpha, backend
-    )
-    return out.reshape(*x.shape[:-1], features)
+        return _run(x, weight, bias, activation, negative_slope, alpha, backend)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    out = _run(flat, weight, bias, activation, negative_slope, alpha, backend)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _check(x: Any, weight: Any, bias: Any, activation: Any, negative_slope: Any, alpha: Any) -> None:
+    check_layer(x, weight, bias, "linear_act", "weight", "bias")
+    _arguments.check_activation("activation", activation, "linear_act")
+    _arguments.check_activation_parameters(negative_slope, alpha, "linear_act")
 
 
 def check_layer(x: Any, weight: Any, bias: Any, op: str, weight_name: str, bias_name: str) -> None:
     """That (x, weight, bias) are the operands of a dense layer."""
+    if (
+        isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and weight.dim() == 2
+        and x.dim() >= 1
+        and weight.shape[1] == x.shape[-1]
+        and x.dtype in _arguments.DTYPES
+        and weight.dtype == x.dtype
+        and weight.device == x.device
+        and (bias is None or _is_bias(bias, weight))
+    ):
+        return
     _arguments.check_tensor("x", x, op)
     _arguments.check_tensor(weight_name, weight, op)
     _arguments.check_floating("x", x, op)
@@ -223,9 +268,7 @@ def check_layer(x: Any, weight: Any, bias: Any, op: str, weight_name: str, bias_
             f"{op}: {weight_name} must be (N, {x.shape[-1]}) to match x of shape {_arguments.shape_of(x)}, "
             f"got shape {_arguments.shape_of(weight)}"
         )
-    # Under autocast torch casts mixed dtypes to one; elsewhere they are an error, as for torch's linear.
-    if weight.dtype != x.dtype or weight.device != x.device:
-        _arguments.check_like(weight_name, weight, "x", x, op)
+    _arguments.check_like(weight_name, weight, "x", x, op)
     if bias is not None:
         _arguments.check_tensor(bias_name, bias, op)
         if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
@@ -233,8 +276,16 @@ def check_layer(x: Any, weight: Any, bias: Any, op: str, weight_name: str, bias_
                 f"{op}: {bias_name} must be ({weight.shape[0]},) to match {weight_name}, "
                 f"got shape {_arguments.shape_of(bias)}"
             )
-        if bias.dtype != x.dtype or bias.device != x.device:
-            _arguments.check_like(bias_name, bias, "x", x, op)
+        _arguments.check_like(bias_name, bias, "x", x, op)
+
+
+def _is_bias(bias: Any, weight: Tensor) -> bool:
+    return (
+        isinstance(bias, Tensor)
+        and bias.shape == weight.shape[:1]
+        and bias.dtype == weight.dtype
+        and bias.device == weight.device
+    )
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -260,7 +311,9 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]
 def least_bytes(x: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any) -> int:
     """Each operand read once and the output written once."""
     rows = math.prod(x.shape[:-1])
-    elements = rows * (weight.shape[1] + weight.shape[0]) + weight.numel() + (0 if bias is None else bias.numel())
+    elements = (
+        rows * (weight.shape[1] + weight.shape[0]) + weight.numel() + (0 if bias is None else bias.numel())
+    )
     return elements * x.element_size()
 
 

@@ -1,5 +1,6 @@
 """A stack of dense layers as one op."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -71,9 +72,7 @@ def _backward(
 ):
     outputs = saved[: len(weights)]
     stored = iter(saved[len(weights) :])
-    derivatives = [
-        next(stored) if activation in STORES_DERIVATIVE else None for activation in activations
-    ]
+    derivatives = [next(stored) if activation in STORES_DERIVATIVE else None for activation in activations]
     launch = _registry.kernels(backend, "mlp").mlp_backward
     x_gradient, weight_gradients, bias_gradients = launch(
         grad,
@@ -88,11 +87,7 @@ def _backward(
         need_weights,
         need_biases,
     )
-    return [
-        gradient
-        for gradient in (x_gradient, *weight_gradients, *bias_gradients)
-        if gradient is not None
-    ]
+    return [gradient for gradient in (x_gradient, *weight_gradients, *bias_gradients) if gradient is not None]
 
 
 @torch.library.register_fake("aefast::mlp", lib=LIBRARY)
@@ -133,12 +128,13 @@ def _(
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, activations, negative_slope, alpha, backend, *parameters):
+    def forward(ctx, x, activations, negative_slope, alpha, backend, direct, *parameters):
         layers = len(parameters) // 2
         weights, biases = list(parameters[:layers]), list(parameters[layers:])
         settings = (activations, negative_slope, alpha)
         with below_autograd():
-            saved = torch.ops.aefast.mlp_saving.default(x, weights, biases, *settings, backend)
+            forward = _forward_saving if direct else torch.ops.aefast.mlp_saving.default
+            saved = forward(x, weights, biases, *settings, backend)
         ctx.save_for_backward(x, *parameters, *saved)
         ctx.layers, ctx.settings, ctx.backend = layers, settings, backend
         return saved[layers - 1]
@@ -148,7 +144,7 @@ class _Mlp(torch.autograd.Function):
         layers = ctx.layers
         x, *rest = ctx.saved_tensors
         weights, biases, saved = rest[:layers], rest[layers : 2 * layers], rest[2 * layers :]
-        need_x, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        need_x, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         needs = (need_x, *need_parameters)
         activations, negative_slope, alpha = ctx.settings
         if torch.is_grad_enabled():
@@ -166,8 +162,10 @@ class _Mlp(torch.autograd.Function):
                 grad,
             )
         else:
+            direct = _registry.is_direct(grad, x, *weights)
+            backward = _backward if direct else torch.ops.aefast.mlp_backward.default
             computed = iter(
-                torch.ops.aefast.mlp_backward.default(
+                backward(
                     grad,
                     x,
                     weights,
@@ -180,19 +178,31 @@ class _Mlp(torch.autograd.Function):
                 )
             )
             gradients = [next(computed) if need else None for need in needs]
-        return gradients[0], None, None, None, None, *gradients[1:]
+        return gradients[0], None, None, None, None, None, *gradients[1:]
+
+
+def _needs_gradient(x, weights, biases):
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *weights, *biases)
+    )
 
 
 @torch.library.impl(LIBRARY, "mlp", "Autograd")
 def _autograd(x, weights, biases, activations, negative_slope, alpha, backend):
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, *weights, *biases)
-    ):
-        return _Mlp.apply(x, list(activations), negative_slope, alpha, backend, *weights, *biases)
+    if _needs_gradient(x, weights, biases):
+        settings = (list(activations), negative_slope, alpha, backend)
+        return _Mlp.apply(x, *settings, False, *weights, *biases)
     with below_autograd():
-        return torch.ops.aefast.mlp.default(
-            x, weights, biases, activations, negative_slope, alpha, backend
-        )
+        return torch.ops.aefast.mlp.default(x, weights, biases, activations, negative_slope, alpha, backend)
+
+
+def _run(x, weights, biases, *settings):
+    if not _registry.is_direct(x, *weights):
+        return torch.ops.aefast.mlp.default(x, weights, biases, *settings)
+    if _needs_gradient(x, weights, biases):
+        return _Mlp.apply(x, *settings, True, *weights, *biases)
+    with below_autograd():
+        return _forward(x, weights, biases, *settings)
 
 
 def mlp(
@@ -224,35 +234,40 @@ def mlp(
         InputError: a shape, dtype, device, name or value is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if isinstance(weights, Sequence) and isinstance(biases, Sequence):
+        x, *parameters = _arguments.autocast(x, *weights, *biases)
+        weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     _check(x, weights, biases, activations)
     _arguments.check_activation_parameters(negative_slope, alpha, "mlp")
-    dtype = _arguments.autocast_dtype((x, *weights, *biases), x.device.type)
-    if dtype is not None:
-        x = x.to(dtype)
-        weights = [weight.to(dtype) for weight in weights]
-        biases = [None if bias is None else bias.to(dtype) for bias in biases]
-    rows = math.prod(x.shape[:-1])
-    work = 2 * rows * sum(weight.shape[0] * weight.shape[1] for weight in weights)
-    backend = _registry.choose("mlp", x, work)
+    backend = "eager" if _is_short(x, weights, activations) else _registry.choose("mlp", x)
     if backend == "eager":
         return reference(x, weights, biases, activations, negative_slope=negative_slope, alpha=alpha)
-    out = torch.ops.aefast.mlp.default(
-        x if x.dim() == 2 else x.reshape(rows, x.shape[-1]),
-        list(weights),
-        list(biases),
-        list(activations),
-        negative_slope,
-        alpha,
-        backend,
-    )
+    flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    out = _run(flat, weights, biases, list(activations), negative_slope, alpha, backend)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[1])
+
+
+def _is_short(x: Tensor, weights: Sequence[Tensor], activations: Sequence[str]) -> bool:
+    """Whether backends are chosen automatically, and `reference` takes less time on these CPU tensors."""
+    if torch.compiler.is_compiling() or _registry.requested() != "auto" or not x.is_cpu:
+        return False
+    rows = math.prod(x.shape[:-1])
+    return (
+        sum(
+            rows * weight.shape[0] / linear_act.LEAST_CPU_ELEMENTS[activation]
+            for weight, activation in zip(weights, activations, strict=True)
+        )
+        < 1
+    )
 
 
 def _check(x: Any, weights: Any, biases: Any, activations: Any) -> None:
     _arguments.check_tensor("x", x, "mlp")
     for name, value in (("weights", weights), ("biases", biases), ("activations", activations)):
         if not isinstance(value, Sequence) or isinstance(value, str):
-            raise InputError(f"mlp: {name} must be a sequence with one entry a layer, got {type(value).__name__}")
+            raise InputError(
+                f"mlp: {name} must be a sequence with one entry a layer, got {type(value).__name__}"
+            )
     if len(weights) == 0:
         raise InputError("mlp: weights must hold at least one layer, got none")
     for name, value in (("biases", biases), ("activations", activations)):
@@ -306,7 +321,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]
     ):
         yield {
             "x": draw(rows, widths[0]),
-            "weights": [draw(n, k) * max(1, k) ** -0.5 for k, n in zip(widths, widths[1:], strict=False)],
+            "weights": [draw(n, k) * max(1, k) ** -0.5 for k, n in itertools.pairwise(widths)],
             "biases": [draw(n) if layer != 1 else None for layer, n in enumerate(widths[1:])],
             "activations": list(activations),
         }
@@ -318,7 +333,9 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]
     }
 
 
-def least_bytes(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], **settings: Any) -> int:
+def least_bytes(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], **settings: Any
+) -> int:
     """x and the parameters read once and the output written once."""
     rows = math.prod(x.shape[:-1])
     elements = rows * (x.shape[-1] + weights[-1].shape[0]) + sum(weight.numel() for weight in weights)

@@ -117,20 +117,18 @@ Matrix converted(Matrix in, Scalar scalar, Scratch& scratch) {
 
 Matrix unit_stride(Matrix in, Scratch& scratch) { return in.col_stride == 1 ? in : copied(in, in.scalar, scratch); }
 
-// Rows a chunk of a product whose result has `cols` columns: a multiple of kReductionRows.
-int64_t chunk_rows(int64_t cols, Scalar scalar) {
-  constexpr int64_t kChunkBytes = int64_t(1) << 19;
-  const int64_t rows = kChunkBytes / std::max<int64_t>(1, cols * size_of(scalar));
-  return std::clamp<int64_t>(rows / kReductionRows * kReductionRows, 2 * kReductionRows, 8 * kReductionRows);
-}
+// Rows a chunk: enough that a product of one chunk runs at full rate, and few enough that its result is
+// still in the second- or third-level cache when the pointwise pass comes.
+constexpr int64_t kChunkRows = 8 * kReductionRows;
 
 // body(row_begin, row_count) over chunks. Many chunks run in parallel, each with products of its own on
 // one thread; few run in turn, each product on all threads.
 template <typename Body>
-void for_row_chunks(int64_t rows, int64_t chunk, const Body& body) {
-  const int64_t chunks = (rows + chunk - 1) / chunk;
+void for_row_chunks(int64_t rows, const Body& body) {
+  const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
   const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) body(index * chunk, std::min(chunk, rows - index * chunk));
+    for (int64_t index = begin; index < end; ++index)
+      body(index * kChunkRows, std::min(kChunkRows, rows - index * kChunkRows));
   };
   if (chunks >= 2 * static_cast<int64_t>(torch::stable::get_num_threads()))
     torch::stable::parallel_for(0, chunks, 1, run);
@@ -188,7 +186,7 @@ void dense_forward(ActivationSpec spec, Matrix x, Matrix weight, const void* bia
   const Scalar type = product_type(x.scalar);
   Scratch weights;
   const Matrix w = converted(weight, type, weights).transposed();
-  for_row_chunks(out.rows, chunk_rows(out.cols, type), [&](int64_t begin, int64_t count) {
+  for_row_chunks(out.rows, [&](int64_t begin, int64_t count) {
     Scratch scratch;
     const Matrix target = out.row_block(begin, count);
     const Matrix pre = type == out.scalar ? target : scratch.matrix(type, count, out.cols);
@@ -221,7 +219,7 @@ void data_gradient(ActivationSpec spec, Matrix g, Matrix weight, const void* sav
   const bool pointwise_pass = spec.activation != Activation::identity || bias_gradient || type != out.scalar;
   Scratch weights;
   const Matrix w = converted(weight, type, weights);
-  for_row_chunks(out.rows, chunk_rows(out.cols, type), [&](int64_t begin, int64_t count) {
+  for_row_chunks(out.rows, [&](int64_t begin, int64_t count) {
     Scratch scratch;
     const Matrix target = out.row_block(begin, count);
     const Matrix product = type == out.scalar ? target : scratch.matrix(type, count, out.cols);
@@ -244,10 +242,9 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
   if (type == out.scalar) return multiply(g.transposed(), x, out);
   Scratch result;
   const Matrix sum = result.matrix(type, out.rows, out.cols);
-  constexpr int64_t kRows = 8 * kReductionRows;
-  for (int64_t begin = 0; begin < g.rows || begin == 0; begin += kRows) {
+    for (int64_t begin = 0; begin < g.rows || begin == 0; begin += kChunkRows) {
     Scratch scratch;
-    const int64_t count = std::min(kRows, g.rows - begin);
+    const int64_t count = std::min(kChunkRows, g.rows - begin);
     const Matrix g_block = converted(g.row_block(begin, count), type, scratch).transposed();
     const Matrix x_block = converted(x.row_block(begin, count), type, scratch);
     if (begin == 0)

@@ -51,14 +51,6 @@ void bias_activation_loop(ActivationParameters<double> parameters, const In* pre
   }
 }
 
-template <Activation A, typename C>
-AEFAST_HD C derivative_from_saved(C saved, ActivationParameters<C> p) {
-  if constexpr (stores_derivative(A))
-    return saved;
-  else
-    return derivative_from_output<A>(saved, p);
-}
-
 // Columns are taken in strips whose running sums stay in the first-level cache.
 constexpr int64_t kStrip = 1024;
 
@@ -75,7 +67,7 @@ void activation_gradient_loop(ActivationParameters<double> parameters, const Gra
     const auto product = [&](int64_t row, int64_t col) {
       const int64_t column = begin + col;
       C value = static_cast<C>(load(grad[row * grad_row_stride + column]));
-      if constexpr (A != Activation::identity) value *= derivative_from_saved<A>(load(saved[row * cols + column]), p);
+      if constexpr (A != Activation::identity) value = gradient<A>(value, load(saved[row * cols + column]), p);
       g[row * cols + column] = store<G>(value);
       return value;
     };

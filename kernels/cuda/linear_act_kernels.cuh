@@ -131,51 +131,39 @@ GradientTiling gradient_tiling(int64_t rows, int64_t cols) {
   return tiling;
 }
 
-// act' from what the forward saved.
-struct NoDerivative {
-  static constexpr bool kReadsSaved = false;
-};
-
-struct StoredDerivative {
-  static constexpr bool kReadsSaved = true;
-  template <typename C>
-  AEFAST_HD C operator()(C saved, ActivationParameters<C>) const {
-    return saved;
-  }
-};
-
+// upstream * act', from what the forward saved.
 template <Activation A>
-struct DerivativeFromOutput {
-  static constexpr bool kReadsSaved = true;
+struct GradientOf {
+  static constexpr bool kReadsSaved = A != Activation::identity;
   template <typename C>
-  AEFAST_HD C operator()(C saved, ActivationParameters<C> parameters) const {
-    return derivative_from_output<A>(saved, parameters);
+  AEFAST_HD C operator()(C upstream, C saved, ActivationParameters<C> parameters) const {
+    return gradient<A>(upstream, saved, parameters);
   }
 };
 
-// Any of them, chosen at run time.
-struct AnyDerivative {
+// That of any activation but identity, chosen at run time.
+struct GradientOfAny {
   static constexpr bool kReadsSaved = true;
   Activation activation;
   template <typename C>
-  AEFAST_HD C operator()(C saved, ActivationParameters<C> parameters) const {
+  AEFAST_HD C operator()(C upstream, C saved, ActivationParameters<C> parameters) const {
     switch (activation) {
       case Activation::relu:
-        return derivative_from_output<Activation::relu>(saved, parameters);
+        return gradient<Activation::relu>(upstream, saved, parameters);
       case Activation::leaky_relu:
-        return derivative_from_output<Activation::leaky_relu>(saved, parameters);
+        return gradient<Activation::leaky_relu>(upstream, saved, parameters);
       case Activation::elu:
-        return derivative_from_output<Activation::elu>(saved, parameters);
+        return gradient<Activation::elu>(upstream, saved, parameters);
       case Activation::selu:
-        return derivative_from_output<Activation::selu>(saved, parameters);
+        return gradient<Activation::selu>(upstream, saved, parameters);
       case Activation::tanh:
-        return derivative_from_output<Activation::tanh>(saved, parameters);
+        return gradient<Activation::tanh>(upstream, saved, parameters);
       case Activation::sigmoid:
-        return derivative_from_output<Activation::sigmoid>(saved, parameters);
+        return gradient<Activation::sigmoid>(upstream, saved, parameters);
       case Activation::softplus:
-        return derivative_from_output<Activation::softplus>(saved, parameters);
+        return gradient<Activation::softplus>(upstream, saved, parameters);
       default:
-        return saved;
+        return upstream * saved;
     }
   }
 };
@@ -183,11 +171,11 @@ struct AnyDerivative {
 // grad, saved, g (rows, cols), partials (row_blocks, cols). g or partials may be null. kVectorised: all three
 // are 16-byte aligned and V divides cols. Otherwise the same threads add the same rows in the same order,
 // with accesses of one element, spread so that neighbouring threads touch neighbouring columns.
-template <typename T, typename Derivative, bool kVectorised>
+template <typename T, typename Gradient, bool kVectorised>
 __global__ void __launch_bounds__(kThreads, kVectorised ? kResidentBlocks : kResidentBlocks - 1)
     activation_gradient_kernel(const T* __restrict__ grad, const T* __restrict__ saved, T* __restrict__ g,
                                Compute<T>* __restrict__ partials, GradientTiling tiling,
-                               Derivative derivative, ActivationParameters<Compute<T>> parameters) {
+                               Gradient gradient_of, ActivationParameters<Compute<T>> parameters) {
   using C = Compute<T>;
   constexpr int V = kVectorLength<T>;
   __shared__ C warp_sums[kWarps][kWarpSize * V];
@@ -242,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, kVectorised ? kResidentBlocks : kRes
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       grads[u] = load(grad + offset + u * pitch);
-      if constexpr (Derivative::kReadsSaved) saves[u] = load(saved + offset + u * pitch);
+      if constexpr (Gradient::kReadsSaved) saves[u] = load(saved + offset + u * pitch);
     }
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
@@ -250,8 +238,8 @@ __global__ void __launch_bounds__(kThreads, kVectorised ? kResidentBlocks : kRes
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         C product = static_cast<C>(grads[u].element[v]);
-        if constexpr (Derivative::kReadsSaved) {
-          product *= derivative(static_cast<C>(saves[u].element[v]), parameters);
+        if constexpr (Gradient::kReadsSaved) {
+          product = gradient_of(product, static_cast<C>(saves[u].element[v]), parameters);
         }
         total[v] += product;
         products.element[v] = static_cast<T>(product);
@@ -396,19 +384,15 @@ void launch_activation_gradient(Activation activation, const ActivationParameter
   const auto converted = parameters_as<Compute<T>>(parameters);
   const bool is_vectorised = tiling.cols % kVectorLength<T> == 0 && is_vector_aligned(grad) &&
                              is_vector_aligned(saved) && is_vector_aligned(g);
-  const auto launch = [&](auto derivative, auto vectorised) {
-    auto* kernel = &activation_gradient_kernel<T, decltype(derivative), decltype(vectorised)::value>;
-    AEFAST_LAUNCH(kernel, blocks, kThreads, stream, grad, saved, g, partials, tiling, derivative, converted);
+  const auto launch = [&](auto gradient_of, auto vectorised) {
+    auto* kernel = &activation_gradient_kernel<T, decltype(gradient_of), decltype(vectorised)::value>;
+    AEFAST_LAUNCH(kernel, blocks, kThreads, stream, grad, saved, g, partials, tiling, gradient_of, converted);
   };
   if (!is_vectorised) {
-    if (activation == Activation::identity) return launch(NoDerivative{}, std::false_type{});
-    return launch(AnyDerivative{activation}, std::false_type{});
+    if (activation == Activation::identity) return launch(GradientOf<Activation::identity>{}, std::false_type{});
+    return launch(GradientOfAny{activation}, std::false_type{});
   }
-  with_activation(activation, [&](auto constant) {
-    constexpr Activation A = decltype(constant)::value;
-    using FromSaved = std::conditional_t<stores_derivative(A), StoredDerivative, DerivativeFromOutput<A>>;
-    launch(std::conditional_t<A == Activation::identity, NoDerivative, FromSaved>{}, std::true_type{});
-  });
+  with_activation(activation, [&](auto constant) { launch(GradientOf<decltype(constant)::value>{}, std::true_type{}); });
 }
 
 // partials (row_blocks, cols), sums (cols,); no row blocks give zeros.

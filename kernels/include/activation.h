@@ -79,9 +79,9 @@ AEFAST_HD T activate(T x, ActivationParameters<T> p) {
   } else if constexpr (A == Activation::leaky_relu) {
     return x > T(0) ? x : x * p.slope;
   } else if constexpr (A == Activation::elu) {
-    return x > T(0) ? x : p.alpha * elementary::expm1(x);
+    return x > T(0) ? x : p.alpha * elementary::expm1_nonpositive(x);
   } else if constexpr (A == Activation::selu) {
-    return T(kSeluScale) * (x > T(0) ? x : T(kSeluAlpha) * elementary::expm1(x));
+    return T(kSeluScale) * (x > T(0) ? x : T(kSeluAlpha) * elementary::expm1_nonpositive(x));
   } else if constexpr (A == Activation::silu) {
     return x * elementary::sigmoid(x);
   } else if constexpr (A == Activation::gelu) {
@@ -99,15 +99,11 @@ AEFAST_HD T activate(T x, ActivationParameters<T> p) {
   }
 }
 
-// act'(x) given y = act(x), for the activations with !stores_derivative(A).
+// act'(x) given y = act(x), for the smooth and the leaky activations with !stores_derivative(A).
 template <Activation A, typename T>
 AEFAST_HD T derivative_from_output(T y, ActivationParameters<T> p) {
   static_assert(!stores_derivative(A));
-  if constexpr (A == Activation::identity) {
-    return T(1);
-  } else if constexpr (A == Activation::relu) {
-    return y > T(0) ? T(1) : T(0);
-  } else if constexpr (A == Activation::leaky_relu) {
+  if constexpr (A == Activation::leaky_relu) {
     return y > T(0) ? T(1) : p.slope;
   } else if constexpr (A == Activation::elu) {
     return y > T(0) ? T(1) : y + p.alpha;
@@ -119,8 +115,22 @@ AEFAST_HD T derivative_from_output(T y, ActivationParameters<T> p) {
     return y * (T(1) - y);
   } else {
     static_assert(A == Activation::softplus);
-    return -elementary::expm1(-y);  // sigmoid(x) = 1 - exp(-softplus(x))
+    return -elementary::expm1_nonpositive(-y);  // sigmoid(x) = 1 - exp(-softplus(x))
   }
+}
+
+// upstream * act'(x), with act' from `saved`: the derivative where it is stored, else the output. relu selects
+// instead of multiplying, so that an infinite upstream gradient of a dead unit gives 0, as torch has it.
+template <Activation A, typename T>
+AEFAST_HD T gradient(T upstream, T saved, ActivationParameters<T> p) {
+  if constexpr (A == Activation::identity)
+    return upstream;
+  else if constexpr (A == Activation::relu)
+    return saved <= T(0) ? T(0) : upstream;
+  else if constexpr (stores_derivative(A))
+    return upstream * saved;
+  else
+    return upstream * derivative_from_output<A>(saved, p);
 }
 
 // act(x), and act'(x) into `derivative`, for the activations with stores_derivative(A).

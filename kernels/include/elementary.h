@@ -43,7 +43,7 @@ constexpr float kLn2Low = 1.42860677e-6f;
 // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the significand.
 constexpr float kRoundingShift = 12582912.0f;
 
-// 2^n for -126 <= n <= 127.
+// 2^n for -126 <= n <= 127, 0 for n = -127.
 AEFAST_HD float power_of_two(int32_t n) { return float_of(static_cast<uint32_t>(n + 127) << 23); }
 
 struct Reduced {
@@ -51,87 +51,91 @@ struct Reduced {
   float expm1_rest;  // exp(x - n ln 2) - 1
 };
 
+// For |x| < 2^20; beyond, any values.
 AEFAST_HD Reduced reduce_exp(float x) {
   const float shifted = x * kLog2e + kRoundingShift;
   const float n = shifted - kRoundingShift;
   const float r = (x - n * kLn2High) - n * kLn2Low;
   // (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2
-  float q = 1.38824890e-3f;
-  q = q * r + 8.36669165e-3f;
-  q = q * r + 4.16672054e-2f;
-  q = q * r + 1.66665424e-1f;
-  q = q * r + 4.99999981e-1f;
-  return {static_cast<int32_t>(bits_of(shifted) - bits_of(kRoundingShift)), r + r * r * q};
+  const float square = r * r;
+  const float low = 1.66665424e-1f * r + 4.99999981e-1f;
+  const float high = (1.38824890e-3f * r + 8.36669165e-3f) * r + 4.16672054e-2f;
+  const float q = high * square + low;
+  return {static_cast<int32_t>(bits_of(shifted) - bits_of(kRoundingShift)), r + square * q};
+}
+
+// min(x, limit) for x and limit >= 0, as integers: one instruction where the comparison of floats, which
+// has NaN to consider, takes two. A NaN becomes `limit`.
+AEFAST_HD float min_nonnegative(float x, float limit) {
+  const int32_t bits = static_cast<int32_t>(bits_of(x)), limit_bits = static_cast<int32_t>(bits_of(limit));
+  return float_of(static_cast<uint32_t>(bits < limit_bits ? bits : limit_bits));
 }
 
 }  // namespace detail
 
-// 2 ulp; gradual underflow to 0 and overflow to infinity as exp has.
-AEFAST_HD float exp(float x) {
-  const float above = x < -104.0f ? -104.0f : x;
-  const float clamped = above > 89.0f ? 89.0f : above;
-  const detail::Reduced reduced = detail::reduce_exp(clamped);
-  // Two factors: 2^n alone would over- or underflow before the product does.
-  const int32_t half = reduced.n >> 1;
-  const float value = (1.0f + reduced.expm1_rest) * detail::power_of_two(half);
-  return value * detail::power_of_two(reduced.n - half);
+// exp_nonpositive(-kFlush) is 0.
+constexpr float kFlush = 88.2f;
+
+// For -kFlush <= x <= 0, 2 ulp; 0 below the smallest normal number.
+AEFAST_HD float exp_nonpositive(float x) {
+  const detail::Reduced reduced = detail::reduce_exp(x);
+  return (1.0f + reduced.expm1_rest) * detail::power_of_two(reduced.n);
 }
 
-// 2 ulp for x <= 88.
-AEFAST_HD float expm1(float x) {
-  const float above = x < -25.0f ? -25.0f : x;
-  const float clamped = above > 88.0f ? 88.0f : above;
-  const detail::Reduced reduced = detail::reduce_exp(clamped);
+// For x <= 0, 2 ulp; any value for x > 0.
+AEFAST_HD float expm1_nonpositive(float x) {
+  const detail::Reduced reduced = detail::reduce_exp(x < -25.0f ? -25.0f : x);
   const float scale = detail::power_of_two(reduced.n);
   return scale * reduced.expm1_rest + (scale - 1.0f);
 }
 
 // 3 ulp.
 AEFAST_HD float tanh(float x) {
-  const float t = expm1(-2.0f * std::fabs(x));
+  const float t = expm1_nonpositive(-2.0f * std::fabs(x));
   return std::copysign(-t / (2.0f + t), x);
 }
 
-// log(1 + u) for 0 <= u <= 1, 2 ulp: 2 atanh(s) with s = u / (2 + u).
-AEFAST_HD float log1p_unit(float u) {
-  const float s = u / (2.0f + u);
-  const float square = s * s;
-  // (atanh(s) / s - 1) / s^2 on s <= 1/3
-  float q = 1.40891710e-1f;
-  q = q * square + 1.39803049e-1f;
-  q = q * square + 2.00124545e-1f;
-  q = q * square + 3.33331574e-1f;
-  return 2.0f * (s + s * square * q);
+// 3 ulp; 0 below the smallest normal number.
+AEFAST_HD float sigmoid(float x) {
+  const float magnitude = std::fabs(x);
+  const float e = exp_nonpositive(magnitude > kFlush ? -kFlush : -magnitude);
+  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
-// Phi(x), the distribution function of N(0, 1), and in `density_exp` exp(-x^2 / 2), of which the density
-// is a multiple. 7 ulp for x >= -3; further down the rounding of x^2 / 2 grows it to 70 ulp at -12.
+// log(1 + exp(x)), 3 ulp; x itself above `threshold`.
+AEFAST_HD float softplus(float x, float threshold) {
+  const float magnitude = std::fabs(x);
+  const float e = exp_nonpositive(magnitude > kFlush ? -kFlush : -magnitude);
+  // log(1 + e) = 2 atanh(s), and (atanh(s) / s - 1) / s^2 on s <= 1/3 is a polynomial in s^2
+  const float s = e / (2.0f + e);
+  const float square = s * s;
+  const float low = 2.00124545e-1f * square + 3.33331574e-1f;
+  const float high = 1.40891710e-1f * square + 1.39803049e-1f;
+  const float q = high * (square * square) + low;
+  const float log1p = 2.0f * (s + s * square * q);
+  return x > threshold ? x : (x < 0.0f ? 0.0f : x) + log1p;
+}
+
+// Phi(x), the distribution function of N(0, 1), to 2.2e-7 absolute (for NaN any value), and in `density_exp`
+// exp(-x^2 / 2), of which the density is a multiple.
 AEFAST_HD float normal_cdf(float x, float& density_exp) {
-  const float t = std::fabs(x) * 0.70710678f;
-  density_exp = exp(-0.5f * x * x);
-  // exp(t^2) erfc(t) in (t - 2.5) / (t + 2.5), on t <= 10; beyond, the factor above is 0.
-  const float capped = t > 10.0f ? 10.0f : t;
-  const float u = (capped - 2.5f) / (capped + 2.5f);
-  float r = -5.73163332e-05f;
-  r = r * u + 0.000210332276f;
-  r = r * u + 0.000815995432f;
-  r = r * u - 0.00263988821f;
-  r = r * u - 0.003974204f;
-  r = r * u + 0.0399222377f;
-  r = r * u - 0.125035541f;
-  r = r * u + 0.251713273f;
-  r = r * u - 0.371736649f;
-  r = r * u + 0.210806362f;
-  const float tail = 0.5f * density_exp * r;
+  const float w = 1.0f / (1.0f + 0.28f * std::fabs(x));
+  density_exp = exp_nonpositive(-0.5f * detail::min_nonnegative(x * x, 2.0f * kFlush));
+  // (1 - Phi(|x|)) / exp(-x^2 / 2) = w P(w)
+  const float w2 = w * w;
+  const float low = 0.0662296543f * w + 0.116729106f;
+  const float middle = -0.240669046f * w + 0.271971992f;
+  const float high = -0.106328501f * w + 0.392066785f;
+  const float tail = density_exp * w * ((high * w2 + middle) * w2 + low);
   return x < 0.0f ? tail : 1.0f - tail;
 }
 
 #else
 
-AEFAST_HD float exp(float x) { return ::expf(x); }
-AEFAST_HD float expm1(float x) { return ::expm1f(x); }
+AEFAST_HD float expm1_nonpositive(float x) { return ::expm1f(x); }
 AEFAST_HD float tanh(float x) { return ::tanhf(x); }
-AEFAST_HD float log1p_unit(float u) { return ::log1pf(u); }
+AEFAST_HD float sigmoid(float x) { return 1.0f / (1.0f + ::expf(-x)); }
+AEFAST_HD float softplus(float x, float threshold) { return x > threshold ? x : ::log1pf(::expf(x)); }
 AEFAST_HD float normal_cdf(float x, float& density_exp) {
   density_exp = ::expf(-0.5f * x * x);
   return ::normcdff(x);
@@ -139,27 +143,13 @@ AEFAST_HD float normal_cdf(float x, float& density_exp) {
 
 #endif
 
-AEFAST_HD double exp(double x) { return ::exp(x); }
-AEFAST_HD double expm1(double x) { return ::expm1(x); }
+AEFAST_HD double expm1_nonpositive(double x) { return ::expm1(x); }
 AEFAST_HD double tanh(double x) { return ::tanh(x); }
-AEFAST_HD double log1p_unit(double u) { return ::log1p(u); }
+AEFAST_HD double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
+AEFAST_HD double softplus(double x, double threshold) { return x > threshold ? x : ::log1p(::exp(x)); }
 AEFAST_HD double normal_cdf(double x, double& density_exp) {
   density_exp = ::exp(-0.5 * x * x);
   return 0.5 * ::erfc(-x * 0.70710678118654752440);
-}
-
-// 3 ulp; 0 where exp(-x) overflows.
-template <typename T>
-AEFAST_HD T sigmoid(T x) {
-  return T(1) / (T(1) + exp(-x));
-}
-
-// log(1 + exp(x)), and x itself above `threshold`.
-template <typename T>
-AEFAST_HD T softplus(T x, T threshold) {
-  const T magnitude = x < T(0) ? -x : x;
-  const T positive_part = x < T(0) ? T(0) : x;
-  return x > threshold ? x : positive_part + log1p_unit(exp(-magnitude));
 }
 
 }  // namespace aefast::elementary

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
 from aefast.kernels.activation import ACTIVATIONS, STORES_DERIVATIVE
 
 HERE = Path(__file__).parent

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
 from aefast.kernels.activation import ACTIVATIONS, STORES_DERIVATIVE
 
 SOURCE = Path(__file__).parents[2] / "kernels/cuda/linear_act.cu"

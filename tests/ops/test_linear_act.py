@@ -2,7 +2,6 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from support import numerics
 from torch.nn import functional as F
 
 import aefast
@@ -10,6 +9,7 @@ import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.kernels.activation import ACTIVATIONS, STORES_DERIVATIVE
 from aefast.ops import linear_act
+from support import numerics
 
 OP = linear_act.OP
 CPU = torch.device("cpu")
@@ -247,8 +247,14 @@ def test_torch_func_and_forward_mode_use_the_reference():
     [
         ({"x": [[1.0]]}, "x must be a torch.Tensor, got list"),
         ({"x": torch.ones(())}, "x must have at least one dimension"),
-        ({"x": torch.ones(3, 6)}, r"weight must be \(N, 6\) to match x of shape \(3, 6\), got shape \(4, 5\)"),
-        ({"x": torch.ones(3, 5, dtype=torch.int64)}, "x must be float32, bfloat16, float16 or float64, got int64"),
+        (
+            {"x": torch.ones(3, 6)},
+            r"weight must be \(N, 6\) to match x of shape \(3, 6\), got shape \(4, 5\)",
+        ),
+        (
+            {"x": torch.ones(3, 5, dtype=torch.int64)},
+            "x must be float32, bfloat16, float16 or float64, got int64",
+        ),
         ({"weight": torch.ones(4)}, r"weight must have two dimensions, \(N, K\), got shape \(4,\)"),
         ({"weight": torch.ones(4, 5).half()}, "weight must have the dtype of x, float32, got float16"),
         ({"weight": torch.ones(4, 5, device="meta")}, "weight must be on the device of x, cpu, got meta"),

@@ -1,12 +1,14 @@
+import itertools
+
 import pytest
 import torch
-from support import numerics
 
 import aefast
 import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.kernels.activation import ACTIVATIONS
 from aefast.ops import mlp
+from support import numerics
 
 OP = mlp.OP
 BACKENDS = [
@@ -22,7 +24,7 @@ def operands(widths=(5, 4, 3), rows=6, dtype=torch.float64):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=dtype, requires_grad=True)
 
-    weights = [draw(n, k) for k, n in zip(widths, widths[1:], strict=False)]
+    weights = [draw(n, k) for k, n in itertools.pairwise(widths)]
     return draw(rows, widths[0]), weights, [draw(n) for n in widths[1:]]
 
 
@@ -96,7 +98,9 @@ def test_gradient_penalty():
         x, weights, biases = operands()
         out = stack(x, weights, biases, ["tanh", "softplus"])
         (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-        return torch.autograd.grad((gradient.norm(dim=1) - 1).square().sum(), (x, *weights, *biases), allow_unused=True)
+        return torch.autograd.grad(
+            (gradient.norm(dim=1) - 1).square().sum(), (x, *weights, *biases), allow_unused=True
+        )
 
     with aefast.backend("cpu"):
         found = penalty(AF.mlp)
@@ -156,7 +160,10 @@ def test_autocast():
         ({"activations": ["relu"]}, "activations must have one entry for each of the 2 weights, got 1"),
         ({"activations": ["relu", "rely"]}, r"activations\[1\] must be one of .* did you mean 'relu'"),
         ({"biases": [None]}, "biases must have one entry for each of the 2 weights, got 1"),
-        ({"weights": [torch.ones(4, 5), torch.ones(3, 5)]}, r"weights\[1\] must be \(N, 4\) to follow weights\[0\]"),
+        (
+            {"weights": [torch.ones(4, 5), torch.ones(3, 5)]},
+            r"weights\[1\] must be \(N, 4\) to follow weights\[0\]",
+        ),
         ({"biases": [None, torch.ones(4)]}, r"biases\[1\] must be \(3,\) to match weights\[1\]"),
         ({"weights": [torch.ones(4, 5), torch.ones(3, 4).half()]}, r"weights\[1\] must have the dtype of x"),
         ({"x": torch.ones(2, 4)}, r"weights\[0\] must be \(N, 4\)"),

@@ -77,13 +77,19 @@ def largest_error(found: Tensor, truth: Tensor) -> float:
     return float("inf") if error.isnan().any() else error.max().item()
 
 
-def check(op: Op, backend: str, sample: dict[str, Any], dtype: torch.dtype, expand_grad: bool = False) -> None:
+def check(
+    op: Op, backend: str, sample: dict[str, Any], dtype: torch.dtype, expand_grad: bool = False
+) -> None:
     """That output and gradients of `op` on `backend` hold the bound for `sample`, given in `dtype`."""
     generator = torch.Generator().manual_seed(1)
     shapes = [out.shape for out in outputs_of(op.reference(**sample))]
     device = leaves(sample)[0].device
     upstream = [
-        (torch.randn((), generator=generator).expand(shape) if expand_grad else torch.randn(shape, generator=generator))
+        (
+            torch.randn((), generator=generator).expand(shape)
+            if expand_grad
+            else torch.randn(shape, generator=generator)
+        )
         .to(dtype)
         .to(device)
         for shape in shapes
@@ -98,5 +104,7 @@ def check(op: Op, backend: str, sample: dict[str, Any], dtype: torch.dtype, expa
         noise = torch.finfo(dtype).eps * scale * (_FLOAT64_NOISE if dtype == torch.float64 else 1.0)
         bound = 2 * largest_error(theirs, true) + 2 * noise
         error = largest_error(ours, true)
-        names = {key: tuple(value.shape) if isinstance(value, Tensor) else value for key, value in sample.items()}
+        names = {
+            key: tuple(value.shape) if isinstance(value, Tensor) else value for key, value in sample.items()
+        }
         assert error <= bound, f"{op.name} on {backend}, result {index}: error {error} > {bound} for {names}"

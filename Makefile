@@ -1,0 +1,54 @@
+# `make demo` and `make test` set up .venv by themselves; everything else builds on it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+# What the development environment pins; the package itself accepts torch>=2.10.
+TORCH ?= torch==2.13.0
+READY := $(VENV)/.ready
+SOURCES := $(wildcard kernels/cpu/* kernels/cuda/* kernels/include/*) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: setup test test-ops test-interpret test-aot test-emulation test-gpu lint demo bench clean
+
+setup: $(READY)
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	touch $@
+
+$(READY): $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" --config-settings editable_mode=compat 2>/dev/null \
+	  || $(BIN)/python -m pip install --editable ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/aefast train --model autoencoder --data patches --hidden 512 --latent 16 --epochs 10 --out runs/demo --overwrite
+
+# Kernels, models, training and packaging on the CPU; then what needs a process or a compiler of its own.
+test: setup test-cpu test-interpret test-emulation test-aot
+
+test-cpu: setup
+	$(BIN)/python -m pytest -q --ignore=tests/aot --ignore=tests/cuda_emulation --ignore=tests/ops/test_triton_linear_act.py
+
+test-interpret: setup
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/test_triton_linear_act.py
+
+test-emulation: setup
+	$(BIN)/python -m pytest -q tests/cuda_emulation -m "not aot"
+
+test-aot: setup
+	$(BIN)/python -m pytest -q tests/aot tests/cuda_emulation -m aot -s
+
+test-gpu: setup
+	$(BIN)/python -m pytest -q -m gpu
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+bench: setup
+	$(BIN)/aefast bench
+
+clean:
+	rm -rf build dist aefast/lib *.egg-info
