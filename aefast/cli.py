@@ -234,6 +234,74 @@ def info() -> None:
     aefast.info.main()
 
 
+_LAYERS = "Layer widths with commas between them, input first: 784,512,16."
+
+
+@app.command()
+def tune(
+    layers: Annotated[str, typer.Option(metavar="WIDTHS", help=_LAYERS)] = "784,512,16,512,784",
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 4096,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Measure which kernel and tile is fastest here, and keep the answer in your own table.
+
+    Results never depend on it, only speed does. Needs a CUDA device; nothing else tunes itself.
+    """
+    widths, batch, kind = _gpu_layers("tune", layers, batch_size, dtype)
+    from itertools import pairwise
+
+    from aefast.kernels.triton import tuning
+
+    path = tuning.tune([(batch, k, n) for k, n in pairwise(widths)], (kind,))
+    print(f"written: {path}")
+
+
+@app.command()
+def warmup(
+    layers: Annotated[str, typer.Option(metavar="WIDTHS", help=_LAYERS)] = "784,512,16,512,784",
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 4096,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="bfloat16, float16 or float32.")] = "bfloat16",
+    activation: Annotated[str, typer.Option(metavar="NAME", help="Activation of the layers.")] = "relu",
+) -> None:
+    """Compile the kernels that such layers need, so that the first training step does not wait for it."""
+    widths, batch, kind = _gpu_layers("warmup", layers, batch_size, dtype)
+    import time
+    from itertools import pairwise
+
+    import torch
+
+    import aefast.functional as AF
+
+    start = time.perf_counter()
+    x = torch.randn(batch, widths[0], device="cuda", dtype=kind, requires_grad=True)
+    weights = [torch.randn(n, k, device="cuda", dtype=kind, requires_grad=True) for k, n in pairwise(widths)]
+    biases = [torch.zeros(n, device="cuda", dtype=kind, requires_grad=True) for n in widths[1:]]
+    activations = [activation] * (len(weights) - 1) + ["identity"]
+    AF.mlp(x, weights, biases, activations).sum().backward()
+    for weight, bias in zip(weights, biases, strict=True):
+        inputs = torch.randn(batch, weight.shape[1], device="cuda", dtype=kind, requires_grad=True)
+        AF.linear_act(inputs, weight, bias, activation).sum().backward()
+    torch.cuda.synchronize()
+    print(f"kernels for {layers} in {dtype}: ready after {time.perf_counter() - start:.1f} s")
+
+
+def _gpu_layers(command: str, layers: str, batch_size: int, dtype: str):
+    """The checked (widths, batch size, torch dtype) of a command that needs a CUDA device."""
+    import torch
+
+    widths = _widths(layers, "layers")
+    if widths is None or len(widths) < 2 or min(widths) < 1:
+        raise InputError(f"{command}: --layers must be two or more positive widths, got {layers!r}")
+    if batch_size < 1:
+        raise InputError(f"{command}: --batch-size must be at least 1, got {batch_size}")
+    kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype not in kinds:
+        raise InputError(f"{command}: --dtype must be one of {', '.join(kinds)}, got {dtype!r}")
+    if not torch.cuda.is_available():
+        raise InputError(f"{command}: needs a CUDA device, and torch finds none")
+    return widths, batch_size, kinds[dtype]
+
+
 def _widths(text: str | None, argument: str) -> tuple[int, ...] | None:
     """``"512,128"`` as (512, 128) and ``"none"`` as (); None stays None."""
     if text is None:

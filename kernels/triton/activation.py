@@ -14,10 +14,9 @@ compile-time arithmetic.
 import triton
 import triton.language as tl
 
-from ..activation import ACTIVATIONS
+from ..activation import ACTIVATION_CODE
 
 # What kernels are told: the value of `ACTIVATION`.
-ACTIVATION_CODE = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 IDENTITY = tl.constexpr(ACTIVATION_CODE["identity"])
 RELU = tl.constexpr(ACTIVATION_CODE["relu"])

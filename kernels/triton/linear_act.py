@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..activation import STORES_DERIVATIVE
+from ..activation import ACTIVATION_CODE, STORES_DERIVATIVE
 from . import tuning
-from .activation import ACTIVATION_CODE, activate, activate_with_derivative, times_derivative, widen
+from .activation import activate, activate_with_derivative, times_derivative, widen
 
 SUM_ROWS = tl.constexpr(64)  # rows of one partial column sum
 SUM_FAN_IN = tl.constexpr(1024)  # partial sums that one program of column_sum_kernel adds up
