@@ -18,8 +18,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(READY): $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable ".[dev]" --config-settings editable_mode=compat 2>/dev/null \
-	  || $(BIN)/python -m pip install --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 demo: setup
