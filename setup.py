@@ -57,7 +57,8 @@ class build_libraries(build_ext):
         output = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "aefast" / "lib"
         folder = ROOT / "build" / "cmake"
         torch = torch_folder()
-        configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"]
+        # --fresh: an isolated build's tools are gone by the next one, and must not be looked for in the cache.
+        configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         configure += [f"-DTORCH_INCLUDE_DIR={torch / 'include'}", f"-DTORCH_LIB_DIR={torch / 'lib'}"]
