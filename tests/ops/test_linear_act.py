@@ -178,6 +178,19 @@ def test_autocast(dtype):
     assert wide.dtype == torch.float64
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_autocast_takes_mixed_dtypes(backend):
+    """A layer's input is half precision already where the layer below ran under autocast."""
+    numerics.require_backend("cpu", OP.name, "cpu", torch.bfloat16)
+    x, weight, bias = operands(40, 30, 20, torch.float32)
+    with aefast.backend(backend), torch.autocast("cpu", torch.bfloat16):
+        hidden = AF.linear_act(x, weight, bias, "relu")
+        out = AF.linear_act(hidden, torch.ones(7, 20), None, "tanh")
+        stack = AF.mlp(hidden, [torch.ones(7, 20)], [None], ["tanh"])
+    assert hidden.dtype == out.dtype == stack.dtype == torch.bfloat16
+    assert torch.equal(out, stack)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
 def test_only_the_gradients_asked_for(needs, activation):

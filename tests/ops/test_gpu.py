@@ -1,0 +1,100 @@
+"""What only a GPU can show of the dense layers: graphs, streams, sizes beyond 2^31, bitwise repetition."""
+
+import pytest
+import torch
+from support import numerics
+
+import aefast
+import aefast.functional as AF
+
+pytestmark = pytest.mark.gpu
+BACKENDS = ("triton", "cuda")
+
+
+def operands(dtype=torch.bfloat16, rows=1000, inputs=384, features=520):
+    torch.manual_seed(0)
+    x = torch.randn(rows, inputs, device="cuda", dtype=dtype, requires_grad=True)
+    weight = (torch.randn(features, inputs, device="cuda", dtype=dtype) * inputs**-0.5).requires_grad_()
+    bias = torch.randn(features, device="cuda", dtype=dtype, requires_grad=True)
+    return x, weight, bias
+
+
+def step(x, weight, bias, activation="gelu"):
+    out = AF.linear_act(x, weight, bias, activation)
+    stack = AF.mlp(out, [weight.t(), weight], [None, bias], [activation, "identity"])
+    return [stack, *torch.autograd.grad(stack.float().square().mean(), (x, weight, bias))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_bitwise_repeatable(backend, dtype):
+    numerics.require_backend(backend, "mlp", "cuda", dtype)
+    with aefast.backend(backend):
+        first = [tensor.clone() for tensor in step(*operands(dtype))]
+        for _ in range(3):
+            for ours, theirs in zip(step(*operands(dtype)), first, strict=True):
+                assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_replays_in_a_graph(backend):
+    numerics.require_backend(backend, "mlp", "cuda", torch.bfloat16)
+    x, weight, bias = operands()
+    with aefast.backend(backend):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(x, weight, bias)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(x, weight, bias)
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        expected = step(x, weight, bias)
+    for ours, theirs in zip(captured, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_uses_the_current_stream(backend):
+    """The inputs are written on a side stream behind a long wait; another stream would read them too early."""
+    numerics.require_backend(backend, "mlp", "cuda", torch.float32)
+    x, weight, bias = operands(torch.float32)
+    with aefast.backend(backend):
+        expected = step(x, weight, bias)
+        late = torch.zeros_like(x).requires_grad_()
+        side = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(100_000_000)
+            with torch.no_grad():
+                late.copy_(x)
+            found = step(late, weight, bias)
+        torch.cuda.synchronize()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_than_2_to_31_elements(backend):
+    """The last rows of an output of 2^31 + 2^20 elements are those of a small call on the last rows alone."""
+    numerics.require_backend(backend, "linear_act", "cuda", torch.bfloat16)
+    features, rows = 4096, (2**31 + 2**20) // 4096
+    x = torch.randn(rows, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(features, 16, device="cuda", dtype=torch.bfloat16)
+    bias = torch.randn(features, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    tail = x.detach()[-512:].clone().requires_grad_()
+    with aefast.backend(backend):
+        out = AF.linear_act(x, weight, bias, "silu")
+        expected = AF.linear_act(tail, weight, bias, "silu")
+        upstream = torch.zeros_like(out)
+        upstream[-512:] = 1
+        (found_x, found_bias) = torch.autograd.grad(out, (x, bias), upstream)
+        (true_x, true_bias) = torch.autograd.grad(expected, (tail, bias), torch.ones_like(expected))
+    assert torch.equal(out[-512:], expected)
+    torch.testing.assert_close(found_x[-512:], true_x, rtol=0, atol=0.02 * true_x.abs().max().item())
+    # The same 512 terms in another order, rounded once to bfloat16.
+    torch.testing.assert_close(found_bias, true_bias, rtol=2**-7, atol=2**-7 * true_bias.abs().max().item())

@@ -1,0 +1,200 @@
+"""Which backend serves a call: by name, by the environment, and by itself."""
+
+import asyncio
+import logging
+import sys
+import threading
+
+import pytest
+import torch
+
+import aefast
+import aefast.functional as AF
+import aefast.info
+from aefast import _library
+from aefast.errors import BackendError, InputError
+from aefast.ops import OPS, _registry
+from support.processes import environment, run
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+
+
+@pytest.fixture
+def fresh_choices():
+    """The registry remembers its choices; within this it has none, and afterwards none of the test's."""
+    _registry._resolve.cache_clear()
+    yield
+    _registry._resolve.cache_clear()
+
+
+@pytest.fixture
+def no_cpu_library(fresh_choices, monkeypatch):
+    monkeypatch.setattr(_library, "load", lambda name: f"no {name} library, says the test")
+    # In the interpreter, Triton would serve CPU tensors.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def layer():
+    # Large enough that "auto" chooses a backend at all: short calls always run in PyTorch.
+    return AF.linear_act(torch.ones(4096, 3), torch.ones(512, 3))
+
+
+def test_order_of_preference():
+    assert [row.name for row in _registry.BACKENDS] == ["cuda", "triton", "cpu", "eager"]
+    assert set(_registry.BACKEND_NAMES) == {"auto", "cuda", "triton", "cpu", "eager"}
+
+
+def test_contexts_nest_and_end():
+    outside = _registry.requested()
+    with aefast.backend("cpu"):
+        with aefast.backend("eager"):
+            assert _registry.requested() == "eager"
+            with aefast.backend("auto"):
+                assert _registry.requested() == "auto"
+            assert _registry.requested() == "eager"
+        assert _registry.requested() == "cpu"
+        with pytest.raises(KeyError), aefast.backend("eager"):
+            raise KeyError
+        assert _registry.requested() == "cpu"
+    assert _registry.requested() == outside
+
+
+def test_threads_do_not_see_each_others_backend():
+    outside = _registry.requested()
+    seen = {}
+    meeting = threading.Barrier(3, timeout=60)
+
+    def ask(name):
+        seen[name, "before"] = _registry.requested()
+        with aefast.backend(name):
+            meeting.wait()
+            seen[name, "within"] = _registry.requested()
+            meeting.wait()
+
+    workers = [threading.Thread(target=ask, args=(name,)) for name in ("cpu", "eager")]
+    with aefast.backend("triton"):
+        for worker in workers:
+            worker.start()
+        meeting.wait()
+        assert _registry.requested() == "triton"
+        meeting.wait()
+        for worker in workers:
+            worker.join()
+    assert seen == {
+        ("cpu", "before"): outside,
+        ("cpu", "within"): "cpu",
+        ("eager", "before"): outside,
+        ("eager", "within"): "eager",
+    }
+
+
+def test_tasks_do_not_see_each_others_backend():
+    async def ask(name):
+        with aefast.backend(name):
+            await asyncio.sleep(0)
+            return _registry.requested()
+
+    async def both():
+        return await asyncio.gather(ask("cpu"), ask("eager"))
+
+    assert asyncio.run(both()) == ["cpu", "eager"]
+
+
+@pytest.mark.parametrize("name", ["cuda ", "CPU", "", "nvidia"])
+def test_unknown_name(name):
+    with pytest.raises(InputError) as caught, aefast.backend(name):
+        pass
+    assert str(caught.value) == f"backend must be one of auto, cuda, triton, cpu, eager, got {name!r}"
+
+
+@pytest.mark.parametrize("name", ["auto", "triton", "eager"])
+def test_environment_sets_the_backend(name):
+    code = "import aefast; from aefast.ops import _registry; print(_registry.requested())"
+    done = run([sys.executable, "-c", code], env=environment(AEFAST_BACKEND=name))
+    assert done.stdout.splitlines() == [name]
+
+
+def test_environment_with_an_unknown_name():
+    done = run([sys.executable, "-c", "import aefast"], env=environment(AEFAST_BACKEND="nvidia"))
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].endswith(
+        "AEFAST_BACKEND must be one of auto, cuda, triton, cpu, eager, got 'nvidia'"
+    )
+
+
+def test_a_context_beats_the_environment():
+    code = (
+        "import aefast, torch, aefast.functional as AF\n"
+        "with aefast.backend('eager'):\n"
+        "    print(AF.linear_act(torch.ones(1, 2), torch.ones(1, 2)).item())\n"
+    )
+    done = run([sys.executable, "-c", code], env=environment(AEFAST_BACKEND="cuda"))
+    assert done.stdout.splitlines() == ["2.0"]
+
+
+@NO_CUDA
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_backend_that_cannot_run_here_says_why(name, monkeypatch, fresh_choices):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    message = f"backend '{name}' cannot serve linear_act: .*(CUDA|cuda library)"
+    for _ in range(2):
+        with pytest.raises(BackendError, match=message), aefast.backend(name):
+            layer()
+    message = message.replace("linear_act", "mlp")
+    with pytest.raises(BackendError, match=message), aefast.backend(name):
+        AF.mlp(torch.ones(2, 3), [torch.ones(4, 3)], [None], ["relu"])
+
+
+@pytest.mark.gpu
+def test_a_backend_for_another_device_says_why():
+    message = "it serves cuda tensors, and these are on cpu"
+    with pytest.raises(BackendError, match=message), aefast.backend("triton"):
+        layer()
+
+
+def test_a_missing_library_says_why(no_cpu_library):
+    message = "backend 'cpu' cannot serve linear_act: no cpu library, says the test"
+    with pytest.raises(BackendError, match=message), aefast.backend("cpu"):
+        layer()
+
+
+def test_auto_falls_down_the_table_and_says_so_once(no_cpu_library, caplog):
+    with caplog.at_level(logging.INFO, logger="aefast"), aefast.backend("auto"):
+        for _ in range(3):
+            torch.testing.assert_close(layer(), torch.full((4096, 512), 3.0))
+        assert _registry.choose("linear_act", torch.ones(1)) == "eager"
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("aefast", logging.INFO)
+    assert record.getMessage() == (
+        "linear_act on cpu runs on the eager backend (cpu: no cpu library, says the test)"
+    )
+
+
+def test_auto_says_nothing_of_backends_for_other_devices(fresh_choices, caplog, monkeypatch):
+    monkeypatch.setattr(_library, "load", lambda name: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with caplog.at_level(logging.INFO, logger="aefast"), aefast.backend("auto"):
+        assert _registry.choose("linear_act", torch.ones(1)) == "cpu"
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_info_has_every_op_on_every_backend(dtype):
+    table = aefast.info.backends(dtype)
+    assert set(table) == set(OPS) >= {"linear_act", "mlp"}
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    for op, row in table.items():
+        assert list(row) == [backend.name for backend in _registry.BACKENDS]
+        assert row["eager"] is None
+        for name, reason in row.items():
+            refusals = [_registry.refusal(name, op, device, dtype) for device in devices]
+            assert reason == (None if None in refusals else refusals[0])
+            assert reason != ""
+
+
+@NO_CUDA
+def test_info_says_why_a_backend_does_not_serve(no_cpu_library):
+    row = aefast.info.backends()["mlp"]
+    assert row["cuda"] == "no cuda library, says the test"
+    assert row["triton"] == "torch finds no CUDA device, and TRITON_INTERPRET is not 1"
+    assert row["cpu"] == "no cpu library, says the test"

@@ -1,0 +1,28 @@
+"""Running commands in a known environment."""
+
+import os
+import subprocess
+
+# What would change how a build or a run goes.
+SETTINGS = (
+    *("AEFAST_BACKEND", "AEFAST_BUILD_CPU", "AEFAST_BUILD_CUDA", "AEFAST_DEBUG", "PYTHONPATH"),
+    *("CUDACXX", "CUDA_PATH", "CXX", "TRITON_INTERPRET"),
+)
+
+
+def environment(**changes):
+    """This process's environment without `SETTINGS`, and with `changes`; None leaves a variable out."""
+    kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    return {name: str(value) for name, value in {**kept, **changes}.items() if value is not None}
+
+
+def run(command, **options):
+    """The finished process, with all it wrote as text in stdout."""
+    return subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        **options,
+    )
