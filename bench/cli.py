@@ -45,8 +45,8 @@ def bench(
         raise InputError(f"bench: --device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("bench: --device cuda needs a CUDA device, and torch finds none")
-    if json_path is not None and not json_path.parent.is_dir():
-        raise InputError(f"bench: --json must be in an existing folder, got {json_path}")
+    if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
+        raise InputError(f"bench: --json must be a file in an existing folder, got {json_path}")
     where = torch.device(device)
     cases = [case for op in ops or CASES for case in CASES[op](where, quick)]
     results = []

@@ -1,6 +1,7 @@
 """Checks that ops share. Each error names the argument, what it is, and what was expected."""
 
 import difflib
+import sys
 from typing import Any
 
 import torch
@@ -38,17 +39,16 @@ def check_like(name: str, value: torch.Tensor, other_name: str, other: torch.Ten
 
 def check_activation(name: str, value: Any, op: str) -> None:
     if not isinstance(value, str) or value not in ACTIVATIONS:
-        close = difflib.get_close_matches(str(value), ACTIVATIONS, n=1)
+        close = difflib.get_close_matches(str(value).lower(), ACTIVATIONS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise InputError(f"{op}: {name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}{hint}")
 
 
 def check_activation_parameters(negative_slope: Any, alpha: Any, op: str) -> None:
     """Negative ones would make the activation non-monotonic, and its derivative no function of its output."""
-    if not 0.0 <= negative_slope < float("inf"):
-        raise InputError(f"{op}: negative_slope must be finite and at least 0, got {negative_slope!r}")
-    if not 0.0 <= alpha < float("inf"):
-        raise InputError(f"{op}: alpha must be finite and at least 0, got {alpha!r}")
+    for name, value in (("negative_slope", negative_slope), ("alpha", alpha)):
+        if not isinstance(value, int | float) or not 0.0 <= value <= sys.float_info.max:
+            raise InputError(f"{op}: {name} must be a finite number of at least 0, got {value!r}")
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -58,9 +58,12 @@ def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The operands of a dense op as autocast casts them, each floating tensor but float64 to its dtype."""
     first = tensors[0]
-    if not isinstance(first, torch.Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, torch.Tensor):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    device_type = first.device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
 
     def cast(value: Any) -> Any:
         eligible = isinstance(value, torch.Tensor) and value.dtype in DTYPES and value.dtype != torch.float64

@@ -147,7 +147,8 @@ def _checked_name(name: str, origin: str) -> str:
     return name
 
 
-_default = _checked_name(os.environ.get("AEFAST_BACKEND", "auto"), "AEFAST_BACKEND")
+# A wrong name in the environment is an error of the first call, not of the import.
+_default = os.environ.get("AEFAST_BACKEND") or "auto"
 _requested: ContextVar[str] = ContextVar("aefast_backend", default=_default)
 
 
@@ -177,7 +178,7 @@ def refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
 
 @functools.cache
 def _resolve(request: str, op: str, device_type: str, dtype: torch.dtype) -> str:
-    if request != "auto":
+    if _checked_name(request, "AEFAST_BACKEND") != "auto":
         reason = refusal(request, op, device_type, dtype)
         if reason:
             raise BackendError(f"backend {request!r} cannot serve {op}: {reason}")
@@ -199,7 +200,7 @@ def _choose(op: str, device_type: str, dtype: torch.dtype) -> str:
     return _resolve(_requested.get(), op, device_type, dtype)
 
 
-def _transformed() -> bool:
+def is_transformed() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is under way."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -208,8 +209,8 @@ def choose(op: str, tensor: torch.Tensor) -> str:
     """The backend that serves a call of `op` on tensors like `tensor`.
 
     That is the one requested by name. Else it is the first in `BACKENDS` that can serve the call, but
-    "eager" under torch.func's transforms and forward-mode differentiation, which the reference alone
-    supports.
+    "eager" under torch.func's transforms and forward-mode differentiation and for sparse and nested
+    tensors, which the reference alone supports.
 
     Raises:
         BackendError: a backend was requested by name and cannot serve the call.
@@ -218,25 +219,31 @@ def choose(op: str, tensor: torch.Tensor) -> str:
         return _choose(op, tensor.device.type, tensor.dtype)
     request = _requested.get()
     name = _resolve(request, op, tensor.device.type, tensor.dtype)
-    if name != "eager" and _transformed():
-        if request == "auto":
-            return "eager"
-        raise BackendError(
-            f"backend {request!r} cannot serve {op}: torch.func transforms (vmap, jvp, grad, ...) and "
-            "forward-mode differentiation need backend 'eager' or 'auto'"
-        )
-    return name
+    if name == "eager":
+        return name
+    if is_transformed():
+        reason = "torch.func transforms (vmap, jvp, grad, ...) and forward-mode differentiation"
+    elif tensor.layout is not torch.strided or tensor.is_nested:
+        reason = f"tensors of layout {tensor.layout}"
+    else:
+        return name
+    if request == "auto":
+        return "eager"
+    raise BackendError(f"backend {request!r} cannot serve {op}: {reason} need backend 'eager' or 'auto'")
 
 
-def is_direct(*tensors: torch.Tensor) -> bool:
+def is_direct(*tensors: torch.Tensor | None) -> bool:
     """Whether kernels may be launched without going through PyTorch's dispatcher.
 
     They may on plain tensors with nobody watching. Compilers, tracers, torch.func's transforms and tensor
-    subclasses see the ops of ``torch.ops.aefast`` instead, at twice the cost of a call.
+    subclasses see the ops of ``torch.ops.aefast`` instead, at twice the cost of a call, and the dispatcher
+    resolves tensors that are views of the negative of another.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _transformed():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_transformed():
         return False
-    return all(type(tensor) in _PLAIN for tensor in tensors)
+    if torch._C._get_tracing_state() is not None:
+        return False
+    return all(tensor is None or (type(tensor) in _PLAIN and not tensor.is_neg()) for tensor in tensors)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -245,6 +252,19 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def kernels(name: str, op: str) -> Any:
     """The launchers of `op` on backend `name`."""
     return _BY_NAME[name].kernels(op)
+
+
+def wants_reference(grad: torch.Tensor) -> bool:
+    """Whether a backward called with `grad` has to differentiate the reference instead of launching a kernel.
+
+    So it is where the gradient itself is differentiated or transformed; ``is_grads_batched`` passes batches
+    of gradients that are no transform's.
+    """
+    return (
+        torch.is_grad_enabled()
+        or is_transformed()
+        or (not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad))
+    )
 
 
 def differentiate(

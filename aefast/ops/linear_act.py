@@ -1,6 +1,7 @@
 """A dense layer and its activation in one op: ``act(x @ weight.T + bias)``."""
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,6 +71,7 @@ def _forward_with_derivative(x, weight, bias, activation, negative_slope, alpha,
 def _backward(
     grad, x, weight, saved, activation, negative_slope, alpha, need_x, need_weight, need_bias, backend
 ):
+    saved = contiguous(saved)
     launch = _registry.kernels(backend, "linear_act").linear_act_backward
     gradients = launch(
         grad, x, weight, saved, activation, negative_slope, alpha, need_x, need_weight, need_bias
@@ -119,7 +121,7 @@ class _LinearAct(torch.autograd.Function):
         x, weight, bias, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         activation, negative_slope, alpha = ctx.settings
-        if torch.is_grad_enabled():
+        if _registry.wants_reference(grad):
             gradients = _registry.differentiate(
                 lambda x, weight, bias: reference(
                     x, weight, bias, activation, negative_slope=negative_slope, alpha=alpha
@@ -131,7 +133,7 @@ class _LinearAct(torch.autograd.Function):
         else:
             backward = (
                 _backward
-                if _registry.is_direct(grad, x, weight)
+                if _registry.is_direct(grad, x, weight, saved)
                 else torch.ops.aefast.linear_act_backward.default
             )
             computed = iter(backward(grad, x, weight, saved, *ctx.settings, *needs, ctx.backend))
@@ -147,6 +149,8 @@ def _needs_gradient(x, weight, bias):
 
 @torch.library.impl(LIBRARY, "linear_act", "Autograd")
 def _autograd(x, weight, bias, activation, negative_slope, alpha, backend):
+    if _registry.is_transformed():
+        return reference(x, weight, bias, activation, negative_slope=negative_slope, alpha=alpha)
     arguments = (x, weight, bias, activation, negative_slope, alpha, backend)
     if _needs_gradient(x, weight, bias):
         return _LinearAct.apply(*arguments, False)
@@ -156,7 +160,7 @@ def _autograd(x, weight, bias, activation, negative_slope, alpha, backend):
 
 def _run(*arguments):
     x, weight, bias, *_ = arguments
-    if not _registry.is_direct(x, weight):
+    if not _registry.is_direct(x, weight, bias):
         return torch.ops.aefast.linear_act.default(*arguments)
     if _needs_gradient(x, weight, bias):
         return _LinearAct.apply(*arguments, True)
@@ -214,12 +218,12 @@ def linear_act(
                 and x.is_cpu
                 and weight.is_cpu
                 and x.dtype is torch.float32
-                and (bias is None or bias.size(0) == features)
-                and negative_slope >= 0.0
-                and alpha >= 0.0
+                and (bias is None or (bias.size(0) == features and bias.dim() == 1 and bias.dtype is x.dtype))
+                and 0.0 <= negative_slope <= sys.float_info.max
+                and 0.0 <= alpha <= sys.float_info.max
             ):
                 return _EAGER_ACTIVATIONS[activation](F.linear(x, weight, bias), negative_slope, alpha)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
             _check(x, weight, bias, activation, negative_slope, alpha)
             raise
     x, weight, bias = _arguments.autocast(x, weight, bias)

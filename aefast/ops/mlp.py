@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ def _backward(
     need_biases,
     backend,
 ):
+    saved = [contiguous(tensor) for tensor in saved]
     outputs = saved[: len(weights)]
     stored = iter(saved[len(weights) :])
     derivatives = [next(stored) if activation in STORES_DERIVATIVE else None for activation in activations]
@@ -147,7 +148,7 @@ class _Mlp(torch.autograd.Function):
         need_x, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         needs = (need_x, *need_parameters)
         activations, negative_slope, alpha = ctx.settings
-        if torch.is_grad_enabled():
+        if _registry.wants_reference(grad):
             gradients = _registry.differentiate(
                 lambda x, *parameters: reference(
                     x,
@@ -162,7 +163,7 @@ class _Mlp(torch.autograd.Function):
                 grad,
             )
         else:
-            direct = _registry.is_direct(grad, x, *weights)
+            direct = _registry.is_direct(grad, x, *weights, *saved)
             backward = _backward if direct else torch.ops.aefast.mlp_backward.default
             computed = iter(
                 backward(
@@ -189,6 +190,8 @@ def _needs_gradient(x, weights, biases):
 
 @torch.library.impl(LIBRARY, "mlp", "Autograd")
 def _autograd(x, weights, biases, activations, negative_slope, alpha, backend):
+    if _registry.is_transformed():
+        return reference(x, weights, biases, activations, negative_slope=negative_slope, alpha=alpha)
     if _needs_gradient(x, weights, biases):
         settings = (list(activations), negative_slope, alpha, backend)
         return _Mlp.apply(x, *settings, False, *weights, *biases)
@@ -197,7 +200,7 @@ def _autograd(x, weights, biases, activations, negative_slope, alpha, backend):
 
 
 def _run(x, weights, biases, *settings):
-    if not _registry.is_direct(x, *weights):
+    if not _registry.is_direct(x, *weights, *biases):
         return torch.ops.aefast.mlp.default(x, weights, biases, *settings)
     if _needs_gradient(x, weights, biases):
         return _Mlp.apply(x, *settings, True, *weights, *biases)
@@ -234,7 +237,11 @@ def mlp(
         InputError: a shape, dtype, device, name or value is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
-    if isinstance(weights, Sequence) and isinstance(biases, Sequence):
+    weights, biases, activations = (
+        list(value) if isinstance(value, Iterable) and not isinstance(value, str | Tensor) else value
+        for value in (weights, biases, activations)
+    )
+    if isinstance(weights, list) and isinstance(biases, list):
         x, *parameters = _arguments.autocast(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     _check(x, weights, biases, activations)
@@ -243,7 +250,7 @@ def mlp(
     if backend == "eager":
         return reference(x, weights, biases, activations, negative_slope=negative_slope, alpha=alpha)
     flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    out = _run(flat, weights, biases, list(activations), negative_slope, alpha, backend)
+    out = _run(flat, weights, biases, activations, negative_slope, alpha, backend)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[1])
 
 
@@ -264,7 +271,7 @@ def _is_short(x: Tensor, weights: Sequence[Tensor], activations: Sequence[str]) 
 def _check(x: Any, weights: Any, biases: Any, activations: Any) -> None:
     _arguments.check_tensor("x", x, "mlp")
     for name, value in (("weights", weights), ("biases", biases), ("activations", activations)):
-        if not isinstance(value, Sequence) or isinstance(value, str):
+        if not isinstance(value, list):
             raise InputError(
                 f"mlp: {name} must be a sequence with one entry a layer, got {type(value).__name__}"
             )

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support import numerics
 
 import aefast
 import aefast.functional as AF
+from support import numerics
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ("triton", "cuda")

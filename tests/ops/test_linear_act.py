@@ -215,7 +215,8 @@ def test_nan_and_infinity_propagate(activation):
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
-def test_bitwise_repeatable_on_any_number_of_threads():
+def test_own_sums_do_not_depend_on_threads():
+    """The output and the bias gradient; the other gradients are single products, and the BLAS's business."""
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(6007, 64, generator=generator, requires_grad=True)
@@ -255,6 +256,103 @@ def test_torch_func_and_forward_mode_use_the_reference():
         torch.func.jvp(lambda x: AF.linear_act(x, weight, bias), (x,), (x,))
 
 
+@pytest.mark.parametrize("function", [torch.func.jvp, torch.func.grad, torch.func.vmap])
+def test_compiled_torch_func(function):
+    x, weight, bias = (tensor.detach() for tensor in operands(30, 20, 10, torch.float32))
+
+    def transformed(layer):
+        def call(w):
+            return layer(x, w, bias, "tanh")
+
+        if function is torch.func.jvp:
+            return lambda: torch.func.jvp(call, (weight,), (weight,))
+        if function is torch.func.grad:
+            return lambda: torch.func.grad(lambda w: call(w).sum())(weight)
+        return lambda: torch.func.vmap(call)(weight.expand(3, 10, 20))
+
+    found = torch.compile(transformed(AF.linear_act))()
+    torch.testing.assert_close(found, transformed(OP.reference)())
+
+
+@pytest.mark.parametrize("op", ["linear_act", "mlp"])
+def test_vectorised_backward(op):
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
+    x, weight, bias = operands(40, 30, 20, torch.float32)
+    upstream = torch.randn(3, 40, 20)
+    with aefast.backend("cpu"):
+        out = AF.mlp(x, [weight], [bias], ["gelu"]) if op == "mlp" else AF.linear_act(x, weight, bias, "gelu")
+    found = torch.autograd.grad(out, (x, weight, bias), upstream, is_grads_batched=True)
+    expected = [
+        torch.autograd.grad(OP.reference(x, weight, bias, "gelu"), (x, weight, bias), g) for g in upstream
+    ]
+    for ours, theirs in zip(found, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(theirs))
+
+
+@pytest.mark.parametrize("op", ["linear_act", "mlp"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_saved_tensors_may_come_back_with_other_strides(op, activation):
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
+    x, weight, bias = operands(40, 30, 20, torch.float32)
+
+    def gradients(layer):
+        out = layer()
+        return torch.autograd.grad(out.square().sum(), (x, weight, bias))
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensor.t().contiguous() if tensor.dim() == 2 else tensor,
+        lambda tensor: tensor.t() if tensor.dim() == 2 else tensor,
+    )
+    with aefast.backend("cpu"), hooks:
+        found = gradients(
+            lambda: (
+                AF.mlp(x, [weight], [bias], [activation])
+                if op == "mlp"
+                else AF.linear_act(x, weight, bias, activation)
+            )
+        )
+    for ours, theirs in zip(found, gradients(lambda: OP.reference(x, weight, bias, activation)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_negative_views_meta_and_traced_tensors():
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
+    x, weight, bias = (tensor.detach() for tensor in operands(40, 30, 20, torch.float32))
+    negated = torch.complex(x, -x).conj().imag
+    assert negated.is_neg()
+    with aefast.backend("cpu"):
+        torch.testing.assert_close(AF.linear_act(negated, weight, bias), OP.reference(x, weight, bias))
+        traced = torch.jit.trace(lambda x: AF.linear_act(x, weight, bias, "gelu"), (x,))
+        torch.testing.assert_close(traced(x), OP.reference(x, weight, bias, "gelu"))
+    out = AF.linear_act(*(tensor.to("meta") for tensor in (x, weight, bias)))
+    assert out.device.type == "meta" and out.shape == (40, 20)
+
+
+@pytest.mark.parametrize("rows", [3, 60_000])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bias": torch.ones(4, 1)},
+        {"bias": torch.ones(1)},
+        {"bias": torch.ones(4, dtype=torch.int64)},
+        {"negative_slope": float("inf")},
+        {"alpha": "1"},
+        {"negative_slope": 10**400},
+        {"weight": torch.ones(5)},
+    ],
+)
+def test_short_and_long_work_refuse_the_same(change, rows):
+    """Below the crossover PyTorch is called at once; what it would let through is refused all the same."""
+    arguments = {
+        "x": torch.ones(rows, 5),
+        "weight": torch.ones(4, 5),
+        "bias": torch.ones(4),
+        "activation": "elu",
+    }
+    with pytest.raises(InputError, match=next(iter(change))):
+        AF.linear_act(**{**arguments, **change})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -275,8 +373,8 @@ def test_torch_func_and_forward_mode_use_the_reference():
         ({"bias": torch.ones(4).double()}, "bias must have the dtype of x, float32, got float64"),
         ({"activation": "rellu"}, "activation must be one of .* got 'rellu'; did you mean 'relu'"),
         ({"activation": torch.relu}, "activation must be one of"),
-        ({"negative_slope": -0.1}, "negative_slope must be finite and at least 0, got -0.1"),
-        ({"alpha": float("nan")}, "alpha must be finite and at least 0, got nan"),
+        ({"negative_slope": -0.1}, "negative_slope must be a finite number of at least 0, got -0.1"),
+        ({"alpha": float("nan")}, "alpha must be a finite number of at least 0, got nan"),
     ],
 )
 def test_bad_input_is_named(change, message):
