@@ -13,7 +13,8 @@ def load(name: str) -> str | None:
     """Loads ``libaefast_<name>.so`` ("cpu" or "cuda"); None on success, else the reason."""
     path = _FOLDER / f"libaefast_{name}.so"
     if not path.exists():
-        return f"the {name} library was not built into this installation ({path.name} is missing)"
+        needed = "nvcc" if name == "cuda" else "a C++ compiler"
+        return f"{path.name} was not built into this installation; reinstall where {needed} is on PATH"
     if name == "cuda" and torch.version.cuda is None:
         return "this torch is built without CUDA"
     try:

@@ -10,11 +10,11 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from aefast import __version__
 from aefast.bench.cli import bench
 from aefast.errors import AefastError, InputError
 
@@ -29,6 +29,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("bench")(bench)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"aefast {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
 
 _RUN = "Run"
 _MODEL = "Model (options not given take the model's default)"
@@ -59,7 +76,8 @@ def train(
         ),
     ],
     out: Annotated[
-        Path,
+        # Not a Path, to which an empty string is the current folder.
+        str,
         typer.Option(
             metavar="DIR",
             help="Folder that receives config.json, model.safetensors, metrics.jsonl, checkpoints/, plots/.",
@@ -336,6 +354,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Errors in the input end in one line on standard error and 2. Other exceptions are bugs and pass.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Not every terminal has a × or the name of every file; the rest of a text is worth more than an error.
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(
+            stream, "reconfigure"
+        ):
+            stream.reconfigure(errors="replace")
     _arguments[:] = sys.argv[1:] if arguments is None else arguments
     debug = os.environ.get("AEFAST_DEBUG", "") not in ("", "0")
     try:

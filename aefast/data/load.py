@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -24,6 +26,12 @@ FILE_SUFFIXES = (".npy", ".npz", ".pt")
 
 # Keys that hold the samples in a file of several arrays, the first that is there.
 _SAMPLE_KEYS = ("x", "data")
+
+_DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
 
 # Rows are converted and checked in pieces of about this many values, so that a memory-mapped file is never
 # copied whole for a check.
@@ -52,15 +60,12 @@ def load(source: str | Path, *, patch_size: int = 16) -> Dataset:
     path = Path(source)
     if path.suffix.lower() not in FILE_SUFFIXES:
         raise DataError(_unknown(text))
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise DataError(f"data={text!r}: expected a readable {path.suffix} file, found {found}")
     return _dataset(_read(path), path)
 
 
 def _unknown(text: str) -> str:
     names = ", ".join(SOURCES)
-    close = difflib.get_close_matches(text, SOURCES, n=1)
+    close = difflib.get_close_matches(text.lower(), SOURCES, n=1)
     suggestion = f"; did you mean {close[0]!r}?" if close else ""
     return f"data={text!r}: expected one of {names}, or a {', '.join(FILE_SUFFIXES)} file{suggestion}"
 
@@ -69,13 +74,20 @@ def _read(path: Path) -> np.ndarray | torch.Tensor:
     """The array in a file, memory-mapped where the format allows it."""
     suffix = path.suffix.lower()
     try:
+        if not path.is_file():
+            found = "a folder" if path.is_dir() else "no such file"
+            raise DataError(f"data={str(path)!r}: expected a readable {suffix} file, found {found}")
         if suffix == ".pt":
             return _pick(torch.load(path, map_location="cpu", weights_only=True), path)
         if suffix == ".npz":
             if not zipfile.is_zipfile(path):
                 raise ValueError("it is not a .npz archive")
             with np.load(path, allow_pickle=False) as archive:
-                return archive[_pick_key(archive.files, path)]
+                array = archive[_pick_key(archive.files, path)]
+            # numpy hands out the bytes of a member that does not look like an array.
+            if not isinstance(array, np.ndarray):
+                raise ValueError("a member is not a .npy array")
+            return array
         with open(path, "rb") as file:
             if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
                 raise ValueError("it is not a .npy array")
@@ -88,10 +100,11 @@ def _read(path: Path) -> np.ndarray | torch.Tensor:
             f"data={str(path)!r}: expected a tensor or a dict of tensors, found other Python objects or a "
             "damaged file"
         ) from None
-    except (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:
+        # What the parsers of numpy, zipfile and torch raise over a damaged file is of no fixed set of types.
         if isinstance(error, ValueError) and ("allow_pickle" in str(error) or "Python objects" in str(error)):
             raise DataError(f"data={str(path)!r}: expected numbers, found Python objects") from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"data={str(path)!r}: expected a readable {suffix} file ({reason})") from None
 
 
@@ -120,6 +133,8 @@ def _pick_key(keys: list[str], path: Path) -> str:
 
 def _dataset(array: np.ndarray | torch.Tensor, path: Path) -> Dataset:
     where = f"data={str(path)!r}"
+    if isinstance(array, torch.Tensor):
+        _check_dense(array, where)
     shape = tuple(array.shape)
     if len(shape) < 2:
         raise DataError(f"{where}: expected shape (N, features) or (N, ...), got {shape}")
@@ -136,19 +151,32 @@ def _dataset(array: np.ndarray | torch.Tensor, path: Path) -> Dataset:
             array = array.astype(np.float64)
         tensor = torch.from_numpy(np.ascontiguousarray(array))
     else:
-        if array.is_sparse or array.layout != torch.strided or array.is_quantized:
-            raise DataError(f"{where}: expected a dense tensor, got layout {array.layout}")
-        if array.is_complex():
-            raise DataError(f"{where}: expected real numbers, got dtype {array.dtype}")
         tensor = array
     samples = _finite_float32(tensor.reshape(shape[0], -1), where)
-    return Dataset(path.stem, samples, shape[1:])
+    # The bytes of a file name need not be UTF-8, the text that messages and plots show must be.
+    name = os.fsencode(path.stem).decode("utf-8", errors="replace")
+    return Dataset(name, samples, shape[1:])
+
+
+def _check_dense(tensor: torch.Tensor, where: str) -> None:
+    """That `tensor` holds one number for each element of its shape, in memory."""
+    if tensor.is_nested:
+        raise DataError(f"{where}: expected samples of one shape, got a nested tensor")
+    if tensor.device.type != "cpu":
+        raise DataError(f"{where}: expected a tensor with values, got one on the {tensor.device} device")
+    if tensor.layout != torch.strided:
+        raise DataError(f"{where}: expected a dense tensor, got layout {tensor.layout}")
+    if tensor.dtype not in _DTYPES:
+        raise DataError(f"{where}: expected real numbers, got dtype {tensor.dtype}")
 
 
 def _finite_float32(rows: torch.Tensor, where: str) -> torch.Tensor:
     """`rows` (N, features) as float32, scaled by 1/255 if uint8; `DataError` if a value is not finite."""
     convert = rows.dtype != torch.float32
-    result = torch.empty(rows.shape) if convert else rows
+    try:
+        result = torch.empty(rows.shape) if convert else rows
+    except RuntimeError:
+        raise DataError(f"{where}: {rows.numel():,} values do not fit into memory as float32") from None
     piece = max(1, _PIECE_VALUES // rows.shape[1])
     for start in range(0, len(rows), piece):
         block = result[start : start + piece]
@@ -159,9 +187,10 @@ def _finite_float32(rows: torch.Tensor, where: str) -> torch.Tensor:
         finite = torch.isfinite(block)
         if not finite.all():
             row = int((~finite).any(dim=1).nonzero()[0])
-            value = block[row][~finite[row]][0].item()
             column = int((~finite[row]).nonzero()[0])
-            raise DataError(
-                f"{where}: expected finite numbers, but row {start + row}, column {column} holds {value}"
-            )
+            value = rows[start + row, column].item()
+            place = f"row {start + row}, column {column} holds {value}"
+            if math.isfinite(value):
+                raise DataError(f"{where}: {place}, which is too large for float32")
+            raise DataError(f"{where}: expected finite numbers, but {place}")
     return result

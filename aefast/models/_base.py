@@ -33,7 +33,7 @@ ModelType = TypeVar("ModelType", bound="type[Model]")
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` where one of `known` resembles `word`, else an empty string."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
+    close = difflib.get_close_matches(str(word).lower(), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -181,17 +181,24 @@ class Model(nn.Module):
         Args:
             directory: where to write.
             metadata: JSON values kept in ``config.json`` beside the options; loading ignores them.
+
+        Raises:
+            InputError: `directory` is a file, or `metadata` holds something that is not a JSON value.
         """
         directory = Path(directory)
+        content = {"format_version": FORMAT_VERSION, "model": self.name, "config": self.config.to_dict()}
+        if metadata is not None:
+            content["metadata"] = dict(metadata)
+        try:
+            text = json.dumps(content, indent=2) + "\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"metadata: expected JSON values ({error})") from None
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise InputError(f"directory={str(directory)!r}: expected a directory, found a file") from None
         write_atomically(directory / WEIGHTS_FILE, safetensors.torch.save(self.cpu_state()))
-        content = {"format_version": FORMAT_VERSION, "model": self.name, "config": self.config.to_dict()}
-        if metadata is not None:
-            content["metadata"] = dict(metadata)
-        write_atomically(directory / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
+        write_atomically(directory / CONFIG_FILE, text.encode())
 
     def cpu_state(self) -> dict[str, torch.Tensor]:
         """The state dict as contiguous CPU tensors."""
@@ -249,7 +256,7 @@ def _read_config(directory: Path) -> tuple[type[Model], ModelConfig]:
         raise InputError(
             f"directory={str(directory)!r}: {CONFIG_FILE} is missing, expected a folder with a saved model"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected a readable JSON file ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
@@ -293,6 +300,11 @@ def _fill(model: Model, weights: dict[str, torch.Tensor], path: Path) -> None:
         f"{key!r} has shape {tuple(weights[key].shape)}, expected {tuple(tensor.shape)}"
         for key, tensor in expected.items()
         if key in weights and weights[key].shape != tensor.shape
+    ]
+    problems += [
+        f"{key!r} has dtype {weights[key].dtype}, expected {tensor.dtype}"
+        for key, tensor in expected.items()
+        if key in weights and weights[key].is_floating_point() != tensor.is_floating_point()
     ]
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")

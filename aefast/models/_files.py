@@ -18,7 +18,10 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        # A full disk names no file by itself.
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
         temporary.unlink(missing_ok=True)
         raise
     # The rename itself is durable only once its directory is.

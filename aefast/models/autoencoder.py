@@ -65,7 +65,7 @@ class AutoencoderConfig(ModelConfig):
                 f"decoder_hidden={self.decoder_hidden!r}: a linear decoder has no hidden layers, "
                 "so give either decoder_hidden or linear_decoder"
             )
-        if self.loss not in RECONSTRUCTION_LOSSES:
+        if not isinstance(self.loss, str) or self.loss not in RECONSTRUCTION_LOSSES:
             raise InputError(
                 f"loss={self.loss!r}: expected one of {', '.join(RECONSTRUCTION_LOSSES)}"
                 f"{did_you_mean(self.loss, RECONSTRUCTION_LOSSES)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 
 import torch
 from torch import nn
@@ -11,22 +12,28 @@ from torch import nn
 import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.kernels.activation import ACTIVATIONS
+from aefast.ops import _arguments
+
+# What a 32-bit index holds: kernels count in it, and no layer of such a width fits into memory.
+_LARGEST_INT = 2**31 - 1
 
 
 def check_activation(name: object, argument: str = "activation") -> str:
     """Return `name` if it is one of `ACTIVATIONS`; raise `InputError` naming `argument` otherwise."""
-    if name in ACTIVATIONS:
+    if isinstance(name, str) and name in ACTIVATIONS:
         return name
-    close = difflib.get_close_matches(str(name), ACTIVATIONS, n=1)
+    close = difflib.get_close_matches(str(name).lower(), ACTIVATIONS, n=1)
     suggestion = f"; did you mean {close[0]!r}?" if close else ""
     raise InputError(f"{argument}={name!r}: expected one of {', '.join(ACTIVATIONS)}{suggestion}")
 
 
 def check_positive_int(value: object, argument: str) -> int:
-    """Return `value` if it is an int of at least 1; raise `InputError` naming `argument` otherwise."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    raise InputError(f"{argument}={value!r}: expected a positive integer")
+    """Return `value` if it is an int from 1 to 2**31 - 1; raise `InputError` naming `argument` otherwise."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{argument}={value!r}: expected a positive integer")
+    if value > _LARGEST_INT:
+        raise InputError(f"{argument}={value!r}: expected a positive integer of at most {_LARGEST_INT:,}")
+    return value
 
 
 def eager_activation(name: str, *, negative_slope: float = 0.01, alpha: float = 1.0) -> nn.Module:
@@ -68,7 +75,8 @@ class LinearAct(nn.Module):
         bias: (out_features,), or None.
 
     Raises:
-        InputError: an unknown activation, or a size that is not a positive integer.
+        InputError: an unknown activation, a negative_slope or alpha that is negative or not finite, or a size
+            that is not a positive integer or does not fit into memory.
     """
 
     def __init__(
@@ -86,14 +94,25 @@ class LinearAct(nn.Module):
         super().__init__()
         self.in_features = check_positive_int(in_features, "in_features")
         self.out_features = check_positive_int(out_features, "out_features")
-        self.activation = check_activation(activation)
+        _arguments.check_activation("activation", activation, "LinearAct")
+        _arguments.check_activation_parameters(negative_slope, alpha, "LinearAct")
+        self.activation = activation
         self.negative_slope = float(negative_slope)
         self.alpha = float(alpha)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
+        try:
+            self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+            if bias:
+                self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+            else:
+                self.register_parameter("bias", None)
+        except RuntimeError as error:
+            # torch has a type of its own for this on GPUs only.
+            if not re.search("memory|Storage size", str(error)):
+                raise
+            raise InputError(
+                f"in_features={in_features}, out_features={out_features}: a layer of this size does not fit "
+                "into memory"
+            ) from error
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -10,7 +10,8 @@ from torch import nn
 
 import aefast.functional as AF
 from aefast.errors import InputError
-from aefast.nn.linear_act import LinearAct, check_activation, check_positive_int, eager_activation
+from aefast.nn.linear_act import LinearAct, check_positive_int, eager_activation
+from aefast.ops import _arguments
 
 
 class MLP(nn.Module):
@@ -18,8 +19,9 @@ class MLP(nn.Module):
 
     Layer i is the child named ``str(2 * i)``: the numbers that ``nn.Sequential(nn.Linear, activation,
     nn.Linear, activation, …)`` gives its linear layers. The state dict (``0.weight``, ``0.bias``,
-    ``2.weight``, …) therefore loads from that twin and into it. The children hold the parameters; the forward
-    pass does not call them, so hooks belong on the MLP itself.
+    ``2.weight``, …) therefore loads from that twin and into it. The children hold the parameters. The
+    forward pass evaluates all of them in one op and calls them in turn, more slowly, only when one was replaced
+    or carries hooks.
 
     Args:
         features: sizes from the input to the output, at least two of them.
@@ -33,7 +35,8 @@ class MLP(nn.Module):
         input (\\*, features[0]), output (\\*, features[-1]).
 
     Raises:
-        InputError: fewer than two sizes, a size that is not a positive integer, or an unknown activation.
+        InputError: fewer than two sizes, a size that is not a positive integer, an unknown activation, or a
+            negative_slope or alpha that is negative or not finite.
     """
 
     def __init__(
@@ -54,8 +57,9 @@ class MLP(nn.Module):
         self.features = tuple(
             check_positive_int(size, f"features[{index}]") for index, size in enumerate(features)
         )
-        check_activation(activation)
-        check_activation(output_activation, "output_activation")
+        _arguments.check_activation("activation", activation, "MLP")
+        _arguments.check_activation("output_activation", output_activation, "MLP")
+        _arguments.check_activation_parameters(negative_slope, alpha, "MLP")
         self.negative_slope = float(negative_slope)
         self.alpha = float(alpha)
         layers = len(self.features) - 1
@@ -78,8 +82,34 @@ class MLP(nn.Module):
         """The layers from the input to the output."""
         return tuple(self._modules.values())
 
+    def _is_plain(self) -> bool:
+        """Whether the children do nothing but what one op over their parameters does.
+
+        Parametrizations change a child's class; pruning, spectral norm and observers hang hooks on it.
+        """
+        layers = self._modules.values()
+        if len(layers) != len(self.activations):
+            return False
+        for layer, activation in zip(layers, self.activations, strict=True):
+            if (
+                type(layer) is not LinearAct
+                or layer._forward_pre_hooks
+                or layer._forward_hooks
+                or layer._backward_pre_hooks
+                or layer._backward_hooks
+                or layer.activation != activation
+                or layer.negative_slope != self.negative_slope
+                or layer.alpha != self.alpha
+            ):
+                return False
+        return True
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layers = self._modules.values()
+        if not self._is_plain():
+            for layer in layers:
+                x = layer(x)
+            return x
         return AF.mlp(
             x,
             [layer.weight for layer in layers],

@@ -195,9 +195,12 @@ def _resolve(request: str, op: str, device_type: str, dtype: torch.dtype) -> str
     return row.name
 
 
-@torch.compiler.assume_constant_result
 def _choose(op: str, device_type: str, dtype: torch.dtype) -> str:
     return _resolve(_requested.get(), op, device_type, dtype)
+
+
+# What torch.compiler.assume_constant_result does; calling that would import the compiler, over a second.
+_choose._dynamo_marked_constant = True
 
 
 def is_transformed() -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
+        self._path = path
         self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
         if self._file.tell() > size:
             self._file.truncate(size)
@@ -80,8 +83,10 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line."""
-        self._file.write((json.dumps(record) + "\n").encode())
-        self._file.flush()
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        with self._named_errors():
+            self._file.write(line)
+            self._file.flush()
 
     @property
     def size(self) -> int:
@@ -90,7 +95,18 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with self._named_errors():
+            # What could not be written is tried once more.
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # A full disk names no file by itself.
+            error.filename = error.filename or str(self._path)
+            raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

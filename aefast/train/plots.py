@@ -59,7 +59,7 @@ def plot_reconstructions(
         figure = _line_pairs(originals, reconstructions)
     else:
         figure = _image_pairs(originals, reconstructions, sample_shape)
-    figure.suptitle(title, color=_INK, fontsize=11)
+    figure.suptitle(title, color=_INK, fontsize=11, parse_math=False)
     figure.savefig(path)
 
 
@@ -160,7 +160,7 @@ def plot_loss(records: Sequence[dict[str, Any]], title: str, path: Path) -> None
         axis.set_yscale("log")
     axis.set_xlabel("step", color=_INK)
     axis.set_ylabel("loss", color=_INK)
-    axis.set_title(title, color=_INK, fontsize=11)
+    axis.set_title(title, color=_INK, fontsize=11, parse_math=False)
     axis.grid(True, which="both", color="#eeeeee")
     axis.legend(frameon=False)
     _plain(axis)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
 import signal
 import time
@@ -16,6 +17,7 @@ from rich.console import Console
 from aefast.data import Batches, Dataset
 from aefast.errors import AefastError, InputError
 from aefast.models import Model
+from aefast.models._base import CONFIG_FILE, WEIGHTS_FILE
 from aefast.train.checkpoint import Checkpoint, CheckpointStore
 from aefast.train.compare import Comparison, compare_with_eager
 from aefast.train.config import TrainConfig
@@ -86,6 +88,8 @@ class Trainer:
                 f"dataset: expected {model.config.input_size} features a sample, the model's input_size, "
                 f"got {dataset.features}"
             )
+        if directory == "":
+            raise InputError("out='': expected a folder")
         self.config = config
         self.dataset = dataset
         self.directory = Path(directory)
@@ -116,11 +120,34 @@ class Trainer:
             compare: measure the throughput beside eager PyTorch at the end.
 
         Raises:
-            InputError: the folder cannot be written, holds a run that was not asked for, or one that was
-                started with other options.
+            InputError: the folder or a file in it cannot be written, it holds a run that was not asked for,
+                or one that was started with other options.
             CheckpointError: all checkpoints are damaged.
-            TrainingError: the loss is no longer finite; the last checkpoint is kept.
+            TrainingError: a loss or a weight is no longer finite; the last checkpoint is kept.
         """
+        try:
+            return self._fit(resume, overwrite, compare)
+        except OSError as error:
+            file = self._output_file(error)
+            if file is None:
+                raise
+            raise InputError(
+                f"out={str(self.directory)!r}: cannot read or write {file} ({error.strerror or error})"
+            ) from error
+
+    def _output_file(self, error: OSError) -> Path | None:
+        """Which file of the run `error` is about, or None if it is not about the run's folder."""
+        # A reader that closed the pipe behind standard output says nothing about the folder.
+        if isinstance(error, BrokenPipeError):
+            return None
+        # Of a rename, the target is what the user knows.
+        name = error.filename if error.filename2 is None else error.filename2
+        if name is None:
+            return self.directory
+        path = Path(os.fsdecode(name)) if isinstance(name, (str, bytes, os.PathLike)) else None
+        return path if path is not None and path.is_relative_to(self.directory) else None
+
+    def _fit(self, resume: bool, overwrite: bool, compare: bool) -> TrainResult:
         metrics_size = self._open(resume, overwrite)
         self.metrics = MetricsLog(self.directory / METRICS_FILE, metrics_size)
         try:
@@ -184,9 +211,18 @@ class Trainer:
             raise InputError(
                 f"out={str(self.directory)!r}: expected a folder that can be written ({error.strerror})"
             ) from None
+        # Told before the training rather than when the first of them is written.
+        for name in (CHECKPOINT_FOLDER, PLOT_FOLDER):
+            path = self.directory / name
+            if path.exists() and not path.is_dir():
+                raise InputError(f"out={str(self.directory)!r}: expected {path} to be a folder, found a file")
+        for name in (METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE):
+            path = self.directory / name
+            if path.is_dir():
+                raise InputError(f"out={str(self.directory)!r}: expected {path} to be a file, found a folder")
 
     def _start_afresh(self, resume: bool, overwrite: bool) -> None:
-        weights = self.directory / "model.safetensors"
+        weights = self.directory / WEIGHTS_FILE
         if resume:
             self._say(f"notice: no checkpoint in {self.directory} to resume from; starting afresh")
         elif overwrite:
@@ -227,9 +263,7 @@ class Trainer:
         """Write a checkpoint of this moment, and the model as it is now."""
         window = self.window.state()
         self._check_finite(window["sums"])
-        # The loss was computed before the update it led to.
-        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
-            raise self._diverged("a weight")
+        self._check_weights()
         optimizer = {
             f"{index}/{name}": value.cpu()
             for index, state in self.step.optimizer.state_dict()["state"].items()
@@ -303,6 +337,9 @@ class Trainer:
         val_loss = self._validate(interrupt)
         if val_loss is None:
             return
+        if not math.isfinite(val_loss):
+            raise self._diverged("val_loss")
+        self._check_weights()
         self._log(view, means, samples_per_s, val_loss)
         self.epoch += 1
         self.batch = 0
@@ -355,6 +392,11 @@ class Trainer:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise self._diverged(f"the loss term {name}")
+
+    def _check_weights(self) -> None:
+        # The loss was computed before the update it led to, so it does not tell.
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            raise self._diverged("a weight")
 
     def _diverged(self, what: str) -> TrainingError:
         kept = self.store.paths()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from aefast.errors import InputError
 from aefast.kernels.activation import ACTIVATIONS
@@ -80,6 +81,74 @@ def test_mlp_and_sequential_exchange_state_dicts():
     assert [type(module) for module in mlp.eager()] == [type(module) for module in sequential]
 
 
+class Adapted(nn.Module):
+    """A layer with something added to its output."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) + 1
+
+
+def add_hooks(mlp):
+    mlp.layers[1].register_forward_hook(lambda layer, inputs, output: output + 1)
+
+
+def add_pre_hooks(mlp):
+    mlp.layers[1].register_forward_pre_hook(lambda layer, inputs: (inputs[0] + 1,))
+
+
+def other_activation(mlp):
+    mlp.add_module("2", LinearAct(6, 5, activation="tanh"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mlp: nn.utils.spectral_norm(mlp.layers[1]),
+        lambda mlp: nn.utils.parametrizations.spectral_norm(mlp.layers[1]),
+        lambda mlp: prune.l1_unstructured(mlp.layers[0], "weight", amount=0.5),
+        add_hooks,
+        add_pre_hooks,
+        lambda mlp: mlp.add_module("2", Adapted(mlp.layers[1])),
+        lambda mlp: mlp.add_module("1", Adapted(nn.Identity())),
+        other_activation,
+    ],
+    ids=["spectral", "parametrized", "pruned", "hook", "pre-hook", "replaced", "added", "activation"],
+)
+def test_mlp_respects_what_sits_on_its_children(change):
+    torch.manual_seed(3)
+    mlp = MLP((7, 6, 5, 4)).eval()
+    change(mlp)
+    # Hooks compute the weight from such a parameter anew at every call.
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    x = torch.randn(3, 7)
+    output = mlp(x)
+    expected = x
+    for layer in mlp.children():
+        expected = layer(expected)
+    assert torch.equal(output, expected)
+
+
+def test_mlp_runs_backward_hooks_of_its_children():
+    mlp = MLP((4, 3, 2))
+    seen = []
+    mlp.layers[0].register_full_backward_hook(lambda *arguments: seen.append(1))
+    mlp.layers[1].register_full_backward_pre_hook(lambda *arguments: seen.append(2))
+    mlp(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert sorted(seen) == [1, 2]
+
+
+def test_plain_mlp_does_not_call_its_children(monkeypatch):
+    mlp = MLP((4, 3, 2))
+    monkeypatch.setattr(LinearAct, "forward", None)
+    assert mlp(torch.randn(2, 4)).shape == (2, 2)
+
+
 def test_eager_twin_is_a_copy():
     mlp = MLP((4, 3, 2))
     twin = mlp.eager()
@@ -94,10 +163,23 @@ def test_eager_twin_is_a_copy():
         (lambda: LinearAct(0, 3), "in_features=0: expected a positive integer"),
         (lambda: LinearAct(3, 2.0), "out_features=2.0"),
         (lambda: LinearAct(3, 3, activation="rleu"), "did you mean 'relu'"),
+        (lambda: LinearAct(2**31, 3), "in_features=2147483648: expected a positive integer of at most"),
+        (
+            lambda: LinearAct(2**31 - 1, 2**31 - 1),
+            "in_features=2147483647, out_features=2147483647: .*memory",
+        ),
+        (lambda: LinearAct(3, 3, activation=None), "LinearAct: activation must be one of"),
+        (lambda: LinearAct(3, 3, activation=[]), "LinearAct: activation must be one of"),
+        (lambda: LinearAct(3, 3, negative_slope=-1), "LinearAct: negative_slope must be a finite number"),
+        (lambda: LinearAct(3, 3, alpha=float("nan")), "LinearAct: alpha must be a finite number"),
+        (lambda: LinearAct(3, 3, alpha="1"), "LinearAct: alpha must be a finite number"),
+        (lambda: MLP((3, 3), "Relu"), "MLP: activation must be one of .*did you mean 'relu'"),
+        (lambda: MLP((3, 3), negative_slope=None), "MLP: negative_slope must be a finite number"),
+        (lambda: MLP((3, 3), alpha=-0.5), "MLP: alpha must be a finite number"),
         (lambda: MLP((3,)), "features="),
         (lambda: MLP("34"), "features='34'"),
         (lambda: MLP((3, -1)), r"features\[1\]=-1"),
-        (lambda: MLP((3, 2), output_activation="sigmoidal"), "output_activation='sigmoidal'"),
+        (lambda: MLP((3, 2), output_activation="sigmoidal"), "output_activation must be.*'sigmoidal'"),
     ],
 )
 def test_bad_options_are_named(make, message):

@@ -79,6 +79,14 @@ def edit(saved, change):
         (lambda c: c["config"].update(latent=4), r"'encoder.4.weight' has shape \(3, 5\), expected \(4, 5\)"),
         (lambda c: c["config"].update(hidden=[6]), "unexpected 'encoder.4.weight'"),
         (lambda c: c["config"].update(hidden=[6, 5, 3]), "missing 'encoder.6.weight'"),
+        (
+            lambda c: c["config"].update(latent=10**30),
+            "latent=10{30}: expected a positive integer of at most",
+        ),
+        (lambda c: c["config"].update(loss={}), r"loss=\{\}: expected one of mse"),
+        (lambda c: c["config"].update(activation={}), r"activation=\{\}: expected one of"),
+        (lambda c: c["config"].update(activation="Relu"), "did you mean 'relu'"),
+        (lambda c: c["config"].update(LATENT=3), "unknown option 'LATENT'.*did you mean 'latent'"),
         (lambda c: c.update(config=[1]), "expected options by name, got list"),
     ],
 )
@@ -113,6 +121,27 @@ def test_weights_of_another_model_are_refused(saved):
     safetensors.torch.save_file({"something": torch.zeros(2)}, saved / "model.safetensors")
     with pytest.raises(InputError, match=r"missing 'encoder.0.weight'"):
         from_pretrained(saved)
+
+
+def test_weights_of_whole_numbers_are_refused(saved):
+    path = saved / "model.safetensors"
+    safetensors.torch.save_file(
+        {key: value.long() for key, value in safetensors.torch.load_file(path).items()}, path
+    )
+    with pytest.raises(InputError, match=r"'encoder.0.weight' has dtype torch.int64, expected torch.float32"):
+        from_pretrained(saved)
+
+
+def test_deeply_nested_config_is_refused(saved):
+    (saved / "config.json").write_text("[" * 200_000)
+    with pytest.raises(InputError, match=r"config.json: expected a readable JSON file"):
+        from_pretrained(saved)
+
+
+def test_metadata_that_is_not_json_writes_nothing(model, tmp_path):
+    with pytest.raises(InputError, match=r"metadata: expected JSON values .*Tensor"):
+        model.save_pretrained(tmp_path / "new", metadata={"scale": torch.ones(2)})
+    assert not (tmp_path / "new").exists()
 
 
 def test_saving_over_a_file_is_refused(model, tmp_path):

@@ -107,15 +107,16 @@ def test_unknown_name(name):
     assert str(caught.value) == f"backend must be one of auto, cuda, triton, cpu, eager, got {name!r}"
 
 
-@pytest.mark.parametrize("name", ["auto", "triton", "eager"])
-def test_environment_sets_the_backend(name):
+@pytest.mark.parametrize(("name", "backend"), [("triton", "triton"), ("eager", "eager"), ("", "auto")])
+def test_environment_sets_the_backend(name, backend):
     code = "import aefast; from aefast.ops import _registry; print(_registry.requested())"
     done = run([sys.executable, "-c", code], env=environment(AEFAST_BACKEND=name))
-    assert done.stdout.splitlines() == [name]
+    assert done.stdout.splitlines() == [backend]
 
 
 def test_environment_with_an_unknown_name():
-    done = run([sys.executable, "-c", "import aefast"], env=environment(AEFAST_BACKEND="nvidia"))
+    code = "import torch, aefast.functional as AF; AF.linear_act(torch.ones(1, 2), torch.ones(1, 2))"
+    done = run([sys.executable, "-c", code], env=environment(AEFAST_BACKEND="nvidia"))
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].endswith(
         "AEFAST_BACKEND must be one of auto, cuda, triton, cpu, eager, got 'nvidia'"

@@ -1,5 +1,6 @@
 """The aefast command: exit codes, messages, files, signals."""
 
+import errno
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+import aefast
 from aefast import cli
 from aefast.models import from_pretrained
 
@@ -96,6 +98,10 @@ def failure(capsys, code):
         (("--log-every", "0"), "log_every=0"),
         (("--device", "gpu"), "device='gpu': expected one of auto, cpu, cuda"),
         (("--model", "autoencodre"), "model='autoencodre'.*did you mean 'autoencoder'"),
+        (("--latent", 10**20), "latent=1(0{20}): expected a positive integer of at most 2,147,483,647"),
+        (("--latent", 999999999999), "latent=999999999999: expected a positive integer of at most"),
+        (("--out", ""), "out='': expected a folder"),
+        (("--activation", "Relu"), "activation='Relu': expected one of .*did you mean 'relu'"),
         (("--activation", "rleu"), "activation='rleu': expected one of .*did you mean 'relu'"),
         (("--output-activation", "x"), "output_activation='x': expected one of"),
         (("--hidden", "8,a"), "hidden='8,a': expected positive integers"),
@@ -170,6 +176,73 @@ def test_divergence_ends_in_one_line(train, data, capsys):
     # The squares of such values overflow float32.
     np.save(data, np.full((100, 12), 3e38, dtype=np.float32))
     assert re.search("no longer finite at step .*lower lr", failure(capsys, train("--no-compare")))
+
+
+def test_divergence_of_the_last_step_ends_in_one_line(train, tmp_path, capsys):
+    # One step an epoch: its loss is that of the initial weights, and finite.
+    arguments = ("--no-compare", "--epochs", 1, "--batch-size", 256, "--lr", "1e30")
+    assert re.search("val_loss is no longer finite at step 1 .*lower lr", failure(capsys, train(*arguments)))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "plots"])
+def test_files_in_the_place_of_folders_end_in_one_line(train, tmp_path, capsys, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("")
+    assert f"{tmp_path / 'run' / name} to be a folder" in failure(capsys, train("--no-compare"))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "model.safetensors"])
+def test_folders_in_the_place_of_files_end_in_one_line(train, tmp_path, capsys, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    assert f"{tmp_path / 'run' / name} to be a file" in failure(capsys, train("--no-compare", "--overwrite"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_ends_in_one_line(train, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    line = failure(capsys, train("--no-compare"))
+    assert f"cannot read or write {tmp_path / 'run' / 'metrics.jsonl'} (No space left on device)" in line
+
+
+def test_a_full_disk_names_the_checkpoint(train, tmp_path, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    line = failure(capsys, train("--no-compare"))
+    assert f"cannot read or write {tmp_path / 'run' / 'checkpoints'}/step-" in line
+
+
+def test_errors_outside_the_folder_keep_their_traceback(train, monkeypatch):
+    def fail(trainer):
+        raise FileNotFoundError(errno.ENOENT, "no such file", "/elsewhere/x")
+
+    monkeypatch.setattr("aefast.train.Trainer._save", fail)
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        train("--no-compare")
+
+
+def test_names_with_mathematics_are_plotted_as_they_are(train, data, tmp_path):
+    path = data.rename(tmp_path / "a$\\x$.npy")
+    assert train("--no-compare", "--epochs", 1, data=path, plots=True) == 0
+    assert (tmp_path / "run" / "plots" / "loss.png").exists()
+
+
+def test_a_terminal_without_all_characters_is_served(data, tmp_path):
+    options = ["--hidden", "8", "--latent", "3", "--device", "cpu", "--epochs", "1", "--no-compare"]
+    command = [sys.executable, "-m", "aefast.cli", "train", "--data", data, "--out", tmp_path / "x", *options]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"on cpu ? samples" in result.stdout
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"aefast {aefast.__version__}\n"
 
 
 def test_debug_shows_the_traceback(train, monkeypatch):

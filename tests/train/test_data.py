@@ -1,5 +1,7 @@
 """Data sources, their errors, the held-out split, and batches."""
 
+import os
+import struct
 import sys
 import zipfile
 
@@ -81,7 +83,10 @@ def with_value(rows, value):
     [
         (lambda rows: with_value(rows, np.nan), "row 7, column 2 holds nan"),
         (lambda rows: with_value(rows, -np.inf), "row 7, column 2 holds -inf"),
-        (lambda rows: with_value(rows.astype(np.float64), 1e39), "row 7, column 2 holds inf"),
+        (
+            lambda rows: with_value(rows.astype(np.float64), 1e39),
+            "row 7, column 2 holds 1e.39, which is too large for float32",
+        ),
         (lambda rows: rows[:0], "the array is empty with shape"),
         (lambda rows: rows[:, :0], "the array is empty with shape"),
         (lambda rows: rows[:1], "expected at least 2 samples"),
@@ -129,6 +134,116 @@ def test_damaged_archive_member_is_named(tmp_path, rows):
         archive.writestr("x.npy", b"\x93NUMPY garbage")
     with pytest.raises(DataError, match=r"expected a readable .npz file"):
         load(path)
+
+
+def write_npz(path, member, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("x.npy", member)
+
+
+def npy_bytes(header):
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+def npy_of_shape(shape):
+    return npy_bytes(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy_of_shape((2**70, 5)),
+        npy_of_shape((2**40, 5)),
+        npy_bytes("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5"),
+        npy_bytes("(" * 50),
+    ],
+    ids=["beyond-int64", "huge", "cut-header", "brackets"],
+)
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_damaged_headers_are_named(tmp_path, suffix, content):
+    path = tmp_path / f"bad{suffix}"
+    if suffix == ".npy":
+        path.write_bytes(content)
+    else:
+        write_npz(path, content)
+    with pytest.raises(DataError, match=rf"expected a readable \{suffix} file"):
+        load(path)
+
+
+def test_archives_with_damaged_members_are_named(tmp_path, rows):
+    path = tmp_path / "bad.npz"
+    write_npz(path, b"this member is no array")
+    with pytest.raises(DataError, match=r"expected a readable .npz file \(a member is not a .npy array"):
+        load(path)
+    np.savez_compressed(path, x=rows)
+    content = bytearray(path.read_bytes())
+    for place in range(60, 110):
+        content[place] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"expected a readable .npz file"):
+        load(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_files_with_any_damage_are_named(tmp_path, rows):
+    path = saved_as(tmp_path / "bad.pt", rows)
+    whole = path.read_bytes()
+    generator = np.random.default_rng(1)
+    refused = 0
+    for _ in range(60):
+        content = bytearray(whole)
+        for place in generator.integers(0, 400, 3):
+            content[place] = generator.integers(256)
+        path.write_bytes(content)
+        try:
+            load(path)
+        except DataError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError(), IndexError("index 3"), struct.error("size"), MemoryError(), TypeError("x")]
+)
+def test_whatever_a_parser_raises_names_the_file(tmp_path, rows, monkeypatch, error):
+    path = saved_as(tmp_path / "bad.pt", rows)
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(DataError, match=rf"bad.pt.*\({str(error) or type(error).__name__}\)"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x.to("meta"), "expected a tensor with values, got one on the meta device"),
+        (lambda x: torch.nested.nested_tensor([x, x[:3]]), "expected samples of one shape"),
+        (lambda x: x.to_sparse(), "expected a dense tensor, got layout torch.sparse_coo"),
+        (lambda x: x.to_sparse_csr(), "expected a dense tensor, got layout torch.sparse_csr"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "expected real numbers.*qint8"),
+    ],
+    ids=["meta", "nested", "coo", "csr", "quantized"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_without_plain_values_are_refused(tmp_path, rows, make, message):
+    torch.save(make(torch.from_numpy(rows)), tmp_path / "a.pt")
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "a.pt")
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"expected a readable .npy file \(.*too long"):
+        load(tmp_path / ("x" * 300 + ".npy"))
+
+
+def test_names_that_are_not_utf8_become_text(tmp_path, rows):
+    path = tmp_path / os.fsdecode(b"caf\xe9.npy")
+    np.save(path, rows)
+    assert load(path).name == "caf\N{REPLACEMENT CHARACTER}"
 
 
 def test_names_and_paths_that_are_not_there(tmp_path):

@@ -391,6 +391,32 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(make_trainer, tmp_path, 
     assert weights(tmp_path).isfinite().all()
 
 
+def test_a_weight_that_no_loss_shows_stops_the_epoch(make_trainer, tmp_path, monkeypatch):
+    original = TrainStep.__call__
+
+    def call(self, batch):
+        terms = original(self, batch)
+        if trainer.steps_taken == 13:
+            with torch.no_grad():
+                # relu makes a 0 of what this leads to.
+                trainer.model.encoder.layers[0].bias[0] = -torch.inf
+        return terms
+
+    monkeypatch.setattr(TrainStep, "__call__", call)
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(TrainingError, match=r"a weight is no longer finite at step 14 .*step-0000000007"):
+        trainer.fit(compare=False)
+    assert metrics(tmp_path)[-1]["step"] < 14
+
+
+def test_metrics_are_json_only(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        log.write({"val_loss": float("nan")})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
 def test_a_second_signal_ends_the_process_at_once():
     child = os.fork()
     if child == 0:
