@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -237,16 +238,22 @@ def mlp(
         InputError: a shape, dtype, device, name or value is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
-    weights, biases, activations = (
-        list(value) if isinstance(value, Iterable) and not isinstance(value, str | Tensor) else value
-        for value in (weights, biases, activations)
-    )
+    if not torch.compiler.is_compiling() and _registry.requested() == "auto":
+        # Work as short as this leaves no time for checks: PyTorch makes nearly all of them itself.
+        try:
+            if _is_short(x, weights, biases, activations, negative_slope, alpha):
+                return reference(x, weights, biases, activations, negative_slope=negative_slope, alpha=alpha)
+        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
+            _check(x, *_lists(weights, biases, activations))
+            _arguments.check_activation_parameters(negative_slope, alpha, "mlp")
+            raise
+    weights, biases, activations = _lists(weights, biases, activations)
     if isinstance(weights, list) and isinstance(biases, list):
         x, *parameters = _arguments.autocast(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     _check(x, weights, biases, activations)
     _arguments.check_activation_parameters(negative_slope, alpha, "mlp")
-    backend = "eager" if _is_short(x, weights, activations) else _registry.choose("mlp", x)
+    backend = _registry.choose("mlp", x)
     if backend == "eager":
         return reference(x, weights, biases, activations, negative_slope=negative_slope, alpha=alpha)
     flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -254,18 +261,35 @@ def mlp(
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[1])
 
 
-def _is_short(x: Tensor, weights: Sequence[Tensor], activations: Sequence[str]) -> bool:
-    """Whether backends are chosen automatically, and `reference` takes less time on these CPU tensors."""
-    if torch.compiler.is_compiling() or _registry.requested() != "auto" or not x.is_cpu:
+def _lists(*values: Any) -> list[Any]:
+    return [
+        list(value) if isinstance(value, Iterable) and not isinstance(value, str | Tensor) else value
+        for value in values
+    ]
+
+
+def _is_short(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    negative_slope: float,
+    alpha: float,
+) -> bool:
+    """Whether `reference` takes less time on these CPU tensors, and refuses what `mlp` has to refuse."""
+    most = sys.float_info.max
+    if not (x.is_cpu and x.dtype is torch.float32 and 0.0 <= negative_slope <= most and 0.0 <= alpha <= most):
         return False
-    rows = math.prod(x.shape[:-1])
-    return (
-        sum(
-            rows * weight.shape[0] / linear_act.LEAST_CPU_ELEMENTS[activation]
-            for weight, activation in zip(weights, activations, strict=True)
-        )
-        < 1
-    )
+    # The share of the crossover that one row makes up.
+    share = 0.0
+    for weight, bias, activation in zip(weights, biases, activations, strict=True):
+        features, _ = weight.shape
+        share += features / linear_act.LEAST_CPU_ELEMENTS[activation]
+        if bias is not None and not (
+            bias.size(0) == features and bias.dim() == 1 and bias.dtype is torch.float32
+        ):
+            return False
+    return share > 0.0 and x.numel() * share < x.size(-1)
 
 
 def _check(x: Any, weights: Any, biases: Any, activations: Any) -> None:
