@@ -157,7 +157,8 @@ def backend(name: str) -> Iterator[None]:
     """Within it, the calls of this thread use backend `name`: auto, cuda, triton, cpu or eager.
 
     A backend that cannot serve a call raises `BackendError`; "auto" takes the first that can. A graph that
-    torch.compile makes keeps the backends it was compiled with.
+    torch.compile makes keeps the backends it was compiled with. Activation checkpointing recomputes under the
+    request of the moment: keep the backward within the context too.
     """
     token = _requested.set(_checked_name(name, "backend"))
     try:

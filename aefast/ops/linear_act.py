@@ -190,7 +190,8 @@ def linear_act(
     """``act(x @ weight.T + bias)`` with the bias and the activation applied while the product is in cache.
 
     The backward needs no pre-activation: it works from the output, or, for silu and the gelus, from the
-    derivative that the forward stored in its place. Products are torch's own, in the precision that
+    derivative that the forward stored in its place. x, weight, bias and that tensor are saved, and must not be
+    modified in place before it. Products are torch's own, in the precision that
     ``torch.backends`` sets; sums are in float32 at least, in an order that depends on the shape alone.
 
     Args:
