@@ -242,7 +242,7 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
   if (type == out.scalar) return multiply(g.transposed(), x, out);
   Scratch result;
   const Matrix sum = result.matrix(type, out.rows, out.cols);
-    for (int64_t begin = 0; begin < g.rows || begin == 0; begin += kChunkRows) {
+  for (int64_t begin = 0; begin < g.rows || begin == 0; begin += kChunkRows) {
     Scratch scratch;
     const int64_t count = std::min(kChunkRows, g.rows - begin);
     const Matrix g_block = converted(g.row_block(begin, count), type, scratch).transposed();
