@@ -1,4 +1,4 @@
-"""The activations every dense kernel applies, and what their backward reads.
+"""The activations every dense kernel applies, what their backward reads, and how launchers are told of them.
 
 ``include/activation.h`` holds the same names, in the same order, and the formulae.
 """
@@ -20,6 +20,30 @@ ACTIVATIONS = (
 # The value of ``enum class Activation`` in C++ and of the constants in Triton.
 ACTIVATION_CODE = {name: code for code, name in enumerate(ACTIVATIONS)}
 
+
+# The activations that read a parameter, and its name.
+PARAMETER = {"leaky_relu": "negative_slope", "elu": "alpha"}
+
+
+def specification(activation: str, negative_slope: float, alpha: float) -> str:
+    """What launchers take for an activation: its name, and behind a colon the one parameter it reads.
+
+    Each argument of a call costs as much as a short call's work.
+    """
+    if activation not in PARAMETER:
+        return activation
+    return f"{activation}:{alpha if activation == 'elu' else negative_slope!r}"
+
+
+def specified(specification: str) -> tuple[str, float]:
+    """The activation of a specification, and its parameter; 0 for one that reads none."""
+    activation, _, parameter = specification.partition(":")
+    return activation, float(parameter or 0.0)
+
+
 # silu and the gelus are not monotonic, so their derivative is no function of their output. The
 # forward, which has the exponential at hand, stores the derivative; the backward only multiplies.
 STORES_DERIVATIVE = frozenset({"silu", "gelu", "gelu_tanh"})
+
+# Which gradients a backward is to compute, one bit each.
+NEED_X, NEED_WEIGHT, NEED_BIAS = 1, 2, 4

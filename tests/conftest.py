@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from aefast import _library
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
@@ -13,9 +15,29 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def poisoned_memory():
-    """Within it, torch fills memory that an op allocates and may leave unwritten with NaN."""
+    """Within it, memory that an op allocates and may leave unwritten is full of NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
+    # The CPU library allocates without asking torch's settings, which would cost it a microsecond a tensor.
+    if _library.load("cpu") is None:
+        torch.ops.aefast_cpu.poison_outputs(True)
     yield
     torch.use_deterministic_algorithms(False)
+    if _library.load("cpu") is None:
+        torch.ops.aefast_cpu.poison_outputs(False)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instruction_set(request):
+    """Within it, the CPU library uses the kernels compiled for this instruction set; tests run once with each."""
+    reason = _library.load("cpu")
+    if reason:
+        pytest.skip(reason)
+    ops = torch.ops.aefast_cpu
+    supported = ops.supported_instruction_sets()
+    if request.param not in supported:
+        pytest.skip(f"this processor has no {request.param}")
+    ops.use_instruction_set(request.param)
+    yield request.param
+    ops.use_instruction_set(supported[0])

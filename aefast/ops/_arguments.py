@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from aefast.errors import InputError
-from aefast.kernels.activation import ACTIVATIONS
+from aefast.kernels.activation import ACTIVATIONS, PARAMETER
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -49,6 +49,14 @@ def check_activation_parameters(negative_slope: Any, alpha: Any, op: str) -> Non
     for name, value in (("negative_slope", negative_slope), ("alpha", alpha)):
         if not isinstance(value, int | float) or not 0.0 <= value <= sys.float_info.max:
             raise InputError(f"{op}: {name} must be a finite number of at least 0, got {value!r}")
+
+
+def check_activation_parameter(activation: str, negative_slope: Any, alpha: Any, op: str) -> None:
+    """`check_activation_parameters`, of the one that the activation reads."""
+    name = PARAMETER.get(activation)
+    if name is not None:
+        read = {name: alpha if name == "alpha" else negative_slope}
+        check_activation_parameters(**{"negative_slope": 0.0, "alpha": 0.0, **read}, op=op)
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:

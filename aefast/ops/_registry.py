@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +27,7 @@ class Op:
     ``function`` is the public function and ``reference`` the same in plain PyTorch, differentiable and
     exact in float64. ``samples(device, dtype)`` yields their keyword arguments, among them empty, one-wide,
     prime and strided shapes. ``bytes`` and ``flops`` of such arguments are the least memory traffic, in
-    bytes, and the floating-point operations of one forward. ``tolerance`` maps an output or a gradient to an
-    extra factor on the tests' bound, with its reason.
+    bytes, and the floating-point operations of one forward.
     """
 
     name: str
@@ -37,7 +36,6 @@ class Op:
     samples: Callable[[torch.device, torch.dtype], Iterator[dict[str, Any]]]
     bytes: Callable[..., int]
     flops: Callable[..., int]
-    tolerance: dict[str, tuple[float, str]] = field(default_factory=dict)
 
 
 OPS: dict[str, Op] = {}
@@ -113,8 +111,10 @@ class _CompiledKernels:
 
     def __getattr__(self, launcher: str) -> Any:
         overload = getattr(self._ops, launcher).default
-        setattr(self, launcher, overload)
-        return overload
+        # What an overload's __call__ calls, without the Python frame around it.
+        call = getattr(overload, "_op", overload)
+        setattr(self, launcher, call)
+        return call
 
 
 @functools.cache
@@ -206,7 +206,7 @@ _choose._dynamo_marked_constant = True
 
 def is_transformed() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is under way."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or _innermost_transform() is not None
 
 
 def choose(op: str, tensor: torch.Tensor) -> str:
@@ -236,23 +236,72 @@ def choose(op: str, tensor: torch.Tensor) -> str:
     raise BackendError(f"backend {request!r} cannot serve {op}: {reason} need backend 'eager' or 'auto'")
 
 
-def is_direct(*tensors: torch.Tensor | None) -> bool:
-    """Whether kernels may be launched without going through PyTorch's dispatcher.
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+# The backends that are called through the dispatcher: it hands them nothing but strided tensors of their
+# device, and they examine the shapes.
+_EXAMINING = frozenset(("cuda", "cpu"))
+
+
+# Bound here because looking them up takes longer than calling them.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def is_watched() -> bool:
+    """Whether a compiler, a tracer, a dispatch mode or a transform sees what is called now."""
+    return (
+        torch.compiler.is_compiling()
+        or _dispatch_modes() > 0
+        or forward_ad._current_level >= 0
+        or _innermost_transform() is not None
+        or _tracing_state() is not None
+    )
+
+
+def is_direct(name: str, *tensors: torch.Tensor | None) -> bool:
+    """Whether launchers of backend `name` may be called without the op in ``torch.ops.aefast`` around them.
 
     They may on plain tensors with nobody watching. Compilers, tracers, torch.func's transforms and tensor
-    subclasses see the ops of ``torch.ops.aefast`` instead, at twice the cost of a call, and the dispatcher
-    resolves tensors that are views of the negative of another.
+    subclasses see the op instead, at several times the cost of a call, and PyTorch resolves what is a view of
+    the negative of another tensor.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_transformed():
+    if is_watched() or any(type(tensor) not in PLAIN for tensor in tensors):
         return False
-    if torch._C._get_tracing_state() is not None:
-        return False
-    return all(tensor is None or (type(tensor) in _PLAIN and not tensor.is_neg()) for tensor in tensors)
+    return name in _EXAMINING or not any(tensor is not None and tensor.is_neg() for tensor in tensors)
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+@functools.cache
+def _launchers(request: str, op: str, device_type: str, dtype: torch.dtype) -> tuple[str, Any] | None:
+    name = _resolve(request, op, device_type, dtype)
+    return (name, kernels(name, op)) if name in _EXAMINING else None
 
 
+def unexamined(op: str, tensor: torch.Tensor) -> tuple[str, Any] | None:
+    """The backend, and its launchers, that may be called at once with nothing known but that `tensor` is `PLAIN`.
+
+    Checks cost a short call more than its work. Where this names a backend, its launchers are tried first, and
+    the checks come when they refuse.
+    """
+    if is_watched():
+        return None
+    if tensor.is_cpu:
+        device_type = "cpu"
+    elif tensor.is_cuda:
+        device_type = "cuda"
+    else:
+        return None
+    if torch.is_autocast_enabled(device_type):
+        return None
+    return _launchers(_requested.get(), op, device_type, tensor.dtype)
+
+
+# What launchers and PyTorch's dispatcher raise on operands they do not take.
+REFUSALS = (RuntimeError, TypeError, ValueError, OverflowError, IndexError)
+
+
+@functools.cache
 def kernels(name: str, op: str) -> Any:
     """The launchers of `op` on backend `name`."""
     return _BY_NAME[name].kernels(op)
@@ -267,8 +316,16 @@ def wants_reference(grad: torch.Tensor) -> bool:
     return (
         torch.is_grad_enabled()
         or is_transformed()
-        or (not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad))
+        or (not torch.compiler.is_compiling() and _is_legacy_batched(grad))
     )
+
+
+def may_launch(grad: torch.Tensor) -> bool:
+    """Whether a backward called with `grad` may call launchers that examine their operands at once.
+
+    Otherwise, and when they refuse, `wants_reference` and `is_direct` tell what to do instead.
+    """
+    return type(grad) is torch.Tensor and not torch.is_grad_enabled() and not is_watched()
 
 
 def differentiate(

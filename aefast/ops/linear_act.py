@@ -1,7 +1,6 @@
 """A dense layer and its activation in one op: ``act(x @ weight.T + bias)``."""
 
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aefast.errors import InputError
-from aefast.kernels.activation import STORES_DERIVATIVE
+from aefast.kernels.activation import (
+    NEED_BIAS,
+    NEED_WEIGHT,
+    NEED_X,
+    STORES_DERIVATIVE,
+    specification,
+    specified,
+)
 from aefast.ops import _arguments, _registry
-from aefast.ops._library import LIBRARY, below_autograd, contiguous, define
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
 
 # The functions that torch.nn.functional's wrappers end in.
 _EAGER_ACTIVATIONS = {
@@ -43,102 +49,121 @@ def reference(
     return _EAGER_ACTIVATIONS[activation](F.linear(x, weight, bias), negative_slope, alpha)
 
 
-_SETTINGS = "str activation, float negative_slope, float alpha"
-define(f"linear_act(Tensor x, Tensor weight, Tensor? bias, {_SETTINGS}, str backend) -> Tensor")
+def specified_reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    name, parameter = specified(activation)
+    return reference(x, weight, bias, name, negative_slope=parameter, alpha=parameter)
+
+
+# `activation` is a specification, and `needs` says which gradients are wanted, as in kernels/activation.py.
+define("linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, str backend) -> Tensor")
 define(
-    f"linear_act_with_derivative(Tensor x, Tensor weight, Tensor? bias, {_SETTINGS}, str backend)"
+    "linear_act_with_derivative(Tensor x, Tensor weight, Tensor? bias, str activation, str backend)"
     " -> (Tensor, Tensor)"
 )
 define(
-    f"linear_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor? saved, {_SETTINGS}, bool need_x,"
-    " bool need_weight, bool need_bias, str backend) -> Tensor[]"
+    "linear_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor? saved, str activation, int needs,"
+    " str backend) -> Tensor[]"
 )
 
 
 @torch.library.impl(LIBRARY, "linear_act", "CompositeExplicitAutograd")
-def _forward(x, weight, bias, activation, negative_slope, alpha, backend):
-    launch = _registry.kernels(backend, "linear_act").linear_act
-    return launch(x, weight, contiguous(bias), activation, negative_slope, alpha, False)[0]
+def _(x, weight, bias, activation, backend):
+    return _registry.kernels(backend, "linear_act").linear_act(x, weight, bias, activation, False)[0]
 
 
 @torch.library.impl(LIBRARY, "linear_act_with_derivative", "CompositeExplicitAutograd")
-def _forward_with_derivative(x, weight, bias, activation, negative_slope, alpha, backend):
-    launch = _registry.kernels(backend, "linear_act").linear_act
-    return launch(x, weight, contiguous(bias), activation, negative_slope, alpha, True)
+def _(x, weight, bias, activation, backend):
+    return _registry.kernels(backend, "linear_act").linear_act(x, weight, bias, activation, True)
 
 
 @torch.library.impl(LIBRARY, "linear_act_backward", "CompositeExplicitAutograd")
-def _backward(
-    grad, x, weight, saved, activation, negative_slope, alpha, need_x, need_weight, need_bias, backend
-):
-    saved = contiguous(saved)
+def _(grad, x, weight, saved, activation, needs, backend):
     launch = _registry.kernels(backend, "linear_act").linear_act_backward
-    gradients = launch(
-        grad, x, weight, saved, activation, negative_slope, alpha, need_x, need_weight, need_bias
-    )
+    gradients = launch(grad, x, weight, saved, activation, needs)
     return [gradient for gradient in gradients if gradient is not None]
 
 
 @torch.library.register_fake("aefast::linear_act", lib=LIBRARY)
-def _(x, weight, bias, activation, negative_slope, alpha, backend):
+def _(x, weight, bias, activation, backend):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.register_fake("aefast::linear_act_with_derivative", lib=LIBRARY)
-def _(x, weight, bias, activation, negative_slope, alpha, backend):
+def _(x, weight, bias, activation, backend):
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.register_fake("aefast::linear_act_backward", lib=LIBRARY)
-def _(grad, x, weight, saved, activation, negative_slope, alpha, need_x, need_weight, need_bias, backend):
+def _(grad, x, weight, saved, activation, needs, backend):
     gradients = []
-    if need_x:
+    if needs & NEED_X:
         gradients.append(x.new_empty(x.shape))
-    if need_weight:
+    if needs & NEED_WEIGHT:
         gradients.append(weight.new_empty(weight.shape))
-    if need_bias:
+    if needs & NEED_BIAS:
         gradients.append(weight.new_empty(weight.shape[0]))
     return gradients
 
 
+# By what needs a gradient of (x, weight, bias, call).
+_NEEDS = {
+    (x, weight, bias, False): NEED_X * x + NEED_WEIGHT * weight + NEED_BIAS * bias
+    for x in (False, True)
+    for weight in (False, True)
+    for bias in (False, True)
+}
+
+
 class _LinearAct(torch.autograd.Function):
+    """`call` is (activation, backend, launchers to call at once or None)."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, activation, negative_slope, alpha, backend, direct):
-        arguments = (x, weight, bias, activation, negative_slope, alpha, backend)
-        with below_autograd():
-            if activation in STORES_DERIVATIVE:
-                ops = torch.ops.aefast.linear_act_with_derivative
-                out, saved = (_forward_with_derivative if direct else ops.default)(*arguments)
-            else:
-                out = (_forward if direct else torch.ops.aefast.linear_act.default)(*arguments)
-                saved = None if activation == "identity" else out
+    def forward(ctx, x, weight, bias, call):
+        activation, backend, launchers = call
+        if launchers is not None:
+            out, saved = launchers.linear_act(x, weight, bias, activation, True)
+        else:
+            with below_autograd():
+                if activation in STORES_DERIVATIVE:
+                    forward = torch.ops.aefast.linear_act_with_derivative.default
+                    out, saved = forward(x, weight, bias, activation, backend)
+                else:
+                    out = torch.ops.aefast.linear_act.default(x, weight, bias, activation, backend)
+                    saved = None
+        if saved is None and activation != "identity":
+            saved = out
         ctx.save_for_backward(x, weight, bias, saved)
-        ctx.settings, ctx.backend = (activation, negative_slope, alpha), backend
+        ctx.call = call
         return out
 
     @staticmethod
     def backward(ctx, grad):
+        activation, backend, launchers = ctx.call
         x, weight, bias, saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        activation, negative_slope, alpha = ctx.settings
+        needs = _NEEDS[ctx.needs_input_grad]
+        if launchers is not None and _registry.may_launch(grad):
+            try:
+                return *launchers.linear_act_backward(grad, x, weight, saved, activation, needs), None
+            except _registry.REFUSALS as error:
+                _registry.logger.debug("linear_act: %s", error)
         if _registry.wants_reference(grad):
             gradients = _registry.differentiate(
-                lambda x, weight, bias: reference(
-                    x, weight, bias, activation, negative_slope=negative_slope, alpha=alpha
-                ),
+                lambda x, weight, bias: specified_reference(x, weight, bias, activation),
                 (x, weight, bias),
-                needs,
+                ctx.needs_input_grad[:3],
                 grad,
             )
+        elif _registry.is_direct(backend, grad, x, weight, saved):
+            launch = _registry.kernels(backend, "linear_act").linear_act_backward
+            gradients = launch(grad, x, weight, saved, activation, needs)
         else:
-            backward = (
-                _backward
-                if _registry.is_direct(grad, x, weight, saved)
-                else torch.ops.aefast.linear_act_backward.default
-            )
-            computed = iter(backward(grad, x, weight, saved, *ctx.settings, *needs, ctx.backend))
-            gradients = [next(computed) if need else None for need in needs]
-        return *gradients, None, None, None, None, None
+            backward = torch.ops.aefast.linear_act_backward.default
+            computed = iter(backward(grad, x, weight, saved, activation, needs, backend))
+            gradients = [next(computed) if need else None for need in ctx.needs_input_grad[:3]]
+        return *gradients, None
+
+
+_apply = direct_apply(_LinearAct)
 
 
 def _needs_gradient(x, weight, bias):
@@ -148,34 +173,19 @@ def _needs_gradient(x, weight, bias):
 
 
 @torch.library.impl(LIBRARY, "linear_act", "Autograd")
-def _autograd(x, weight, bias, activation, negative_slope, alpha, backend):
+def _(x, weight, bias, activation, backend):
     if _registry.is_transformed():
-        return reference(x, weight, bias, activation, negative_slope=negative_slope, alpha=alpha)
-    arguments = (x, weight, bias, activation, negative_slope, alpha, backend)
+        return specified_reference(x, weight, bias, activation)
     if _needs_gradient(x, weight, bias):
-        return _LinearAct.apply(*arguments, False)
+        return _LinearAct.apply(x, weight, bias, (activation, backend, None))
     with below_autograd():
-        return torch.ops.aefast.linear_act.default(*arguments)
+        return torch.ops.aefast.linear_act.default(x, weight, bias, activation, backend)
 
 
-def _run(*arguments):
-    x, weight, bias, *_ = arguments
-    if not _registry.is_direct(x, weight, bias):
-        return torch.ops.aefast.linear_act.default(*arguments)
+def _launch(x, weight, bias, activation, backend, launchers):
     if _needs_gradient(x, weight, bias):
-        return _LinearAct.apply(*arguments, True)
-    with below_autograd():
-        return _forward(*arguments)
-
-
-# Below this many output elements PyTorch's two calls on a CPU take no more time than one call of an op
-# written in Python. By activation, as measured: where torch's own is a pass over memory, only outputs that
-# leave the cache gain; where it has no vector code for it, small ones do too.
-LEAST_CPU_ELEMENTS = {
-    **dict.fromkeys(("identity", "relu", "leaky_relu"), 1_000_000),
-    **dict.fromkeys(("silu", "gelu", "sigmoid"), 400_000),
-    **dict.fromkeys(("elu", "selu", "gelu_tanh", "tanh", "softplus"), 100_000),
-}
+        return _apply(x, weight, bias, (activation, backend, launchers))
+    return launchers.linear_act(x, weight, bias, activation, False)[0]
 
 
 def linear_act(
@@ -200,8 +210,8 @@ def linear_act(
         bias: (N,) or None.
         activation: identity, relu, leaky_relu, elu, selu, silu, gelu (by erf), gelu_tanh (Hendrycks and
             Gimpel's approximation), tanh, sigmoid or softplus (torch's, with threshold 20).
-        negative_slope: leaky_relu's, at least 0.
-        alpha: elu's, at least 0.
+        negative_slope: leaky_relu's, at least 0; the others do not look at it.
+        alpha: elu's, at least 0; likewise.
 
     Returns:
         (*, N), contiguous, in x's dtype; in autocast's dtype under autocast.
@@ -210,39 +220,33 @@ def linear_act(
         InputError: a shape, dtype, device, name or value is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
-    if not torch.compiler.is_compiling() and _registry.requested() == "auto":
-        # Work as short as this leaves no time for checks: PyTorch makes nearly all of them itself.
-        try:
-            features, inputs = weight.shape
-            if (
-                x.numel() * features < LEAST_CPU_ELEMENTS[activation] * inputs
-                and x.is_cpu
-                and weight.is_cpu
-                and x.dtype is torch.float32
-                and (bias is None or (bias.size(0) == features and bias.dim() == 1 and bias.dtype is x.dtype))
-                and 0.0 <= negative_slope <= sys.float_info.max
-                and 0.0 <= alpha <= sys.float_info.max
-            ):
-                return _EAGER_ACTIVATIONS[activation](F.linear(x, weight, bias), negative_slope, alpha)
-        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
-            _check(x, weight, bias, activation, negative_slope, alpha)
-            raise
+    plain = _registry.PLAIN
+    if type(x) in plain and type(weight) in plain and type(bias) in plain and x is not None and x.dim() == 2:
+        chosen = _registry.unexamined("linear_act", x)
+        if chosen is not None:
+            try:
+                return _launch(x, weight, bias, specification(activation, negative_slope, alpha), *chosen)
+            except _registry.REFUSALS as error:
+                _registry.logger.debug("linear_act: %s", error)
     x, weight, bias = _arguments.autocast(x, weight, bias)
     _check(x, weight, bias, activation, negative_slope, alpha)
     backend = _registry.choose("linear_act", x)
     if backend == "eager":
         return reference(x, weight, bias, activation, negative_slope=negative_slope, alpha=alpha)
-    if x.dim() == 2:
-        return _run(x, weight, bias, activation, negative_slope, alpha, backend)
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    out = _run(flat, weight, bias, activation, negative_slope, alpha, backend)
-    return out.reshape(*x.shape[:-1], weight.shape[0])
+    flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    activation = specification(activation, float(negative_slope), float(alpha))
+    if _registry.is_direct(backend, x, weight, bias):
+        launchers = _registry.kernels(backend, "linear_act")
+        out = _launch(flat, weight, bias, activation, backend, launchers)
+    else:
+        out = torch.ops.aefast.linear_act.default(flat, weight, bias, activation, backend)
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _check(x: Any, weight: Any, bias: Any, activation: Any, negative_slope: Any, alpha: Any) -> None:
     check_layer(x, weight, bias, "linear_act", "weight", "bias")
     _arguments.check_activation("activation", activation, "linear_act")
-    _arguments.check_activation_parameters(negative_slope, alpha, "linear_act")
+    _arguments.check_activation_parameter(activation, negative_slope, alpha, "linear_act")
 
 
 def check_layer(x: Any, weight: Any, bias: Any, op: str, weight_name: str, bias_name: str) -> None:

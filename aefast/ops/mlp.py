@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from aefast.errors import InputError
-from aefast.kernels.activation import STORES_DERIVATIVE
+from aefast.kernels.activation import STORES_DERIVATIVE, specification
 from aefast.ops import _arguments, _registry, linear_act
-from aefast.ops._library import LIBRARY, below_autograd, contiguous, define
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
 
 
 def reference(
@@ -30,75 +29,62 @@ def reference(
     return x
 
 
+def _reference(x: Tensor, weights: Any, biases: Any, activations: Sequence[str]) -> Tensor:
+    for weight, bias, activation in zip(weights, biases, activations, strict=True):
+        x = linear_act.specified_reference(x, weight, bias, activation)
+    return x
+
+
 _LAYERS = "Tensor x, Tensor[] weights, Tensor?[] biases"
-_SETTINGS = "str[] activations, float negative_slope, float alpha"
-define(f"mlp({_LAYERS}, {_SETTINGS}, str backend) -> Tensor")
+# `activations` are specifications, as in kernels/activation.py.
+define(f"mlp({_LAYERS}, str[] activations, str backend) -> Tensor")
 # Every layer's output, then the derivatives of the layers whose activation stores one.
-define(f"mlp_saving({_LAYERS}, {_SETTINGS}, str backend) -> Tensor[]")
+define(f"mlp_saving({_LAYERS}, str[] activations, str backend) -> Tensor[]")
 # The gradients that are needed: of x, of the weights, of the biases.
 define(
-    f"mlp_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] saved, {_SETTINGS}, bool need_x,"
+    "mlp_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] saved, str[] activations, bool need_x,"
     " bool[] need_weights, bool[] need_biases, str backend) -> Tensor[]"
 )
 
 
 @torch.library.impl(LIBRARY, "mlp", "CompositeExplicitAutograd")
-def _forward(x, weights, biases, activations, negative_slope, alpha, backend):
-    launch = _registry.kernels(backend, "mlp").mlp
-    biases = [contiguous(bias) for bias in biases]
-    return launch(x, weights, biases, activations, negative_slope, alpha, False)[0][0]
+def _(x, weights, biases, activations, backend):
+    return _registry.kernels(backend, "mlp").mlp(x, weights, biases, activations, False)[0][0]
 
 
-@torch.library.impl(LIBRARY, "mlp_saving", "CompositeExplicitAutograd")
-def _forward_saving(x, weights, biases, activations, negative_slope, alpha, backend):
-    launch = _registry.kernels(backend, "mlp").mlp
-    biases = [contiguous(bias) for bias in biases]
-    outputs, derivatives = launch(x, weights, biases, activations, negative_slope, alpha, True)
+def _forward_saving(x, weights, biases, activations, launchers):
+    outputs, derivatives = launchers.mlp(x, weights, biases, activations, True)
     return [*outputs, *(derivative for derivative in derivatives if derivative is not None)]
 
 
-@torch.library.impl(LIBRARY, "mlp_backward", "CompositeExplicitAutograd")
-def _backward(
-    grad,
-    x,
-    weights,
-    saved,
-    activations,
-    negative_slope,
-    alpha,
-    need_x,
-    need_weights,
-    need_biases,
-    backend,
-):
-    saved = [contiguous(tensor) for tensor in saved]
-    outputs = saved[: len(weights)]
-    stored = iter(saved[len(weights) :])
+def _backward(grad, x, weights, saved, activations, need_x, need_weights, need_biases, launchers):
+    outputs, stored = saved[: len(weights)], iter(saved[len(weights) :])
     derivatives = [next(stored) if activation in STORES_DERIVATIVE else None for activation in activations]
-    launch = _registry.kernels(backend, "mlp").mlp_backward
-    x_gradient, weight_gradients, bias_gradients = launch(
-        grad,
-        x,
-        weights,
-        outputs,
-        derivatives,
-        activations,
-        negative_slope,
-        alpha,
-        need_x,
-        need_weights,
-        need_biases,
+    x_gradient, weight_gradients, bias_gradients = launchers.mlp_backward(
+        grad, x, weights, outputs, derivatives, activations, need_x, need_weights, need_biases
     )
-    return [gradient for gradient in (x_gradient, *weight_gradients, *bias_gradients) if gradient is not None]
+    return x_gradient, *weight_gradients, *bias_gradients
+
+
+@torch.library.impl(LIBRARY, "mlp_saving", "CompositeExplicitAutograd")
+def _(x, weights, biases, activations, backend):
+    return _forward_saving(x, weights, biases, activations, _registry.kernels(backend, "mlp"))
+
+
+@torch.library.impl(LIBRARY, "mlp_backward", "CompositeExplicitAutograd")
+def _(grad, x, weights, saved, activations, need_x, need_weights, need_biases, backend):
+    arguments = (grad, x, weights, saved, activations, need_x, need_weights, need_biases)
+    gradients = _backward(*arguments, _registry.kernels(backend, "mlp"))
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 @torch.library.register_fake("aefast::mlp", lib=LIBRARY)
-def _(x, weights, biases, activations, negative_slope, alpha, backend):
+def _(x, weights, biases, activations, backend):
     return x.new_empty(x.shape[0], weights[-1].shape[0])
 
 
 @torch.library.register_fake("aefast::mlp_saving", lib=LIBRARY)
-def _(x, weights, biases, activations, negative_slope, alpha, backend):
+def _(x, weights, biases, activations, backend):
     outputs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
     derivatives = [
         x.new_empty(x.shape[0], weight.shape[0])
@@ -109,19 +95,7 @@ def _(x, weights, biases, activations, negative_slope, alpha, backend):
 
 
 @torch.library.register_fake("aefast::mlp_backward", lib=LIBRARY)
-def _(
-    grad,
-    x,
-    weights,
-    saved,
-    activations,
-    negative_slope,
-    alpha,
-    need_x,
-    need_weights,
-    need_biases,
-    backend,
-):
+def _(grad, x, weights, saved, activations, need_x, need_weights, need_biases, backend):
     gradients = [x.new_empty(x.shape)] if need_x else []
     gradients += [w.new_empty(w.shape) for w, need in zip(weights, need_weights, strict=True) if need]
     gradients += [w.new_empty(w.shape[0]) for w, need in zip(weights, need_biases, strict=True) if need]
@@ -129,84 +103,81 @@ def _(
 
 
 class _Mlp(torch.autograd.Function):
+    """`call` is (activations, backend, launchers to call at once or None)."""
+
     @staticmethod
-    def forward(ctx, x, activations, negative_slope, alpha, backend, direct, *parameters):
-        layers = len(parameters) // 2
-        weights, biases = list(parameters[:layers]), list(parameters[layers:])
-        settings = (activations, negative_slope, alpha)
-        with below_autograd():
-            forward = _forward_saving if direct else torch.ops.aefast.mlp_saving.default
-            saved = forward(x, weights, biases, *settings, backend)
+    def forward(ctx, x, call, *parameters):
+        activations, backend, launchers = call
+        layers = len(activations)
+        weights, biases = parameters[:layers], parameters[layers:]
+        if launchers is not None:
+            saved = _forward_saving(x, weights, biases, activations, launchers)
+        else:
+            with below_autograd():
+                saved = torch.ops.aefast.mlp_saving.default(x, weights, biases, activations, backend)
         ctx.save_for_backward(x, *parameters, *saved)
-        ctx.layers, ctx.settings, ctx.backend = layers, settings, backend
+        ctx.call = call
         return saved[layers - 1]
 
     @staticmethod
     def backward(ctx, grad):
-        layers = ctx.layers
+        activations, backend, launchers = ctx.call
+        layers = len(activations)
         x, *rest = ctx.saved_tensors
         weights, biases, saved = rest[:layers], rest[layers : 2 * layers], rest[2 * layers :]
-        need_x, need_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
-        needs = (need_x, *need_parameters)
-        activations, negative_slope, alpha = ctx.settings
+        need_x, _, *needs = ctx.needs_input_grad
+        arguments = (grad, x, weights, saved, activations, need_x, needs[:layers], needs[layers:])
+        if launchers is not None and _registry.may_launch(grad):
+            try:
+                x_gradient, *gradients = _backward(*arguments, launchers)
+                return x_gradient, None, *gradients
+            except _registry.REFUSALS as error:
+                _registry.logger.debug("mlp: %s", error)
         if _registry.wants_reference(grad):
             gradients = _registry.differentiate(
-                lambda x, *parameters: reference(
-                    x,
-                    parameters[:layers],
-                    parameters[layers:],
-                    activations,
-                    negative_slope=negative_slope,
-                    alpha=alpha,
-                ),
+                lambda x, *parameters: _reference(x, parameters[:layers], parameters[layers:], activations),
                 (x, *weights, *biases),
-                needs,
+                (need_x, *needs),
                 grad,
             )
+        elif _registry.is_direct(backend, grad, x, *weights, *saved):
+            gradients = _backward(*arguments, _registry.kernels(backend, "mlp"))
         else:
-            direct = _registry.is_direct(grad, x, *weights, *saved)
-            backward = _backward if direct else torch.ops.aefast.mlp_backward.default
-            computed = iter(
-                backward(
-                    grad,
-                    x,
-                    weights,
-                    saved,
-                    *ctx.settings,
-                    need_x,
-                    need_parameters[:layers],
-                    need_parameters[layers:],
-                    ctx.backend,
-                )
-            )
-            gradients = [next(computed) if need else None for need in needs]
-        return gradients[0], None, None, None, None, None, *gradients[1:]
+            computed = iter(torch.ops.aefast.mlp_backward.default(*arguments, backend))
+            gradients = [next(computed) if need else None for need in (need_x, *needs)]
+        return gradients[0], None, *gradients[1:]
+
+
+_apply = direct_apply(_Mlp)
 
 
 def _needs_gradient(x, weights, biases):
-    return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, *weights, *biases)
-    )
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in (x, *weights, *biases):  # noqa: SIM110 -- a generator takes as long as all the rest
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 @torch.library.impl(LIBRARY, "mlp", "Autograd")
-def _autograd(x, weights, biases, activations, negative_slope, alpha, backend):
+def _(x, weights, biases, activations, backend):
     if _registry.is_transformed():
-        return reference(x, weights, biases, activations, negative_slope=negative_slope, alpha=alpha)
+        return _reference(x, weights, biases, activations)
     if _needs_gradient(x, weights, biases):
-        settings = (list(activations), negative_slope, alpha, backend)
-        return _Mlp.apply(x, *settings, False, *weights, *biases)
+        return _Mlp.apply(x, (list(activations), backend, None), *weights, *biases)
     with below_autograd():
-        return torch.ops.aefast.mlp.default(x, weights, biases, activations, negative_slope, alpha, backend)
+        return torch.ops.aefast.mlp.default(x, weights, biases, activations, backend)
 
 
-def _run(x, weights, biases, *settings):
-    if not _registry.is_direct(x, *weights, *biases):
-        return torch.ops.aefast.mlp.default(x, weights, biases, *settings)
+def _launch(x, weights, biases, activations, backend, launchers):
     if _needs_gradient(x, weights, biases):
-        return _Mlp.apply(x, *settings, True, *weights, *biases)
-    with below_autograd():
-        return _forward(x, weights, biases, *settings)
+        return _apply(x, (activations, backend, launchers), *weights, *biases)
+    return launchers.mlp(x, weights, biases, activations, False)[0][0]
+
+
+def _specifications(activations: Sequence[str], negative_slope: float, alpha: float) -> list[str]:
+    return [specification(activation, negative_slope, alpha) for activation in activations]
 
 
 def mlp(
@@ -238,27 +209,41 @@ def mlp(
         InputError: a shape, dtype, device, name or value is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
-    if not torch.compiler.is_compiling() and _registry.requested() == "auto":
-        # Work as short as this leaves no time for checks: PyTorch makes nearly all of them itself.
-        try:
-            if _is_short(x, weights, biases, activations, negative_slope, alpha):
-                return reference(x, weights, biases, activations, negative_slope=negative_slope, alpha=alpha)
-        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
-            _check(x, *_lists(weights, biases, activations))
-            _arguments.check_activation_parameters(negative_slope, alpha, "mlp")
-            raise
+    if _are_plain(x, weights, biases) and x.dim() == 2:
+        chosen = _registry.unexamined("mlp", x)
+        if chosen is not None:
+            try:
+                specifications = _specifications(activations, negative_slope, alpha)
+                return _launch(x, weights, biases, specifications, *chosen)
+            except _registry.REFUSALS as error:
+                _registry.logger.debug("mlp: %s", error)
     weights, biases, activations = _lists(weights, biases, activations)
     if isinstance(weights, list) and isinstance(biases, list):
         x, *parameters = _arguments.autocast(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     _check(x, weights, biases, activations)
-    _arguments.check_activation_parameters(negative_slope, alpha, "mlp")
+    for activation in activations:
+        _arguments.check_activation_parameter(activation, negative_slope, alpha, "mlp")
     backend = _registry.choose("mlp", x)
     if backend == "eager":
         return reference(x, weights, biases, activations, negative_slope=negative_slope, alpha=alpha)
     flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    out = _run(flat, weights, biases, activations, negative_slope, alpha, backend)
+    specifications = _specifications(activations, float(negative_slope), float(alpha))
+    if _registry.is_direct(backend, x, *weights, *biases):
+        launchers = _registry.kernels(backend, "mlp")
+        out = _launch(flat, weights, biases, specifications, backend, launchers)
+    else:
+        out = torch.ops.aefast.mlp.default(flat, weights, biases, specifications, backend)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[1])
+
+
+def _are_plain(x: Any, weights: Any, biases: Any) -> bool:
+    if type(x) is not Tensor or type(weights) not in (list, tuple) or type(biases) not in (list, tuple):
+        return False
+    for tensor in (*weights, *biases):
+        if type(tensor) not in _registry.PLAIN:
+            return False
+    return len(weights) == len(biases)
 
 
 def _lists(*values: Any) -> list[Any]:
@@ -266,30 +251,6 @@ def _lists(*values: Any) -> list[Any]:
         list(value) if isinstance(value, Iterable) and not isinstance(value, str | Tensor) else value
         for value in values
     ]
-
-
-def _is_short(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    activations: Sequence[str],
-    negative_slope: float,
-    alpha: float,
-) -> bool:
-    """Whether `reference` takes less time on these CPU tensors, and refuses what `mlp` has to refuse."""
-    most = sys.float_info.max
-    if not (x.is_cpu and x.dtype is torch.float32 and 0.0 <= negative_slope <= most and 0.0 <= alpha <= most):
-        return False
-    # The share of the crossover that one row makes up.
-    share = 0.0
-    for weight, bias, activation in zip(weights, biases, activations, strict=True):
-        features, _ = weight.shape
-        share += features / linear_act.LEAST_CPU_ELEMENTS[activation]
-        if bias is not None and not (
-            bias.size(0) == features and bias.dim() == 1 and bias.dtype is torch.float32
-        ):
-            return False
-    return share > 0.0 and x.numel() * share < x.size(-1)
 
 
 def _check(x: Any, weights: Any, biases: Any, activations: Any) -> None:

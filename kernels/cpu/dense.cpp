@@ -5,7 +5,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
+#include <new>
+
+#include "product.h"
 
 namespace aefast::cpu {
 
@@ -33,21 +39,106 @@ Scalar scalar_of(ScalarType type) {
   }
 }
 
+int32_t cpu_device() {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  return cpu;
+}
+
+std::atomic<bool> poisoned{false};
+
+Tensor new_tensor(const Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+  const ScalarType type = like.scalar_type();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type), cpu_device(), 0, &handle));
+  const Tensor out(handle);
+  // All bits set are a NaN in every floating type.
+  if (poisoned.load(std::memory_order_relaxed) && out.numel() > 0)
+    std::memset(out.mutable_data_ptr(), 0xff, out.numel() * size_of(scalar_of(type)));
+  return out;
+}
+
 // A tensor over memory that somebody else owns. Being no view of an autograd tensor, it can be an
 // output of torch's kernels on any thread.
 Tensor borrow(Matrix matrix) {
-  static const int32_t cpu = aoti_torch_device_type_cpu();
   const int64_t sizes[] = {matrix.rows, matrix.cols};
   const int64_t strides[] = {matrix.row_stride, matrix.col_stride};
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(matrix.data, 2, sizes, strides, 0,
-                                                            static_cast<int32_t>(torch_type(matrix.scalar)), cpu, 0,
-                                                            &handle));
+                                                            static_cast<int32_t>(torch_type(matrix.scalar)),
+                                                            cpu_device(), 0, &handle));
   return Tensor(handle);
 }
 
-void multiply(Matrix a, Matrix b, Matrix out) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(borrow(out).get(), borrow(a).get(), borrow(b).get()));
+// Uninitialised memory until the end of the scope; a short call's comes from the stack.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  Matrix matrix(Scalar scalar, int64_t rows, int64_t cols) {
+    return {take(static_cast<size_t>(rows * cols * size_of(scalar))), scalar, rows, cols, cols, 1};
+  }
+
+  void* take(size_t bytes) {
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (bytes <= sizeof(local_) - used_) {
+      used_ += bytes;
+      return local_ + used_ - bytes;
+    }
+    buffers_.emplace_back(static_cast<char*>(std::aligned_alloc(kAlignment, bytes)));
+    if (!buffers_.back()) throw std::bad_alloc();
+    return buffers_.back().get();
+  }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+
+  alignas(kAlignment) char local_[16 << 10];
+  size_t used_ = 0;
+  std::vector<std::unique_ptr<char, Free>> buffers_;
+};
+
+// Up to so many operations torch's BLAS spends much of its time beside them, and above it is at its full rate.
+constexpr double kMostFlopsOfOwn = 5e8;
+// A product of so many is worth a second thread.
+constexpr double kLeastFlopsOfThread = 1.5e5;
+
+double flops_of(Matrix a, Matrix b) { return 2.0 * a.rows * a.cols * b.cols; }
+
+int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+// out = a b by the BLAS, or by product_kernels() on so many threads, each with columns of out of its own.
+void multiply(Matrix a, Matrix b, Matrix out, bool use_blas) {
+  const bool is_real = out.scalar == Scalar::float32 || out.scalar == Scalar::float64;
+  const auto is_readable = [](Matrix m) { return m.row_stride == 1 || m.col_stride == 1; };
+  if (use_blas || !is_real || !is_readable(a) || !is_readable(b)) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(borrow(out).get(), borrow(a).get(), borrow(b).get()));
+    return;
+  }
+  const auto columns = [&](int64_t first, int64_t count) {
+    Scratch scratch;
+    void* const workspace =
+        a.col_stride == 1 ? nullptr : scratch.take(product_kernels().workspace_bytes);
+    const int64_t size = size_of(out.scalar);
+    const void* right = static_cast<char*>(b.data) + first * b.col_stride * size;
+    product_kernels().product(out.scalar, {a.data, a.row_stride, a.col_stride}, {right, b.row_stride, b.col_stride},
+                              static_cast<char*>(out.data) + first * size, out.row_stride, out.rows, a.cols, count,
+                              workspace);
+  };
+  constexpr int64_t kColumns = 32;
+  const int64_t tasks = (out.cols + kColumns - 1) / kColumns;
+  const int64_t workers = std::min({threads(), tasks, static_cast<int64_t>(flops_of(a, b) / kLeastFlopsOfThread)});
+  if (workers <= 1) return columns(0, out.cols);
+  const int64_t width = (tasks + workers - 1) / workers * kColumns;
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * width, last = std::min(end * width, out.cols);
+    if (first < last) columns(first, last - first);
+  });
 }
 
 void multiply_add(Matrix a, Matrix b, Matrix out) {
@@ -70,40 +161,27 @@ Scalar product_type(Scalar scalar) {
 
 Scalar accumulator_type(Scalar scalar) { return scalar == Scalar::float64 ? Scalar::float64 : Scalar::float32; }
 
-class Scratch {
- public:
-  Matrix matrix(Scalar scalar, int64_t rows, int64_t cols) {
-    buffers_.emplace_back(new char[static_cast<size_t>(rows * cols * size_of(scalar))]);
-    return {buffers_.back().get(), scalar, rows, cols, cols, 1};
-  }
+// Bias gradients are summed over blocks of rows, and then over the blocks in order: the result depends on the
+// shape alone, not on threads or parts. Small batches take small blocks, so that threads can share them.
+int64_t reduction_rows(int64_t rows) { return rows >= 256 ? 64 : 16; }
 
- private:
-  std::vector<std::unique_ptr<char[]>> buffers_;
-};
+int64_t blocks_of(int64_t rows, int64_t block) { return (rows + block - 1) / block; }
 
-// Bias gradients are summed over blocks of this many rows, and then over the blocks in order: the
-// result depends on the shape alone, not on threads or chunks.
-constexpr int64_t kReductionRows = 64;
-
-int64_t block_count(int64_t rows) { return (rows + kReductionRows - 1) / kReductionRows; }
-
-// body(first_block, row_begin, row_count) over blocks of kReductionRows rows, in parallel.
+// body(row_begin, row_count) over blocks of `block` rows, in parallel unless the caller is already.
 template <typename Body>
-void for_row_blocks(int64_t rows, int64_t cols, const Body& body) {
+void for_row_blocks(int64_t rows, int64_t cols, int64_t block, const Body& body) {
   constexpr int64_t kElementsPerTask = 1 << 15;
-  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, kReductionRows * cols));
-  torch::stable::parallel_for(0, block_count(rows), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t row = block * kReductionRows;
-      body(block, row, std::min(kReductionRows, rows - row));
-    }
+  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, block * cols));
+  torch::stable::parallel_for(0, blocks_of(rows, block), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index)
+      body(index * block, std::min(block, rows - index * block));
   });
 }
 
 // A row-major copy in `scalar`.
 Matrix copied(Matrix in, Scalar scalar, Scratch& scratch) {
   const Matrix out = scratch.matrix(scalar, in.rows, in.cols);
-  for_row_blocks(in.rows, in.cols, [&](int64_t, int64_t begin, int64_t count) {
+  for_row_blocks(in.rows, in.cols, 64, [&](int64_t begin, int64_t count) {
     const Matrix from = in.row_block(begin, count);
     pointwise().convert(in.scalar, scalar, from.data, from.row_stride, from.col_stride,
                         out.row_block(begin, count).data, count, in.cols);
@@ -115,131 +193,108 @@ Matrix converted(Matrix in, Scalar scalar, Scratch& scratch) {
   return in.scalar == scalar ? in : copied(in, scalar, scratch);
 }
 
-Matrix unit_stride(Matrix in, Scratch& scratch) { return in.col_stride == 1 ? in : copied(in, in.scalar, scratch); }
+Matrix row_major(Matrix in, Scratch& scratch) {
+  return !in.data || in.is_row_major() ? in : copied(in, in.scalar, scratch);
+}
 
-// Rows a chunk: enough that a product of one chunk runs at full rate, and few enough that its result is
-// still in the second- or third-level cache when the pointwise pass comes.
-constexpr int64_t kChunkRows = 8 * kReductionRows;
+Matrix unit_stride(Matrix in, Scratch& scratch) {
+  return !in.data || in.col_stride == 1 ? in : copied(in, in.scalar, scratch);
+}
 
-// body(row_begin, row_count) over chunks. Many chunks run in parallel, each with products of its own on
-// one thread; few run in turn, each product on all threads.
+// How rows are divided: so many parts of so many rows each, the last of fewer; and by what they are multiplied.
+struct Division {
+  int64_t parts, rows;
+  bool use_blas;
+};
+
+// Parts are a multiple of the threads, so that all finish together, and of whole blocks. A part's matrices should
+// stay in the cache until the pointwise pass, and yet be long enough for the full rate of a product. With fewer
+// rows than keep all threads busy there is one part, and threads share its columns.
+Division divide(int64_t rows, int64_t widest, int64_t block, double most_flops, bool convert) {
+  constexpr int64_t kLeastRowsOfThread = 64, kRows = 256, kLeastRowsOfBlas = 512, kMostRowsOfBlas = 2048;
+  constexpr int64_t kElementsOfBlas = 1 << 20;
+  const bool use_blas = most_flops > kMostFlopsOfOwn;
+  if (rows < kLeastRowsOfThread * threads() || most_flops < kLeastFlopsOfThread * static_cast<double>(threads()))
+    return {1, rows, use_blas};
+  int64_t most = kRows;
+  if (use_blas) most = convert ? kLeastRowsOfBlas : std::clamp(kElementsOfBlas / widest, kLeastRowsOfBlas, kMostRowsOfBlas);
+  const int64_t least_parts = (rows + most - 1) / most;
+  const int64_t parts = (least_parts + threads() - 1) / threads() * threads();
+  const int64_t part_rows = blocks_of((rows + parts - 1) / parts, block) * block;
+  return {(rows + part_rows - 1) / part_rows, part_rows, use_blas};
+}
+
+// body(row_begin, row_count) over the parts, in parallel if there are several.
 template <typename Body>
-void for_row_chunks(int64_t rows, const Body& body) {
-  const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index)
-      body(index * kChunkRows, std::min(kChunkRows, rows - index * kChunkRows));
-  };
-  if (chunks >= 2 * static_cast<int64_t>(torch::stable::get_num_threads()))
-    torch::stable::parallel_for(0, chunks, 1, run);
-  else
-    run(0, chunks);
+void for_row_parts(int64_t rows, const Division& division, const Body& body) {
+  if (division.parts == 1) return body(int64_t{0}, rows);
+  torch::stable::parallel_for(0, division.parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part)
+      body(part * division.rows, std::min(division.rows, rows - part * division.rows));
+  });
 }
 
-char* offset(const void* data, int64_t elements, Scalar scalar) {
-  return data ? static_cast<char*>(const_cast<void*>(data)) + elements * size_of(scalar) : nullptr;
-}
-
-// Partial sums of a bias gradient, a row for each block of kReductionRows rows.
-class BiasGradient {
+// Sums over all rows of a matrix, of which each block of rows has one row of partial sums.
+class ColumnSums {
  public:
-  BiasGradient(void* out, Scalar scalar, int64_t rows, int64_t cols)
-      : out_(out), scalar_(scalar), blocks_(block_count(rows)), cols_(cols) {
-    if (out) partials_ = scratch_.matrix(accumulator_type(scalar), blocks_, cols).data;
+  ColumnSums() = default;
+  ColumnSums(Matrix out, int64_t rows, int64_t block, Scratch& scratch)
+      : out_(out), blocks_(blocks_of(rows, block)), block_(block) {
+    if (wanted()) partials_ = scratch.matrix(accumulator_type(out.scalar), blocks_, out.cols);
   }
-  void* partial(int64_t block) const { return offset(partials_, block * cols_, accumulator_type(scalar_)); }
+  bool wanted() const { return out_.data != nullptr; }
+  int64_t block() const { return block_; }
+  void* partial(int64_t row) const { return partials_.row_block(row / block_, 1).data; }
   void finish() const {
-    if (out_) pointwise().sum_rows(scalar_, partials_, out_, blocks_, cols_);
+    if (wanted()) pointwise().sum_rows(out_.scalar, partials_.data, out_.data, blocks_, out_.cols);
   }
 
  private:
-  Scratch scratch_;
-  void* out_;
-  Scalar scalar_;
-  int64_t blocks_, cols_;
-  void* partials_ = nullptr;
+  Matrix out_, partials_;
+  int64_t blocks_ = 0, block_ = 1;
 };
 
-}  // namespace
-
-Matrix matrix_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), scalar_of(tensor.scalar_type()), tensor.size(0),
-          tensor.size(1),    tensor.stride(0),                tensor.stride(1)};
-}
-
-Tensor new_matrix(const Tensor& like, int64_t rows, int64_t cols) {
-  return torch::stable::new_empty(like, {rows, cols}, std::nullopt);
-}
-
-Tensor new_vector(const Tensor& like, int64_t size) { return torch::stable::new_empty(like, {size}, std::nullopt); }
-
-const void* data_or_null(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
-
-ActivationSpec activation_spec(const std::string& name, double slope, double alpha) {
-  Activation activation;
-  STD_TORCH_CHECK(activation_named(name, activation), "aefast: unknown activation ", name);
-  return {activation, {slope, alpha}};
-}
-
-void dense_forward(ActivationSpec spec, Matrix x, Matrix weight, const void* bias, Matrix out, void* derivative) {
-  if (out.rows == 0 || out.cols == 0) return;
-  const Scalar type = product_type(x.scalar);
-  Scratch weights;
-  const Matrix w = converted(weight, type, weights).transposed();
-  for_row_chunks(out.rows, [&](int64_t begin, int64_t count) {
-    Scratch scratch;
-    const Matrix target = out.row_block(begin, count);
-    const Matrix pre = type == out.scalar ? target : scratch.matrix(type, count, out.cols);
-    multiply(converted(x.row_block(begin, count), type, scratch), w, pre);
-    if (spec.activation == Activation::identity && !bias && type == out.scalar) return;
-    for_row_blocks(count, out.cols, [&](int64_t, int64_t row, int64_t rows) {
-      pointwise().bias_activation(spec, type, out.scalar, pre.row_block(row, rows).data, bias,
-                                  target.row_block(row, rows).data,
-                                  offset(derivative, (begin + row) * out.cols, out.scalar), rows, out.cols);
-    });
+// g = upstream * act' and the partial column sums of g, on rows of which `begin` is the first of a whole. An
+// absent g is not stored.
+void activation_gradient(const ActivationSpec& spec, Matrix upstream, Matrix saved, Matrix g, const ColumnSums& sums,
+                         int64_t begin) {
+  for_row_blocks(upstream.rows, upstream.cols, sums.block(), [&](int64_t row, int64_t count) {
+    const Matrix from = upstream.row_block(row, count);
+    pointwise().activation_gradient(spec, from.scalar, g.scalar, from.data, from.row_stride,
+                                    saved.row_block(row, count).data, g.row_block(row, count).data,
+                                    sums.partial(begin + row), count, from.cols);
   });
 }
 
-void activation_gradient(ActivationSpec spec, Matrix grad, const void* saved, Matrix g, void* bias_gradient) {
-  const BiasGradient sums(bias_gradient, grad.scalar, g.rows, g.cols);
-  for_row_blocks(g.rows, g.cols, [&](int64_t block, int64_t begin, int64_t count) {
-    Scratch scratch;
-    const Matrix upstream = unit_stride(grad.row_block(begin, count), scratch);
-    pointwise().activation_gradient(spec, grad.scalar, grad.scalar, g.scalar, upstream.data, upstream.row_stride,
-                                    offset(saved, begin * g.cols, grad.scalar), g.row_block(begin, count).data,
-                                    sums.partial(block), count, g.cols);
-  });
-  sums.finish();
+// below = (g weight) * act' of the layer below, and its column sums.
+void data_gradient(const ActivationSpec& spec, Matrix g, Matrix weight, Matrix saved, Matrix below,
+                   const ColumnSums& sums, int64_t begin, bool use_blas) {
+  if (below.rows == 0 || below.cols == 0) return;
+  Scratch scratch;
+  const Scalar type = weight.scalar;
+  const Matrix product = type == below.scalar ? below : scratch.matrix(type, below.rows, below.cols);
+  multiply(converted(g, type, scratch), weight, product, use_blas);
+  if (spec.activation != Activation::identity || sums.wanted() || type != below.scalar)
+    activation_gradient(spec, product, saved, below, sums, begin);
 }
 
-void data_gradient(ActivationSpec spec, Matrix g, Matrix weight, const void* saved, Matrix out, void* bias_gradient) {
-  const BiasGradient sums(bias_gradient, out.scalar, out.rows, out.cols);
-  if (out.rows == 0 || out.cols == 0) return sums.finish();
-  const Scalar type = product_type(g.scalar);
-  const bool pointwise_pass = spec.activation != Activation::identity || bias_gradient || type != out.scalar;
-  Scratch weights;
-  const Matrix w = converted(weight, type, weights);
-  for_row_chunks(out.rows, [&](int64_t begin, int64_t count) {
-    Scratch scratch;
-    const Matrix target = out.row_block(begin, count);
-    const Matrix product = type == out.scalar ? target : scratch.matrix(type, count, out.cols);
-    multiply(converted(g.row_block(begin, count), type, scratch), w, product);
-    if (!pointwise_pass) return;
-    const int64_t first_block = begin / kReductionRows;
-    for_row_blocks(count, out.cols, [&](int64_t block, int64_t row, int64_t rows) {
-      pointwise().activation_gradient(spec, type, out.scalar, out.scalar, product.row_block(row, rows).data, out.cols,
-                                      offset(saved, (begin + row) * out.cols, out.scalar),
-                                      target.row_block(row, rows).data, sums.partial(first_block + block), rows,
-                                      out.cols);
-    });
-  });
-  sums.finish();
-}
-
+// out = g^T x, over all rows at once.
 void weight_gradient(Matrix g, Matrix x, Matrix out) {
   if (out.rows == 0 || out.cols == 0) return;
   const Scalar type = product_type(out.scalar);
-  if (type == out.scalar) return multiply(g.transposed(), x, out);
+  if (type == out.scalar) {
+    const Matrix a = g.transposed();
+    const double flops = flops_of(a, x);
+    if (flops > kMostFlopsOfOwn) return multiply(a, x, out, true);
+    // Each thread rearranges all of the operand that is not divided: that is to be the shorter one.
+    const int64_t workers = std::min(threads(), static_cast<int64_t>(flops / kLeastFlopsOfThread));
+    if (workers <= 1 || out.rows < out.cols || out.rows < 16 * workers) return multiply(a, x, out, false);
+    const int64_t part = (out.rows + workers - 1) / workers;
+    return for_row_parts(out.rows, {blocks_of(out.rows, part), part, false}, [&](int64_t begin, int64_t count) {
+      multiply(a.row_block(begin, count), x, out.row_block(begin, count), false);
+    });
+  }
+  constexpr int64_t kChunkRows = 512;
   Scratch result;
   const Matrix sum = result.matrix(type, out.rows, out.cols);
   for (int64_t begin = 0; begin < g.rows || begin == 0; begin += kChunkRows) {
@@ -248,11 +303,171 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
     const Matrix g_block = converted(g.row_block(begin, count), type, scratch).transposed();
     const Matrix x_block = converted(x.row_block(begin, count), type, scratch);
     if (begin == 0)
-      multiply(g_block, x_block, sum);
+      multiply(g_block, x_block, sum, true);
     else
       multiply_add(g_block, x_block, sum);
   }
   pointwise().convert(type, out.scalar, sum.data, sum.cols, 1, out.data, out.rows, out.cols);
+}
+
+// One layer over the rows of x.
+void layer_forward(const LayerForward& layer, Matrix x, Matrix out, Matrix derivative, bool use_blas) {
+  if (out.rows == 0 || out.cols == 0) return;
+  Scratch scratch;
+  const Scalar type = layer.weight.scalar;
+  const Matrix pre = type == out.scalar ? out : scratch.matrix(type, out.rows, out.cols);
+  multiply(converted(x, type, scratch), layer.weight.transposed(), pre, use_blas);
+  if (layer.spec.activation == Activation::identity && !layer.bias.data && type == out.scalar) return;
+  const int64_t block = std::max<int64_t>(1, (1 << 14) / out.cols);
+  for_row_blocks(out.rows, out.cols, block, [&](int64_t row, int64_t rows) {
+    pointwise().bias_activation(layer.spec, type, out.scalar, pre.row_block(row, rows).data, layer.bias.data,
+                                out.row_block(row, rows).data, derivative.row_block(row, rows).data, rows, out.cols);
+  });
+}
+
+}  // namespace
+
+Matrix matrix_of(const Tensor& tensor) {
+  return {tensor.data_ptr(), scalar_of(tensor.scalar_type()), tensor.size(0),
+          tensor.size(1),    tensor.stride(0),                tensor.stride(1)};
+}
+
+Matrix matrix_of(const OptionalTensor& tensor) { return tensor ? matrix_of(*tensor) : Matrix(); }
+
+Matrix vector_of(const OptionalTensor& tensor) {
+  if (!tensor) return {};
+  return {tensor->data_ptr(), scalar_of(tensor->scalar_type()), 1, tensor->size(0), tensor->size(0), tensor->stride(0)};
+}
+
+Tensor new_matrix(const Tensor& like, int64_t rows, int64_t cols) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {std::max<int64_t>(1, cols), 1};
+  return new_tensor(like, 2, sizes, strides);
+}
+
+Tensor new_vector(const Tensor& like, int64_t size) {
+  const int64_t stride = 1;
+  return new_tensor(like, 1, &size, &stride);
+}
+
+void poison_outputs(bool poison) { poisoned = poison; }
+
+ActivationSpec activation_spec(const std::string& specification) {
+  ActivationSpec spec;
+  STD_TORCH_CHECK(parse_activation(specification, spec), "aefast: unknown activation ", specification);
+  return spec;
+}
+
+void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols, name, " must be (", rows,
+                  ", ", cols, ")");
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have the dtype of the other tensors");
+}
+
+void check_layer(const Tensor& weight, const OptionalTensor& bias, int64_t inputs, const Tensor& like) {
+  STD_TORCH_CHECK(weight.dim() == 2, "weight must be a matrix");
+  check_matrix("weight", weight, weight.size(0), inputs, like);
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) &&
+                            bias->scalar_type() == like.scalar_type()),
+                  "bias must be (", weight.size(0), ",) of the dtype of the other tensors");
+}
+
+void dense_forward(Matrix x, LayerForward* layers, size_t count) {
+  Scratch scratch;
+  const Scalar type = product_type(x.scalar);
+  int64_t widest = 1;
+  double flops = 0.0;
+  for (size_t index = 0; index < count; ++index) {
+    LayerForward& layer = layers[index];
+    layer.weight = converted(layer.weight, type, scratch);
+    layer.bias = unit_stride(layer.bias, scratch);
+    widest = std::max({widest, layer.weight.rows, layer.weight.cols});
+    flops = std::max(flops, 2.0 * x.rows * layer.weight.rows * layer.weight.cols);
+  }
+  const Division division = divide(x.rows, widest, 1, flops, type != x.scalar);
+  for_row_parts(x.rows, division, [&](int64_t begin, int64_t rows) {
+    Matrix input = x.row_block(begin, rows);
+    // Outputs that nobody wants take turns in two buffers.
+    Scratch hidden;
+    Matrix buffers[2];
+    for (size_t index = 0; index < count; ++index) {
+      const LayerForward& layer = layers[index];
+      Matrix out = layer.out.row_block(begin, rows);
+      if (!out.data) {
+        Matrix& buffer = buffers[index % 2];
+        if (!buffer.data) buffer = hidden.matrix(x.scalar, rows, widest);
+        out = {buffer.data, x.scalar, rows, layer.weight.rows, layer.weight.rows, 1};
+      }
+      layer_forward(layer, input, out, layer.derivative.row_block(begin, rows), division.use_blas);
+      input = out;
+    }
+  });
+}
+
+void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_gradient) {
+  const size_t top = count - 1;
+  const int64_t rows = grad.rows, block = reduction_rows(rows);
+  const Scalar type = product_type(grad.scalar);
+  // Below this layer no gradient is wanted.
+  size_t lowest = 0;
+  if (!x_gradient.data)
+    while (lowest < count && !layers[lowest].weight_gradient.data && !layers[lowest].bias_gradient.data) ++lowest;
+  if (lowest == count) return;
+
+  // g is the gradient at the layer's pre-activation; the top's is absent if nothing but a sum reads it.
+  struct Work {
+    Matrix g;
+    ColumnSums sums;
+  };
+  Scratch scratch;
+  std::vector<Work> work(count);
+  int64_t widest = 1;
+  double flops = 0.0;
+  for (size_t index = lowest; index < count; ++index) {
+    LayerBackward& layer = layers[index];
+    Matrix& g = work[index].g;
+    const int64_t features = layer.weight.rows;
+    const bool is_identity = layer.spec.activation == Activation::identity;
+    const bool gives_data_gradient = index > lowest || x_gradient.data;
+    if (index == top && is_identity)
+      g = grad;
+    else if (index < top || gives_data_gradient || layer.weight_gradient.data)
+      g = scratch.matrix(grad.scalar, rows, features);
+    g.scalar = grad.scalar;
+    work[index].sums = ColumnSums(layer.bias_gradient, rows, block, scratch);
+    layer.saved = is_identity ? Matrix() : row_major(layer.saved, scratch);
+    widest = std::max(widest, features);
+    if (gives_data_gradient) {
+      layer.weight = converted(layer.weight, type, scratch);
+      widest = std::max(widest, layer.weight.cols);
+      flops = std::max(flops, 2.0 * rows * features * layer.weight.cols);
+    }
+  }
+
+  const ColumnSums none({}, rows, block, scratch);
+  const Division division = divide(rows, widest, block, flops, type != grad.scalar);
+  for_row_parts(rows, division, [&](int64_t begin, int64_t part_rows) {
+    const auto part = [&](Matrix matrix) { return matrix.row_block(begin, part_rows); };
+    const bool is_identity = layers[top].spec.activation == Activation::identity;
+    if (!is_identity || work[top].sums.wanted()) {
+      Scratch copy;
+      const Matrix g = is_identity ? Matrix{nullptr, grad.scalar} : part(work[top].g);
+      activation_gradient(layers[top].spec, unit_stride(part(grad), copy), part(layers[top].saved), g, work[top].sums,
+                          begin);
+    }
+    for (size_t index = top; index > lowest; --index) {
+      const LayerBackward& below = layers[index - 1];
+      data_gradient(below.spec, part(work[index].g), layers[index].weight, part(below.saved), part(work[index - 1].g),
+                    work[index - 1].sums, begin, division.use_blas);
+    }
+    if (x_gradient.data)
+      data_gradient({Activation::identity, {}}, part(work[0].g), layers[0].weight, {}, part(x_gradient), none, begin,
+                    division.use_blas);
+  });
+  for (size_t index = lowest; index < count; ++index) {
+    const LayerBackward& layer = layers[index];
+    work[index].sums.finish();
+    if (layer.weight_gradient.data) weight_gradient(work[index].g, layer.input, layer.weight_gradient);
+  }
 }
 
 }  // namespace aefast::cpu

@@ -1,7 +1,8 @@
-// The passes that linear_act and mlp share, over plain row-major or strided matrices.
+// A stack of dense layers, forward and backward, over plain row-major or strided matrices.
 //
-// The matrix products are torch's own (the BLAS it was built with); what is added here is that rows are
-// taken in chunks, so that the pointwise pass finds each product still in the cache.
+// The matrix products are torch's own (the BLAS it was built with); what is added here is that each thread
+// takes its own rows through all layers, so that the pointwise passes find each product still in the cache
+// and the threads meet once a stack instead of twice a layer.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -15,42 +16,63 @@
 namespace aefast::cpu {
 
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
-// A view without ownership; strides in elements.
+// A view without ownership; strides in elements. No data: the matrix is absent.
 struct Matrix {
-  void* data;
-  Scalar scalar;
-  int64_t rows, cols;
-  int64_t row_stride, col_stride;
+  void* data = nullptr;
+  Scalar scalar = Scalar::float32;
+  int64_t rows = 0, cols = 0;
+  int64_t row_stride = 0, col_stride = 0;
 
+  // Of an absent matrix, an absent one.
   Matrix row_block(int64_t begin, int64_t count) const {
-    return {static_cast<char*>(data) + begin * row_stride * size_of(scalar), scalar, count, cols, row_stride,
-            col_stride};
+    char* const first = data ? static_cast<char*>(data) + begin * row_stride * size_of(scalar) : nullptr;
+    return {first, scalar, count, cols, row_stride, col_stride};
   }
   Matrix transposed() const { return {data, scalar, cols, rows, col_stride, row_stride}; }
+  bool is_row_major() const { return col_stride == 1 && row_stride == cols; }
 };
 
+// An absent tensor is an absent matrix; a vector is one row.
 Matrix matrix_of(const Tensor& tensor);
+Matrix matrix_of(const OptionalTensor& tensor);
+Matrix vector_of(const OptionalTensor& tensor);
 
-// New, uninitialised, row-major, of `like`'s dtype.
+// New, uninitialised, row-major, of `like`'s dtype; full of NaN after poison_outputs(true).
 Tensor new_matrix(const Tensor& like, int64_t rows, int64_t cols);
 Tensor new_vector(const Tensor& like, int64_t size);
+void poison_outputs(bool poison);
 
-// A contiguous vector's elements, or null.
-const void* data_or_null(const std::optional<Tensor>& tensor);
+ActivationSpec activation_spec(const std::string& specification);
 
-ActivationSpec activation_spec(const std::string& name, double slope, double alpha);
+// That `tensor` is a (rows, cols) matrix of `like`'s dtype.
+void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const Tensor& like);
+void check_layer(const Tensor& weight, const OptionalTensor& bias, int64_t inputs, const Tensor& like);
 
-// out = act(x weight^T + bias); `derivative` as PointwiseKernels::bias_activation takes it.
-void dense_forward(ActivationSpec spec, Matrix x, Matrix weight, const void* bias, Matrix out, void* derivative);
+// act(input weight^T + bias), and where it is stored act'.
+struct LayerForward {
+  ActivationSpec spec;
+  Matrix weight;          // (N, K)
+  Matrix bias;            // (1, N), or absent
+  Matrix out;             // (M, N) row-major; absent where no caller wants it
+  Matrix derivative = {};  // (M, N) row-major, or absent
+};
 
-// g = grad * act' and, unless `bias_gradient` is null, its sums over the rows.
-void activation_gradient(ActivationSpec spec, Matrix grad, const void* saved, Matrix g, void* bias_gradient);
+// x (M, K) through `count` layers, the last of which has its `out`. The layers are overwritten.
+void dense_forward(Matrix x, LayerForward* layers, size_t count);
 
-// out = (g weight) * act' of the layer below (`spec`, `saved`), and that layer's bias gradient.
-void data_gradient(ActivationSpec spec, Matrix g, Matrix weight, const void* saved, Matrix out, void* bias_gradient);
+struct LayerBackward {
+  ActivationSpec spec;
+  Matrix weight;                // (N, K)
+  Matrix input;                 // (M, K)
+  Matrix saved;                 // (M, N): the derivative where it is stored, else the output
+  Matrix weight_gradient = {};  // (N, K) row-major, or absent
+  Matrix bias_gradient = {};    // (1, N), or absent
+};
 
-// out = g^T x.
-void weight_gradient(Matrix g, Matrix x, Matrix out);
+// Gradients of all that is present, among it x_gradient (M, K), the first layer's input's. grad (M, N_last). The
+// layers are overwritten.
+void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_gradient);
 
 }  // namespace aefast::cpu

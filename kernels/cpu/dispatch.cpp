@@ -1,10 +1,17 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <atomic>
+
 #include "pointwise.h"
+#include "product.h"
 
 namespace aefast::cpu {
 
-#define AEFAST_DECLARE(instruction_set)              \
-  namespace instruction_set {                        \
-  extern const PointwiseKernels pointwise_kernels;   \
+#define AEFAST_DECLARE(instruction_set)            \
+  namespace instruction_set {                      \
+  extern const PointwiseKernels pointwise_kernels; \
+  extern const ProductKernels product_kernels;     \
   }
 AEFAST_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -14,22 +21,55 @@ AEFAST_DECLARE(avx512)
 
 namespace {
 
-const PointwiseKernels& select() {
+struct Kernels {
+  const PointwiseKernels& pointwise;
+  const ProductKernels& product;
+  bool supported;
+};
+
+// The best first.
+const std::vector<Kernels>& instruction_sets() {
+  static const std::vector<Kernels> sets = {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return avx512::pointwise_kernels;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return avx2::pointwise_kernels;
+      {avx512::pointwise_kernels, avx512::product_kernels,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {avx2::pointwise_kernels, avx2::product_kernels,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-  return baseline::pointwise_kernels;
+      {baseline::pointwise_kernels, baseline::product_kernels, true},
+  };
+  return sets;
 }
+
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> kernels{
+      &*std::find_if(instruction_sets().begin(), instruction_sets().end(), [](const Kernels& set) { return set.supported; })};
+  return kernels;
+}
+
+const Kernels& selected() { return *chosen().load(std::memory_order_relaxed); }
 
 }  // namespace
 
-const PointwiseKernels& pointwise() {
-  static const PointwiseKernels& chosen = select();
-  return chosen;
+const PointwiseKernels& pointwise() { return selected().pointwise; }
+
+const ProductKernels& product_kernels() { return selected().product; }
+
+std::vector<std::string> supported_instruction_sets() {
+  std::vector<std::string> names;
+  for (const Kernels& set : instruction_sets())
+    if (set.supported) names.push_back(set.pointwise.instruction_set);
+  return names;
+}
+
+bool use_instruction_set(const std::string& name) {
+  for (const Kernels& set : instruction_sets())
+    if (set.supported && name == set.pointwise.instruction_set) {
+      chosen() = &set;
+      return true;
+    }
+  return false;
 }
 
 }  // namespace aefast::cpu

@@ -4,55 +4,58 @@
 
 #include "dense.h"
 #include "dense_schemas.h"
+#include "dispatch.h"
 
 namespace aefast::cpu {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 std::tuple<Tensor, OptionalTensor> linear_act(Tensor x, Tensor weight, OptionalTensor bias, std::string activation,
-                                              double negative_slope, double alpha, bool save_derivative) {
-  const ActivationSpec spec = activation_spec(activation, negative_slope, alpha);
+                                              bool save_derivative) {
+  STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
+  check_layer(weight, bias, x.size(1), x);
+  const ActivationSpec spec = activation_spec(activation);
   const Tensor out = new_matrix(x, x.size(0), weight.size(0));
   OptionalTensor derivative;
   if (save_derivative && stores_derivative(spec.activation)) derivative = new_matrix(x, x.size(0), weight.size(0));
-  dense_forward(spec, matrix_of(x), matrix_of(weight), data_or_null(bias), matrix_of(out),
-                const_cast<void*>(data_or_null(derivative)));
+  LayerForward layer{spec, matrix_of(weight), vector_of(bias), matrix_of(out), matrix_of(derivative)};
+  dense_forward(matrix_of(x), &layer, 1);
   return {out, derivative};
 }
 
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> linear_act_backward(
-    Tensor grad, Tensor x, Tensor weight, OptionalTensor saved, std::string activation, double negative_slope,
-    double alpha, bool need_x, bool need_weight, bool need_bias) {
-  const ActivationSpec spec = activation_spec(activation, negative_slope, alpha);
-  OptionalTensor x_gradient, weight_gradient_, bias_gradient;
-  if (need_bias) bias_gradient = new_vector(grad, grad.size(1));
-  void* bias_sums = const_cast<void*>(data_or_null(bias_gradient));
-
-  Tensor g = grad;
-  const bool identity = spec.activation == Activation::identity;
-  if (!identity || need_bias) {
-    g = new_matrix(grad, grad.size(0), grad.size(1));
-    activation_gradient(spec, matrix_of(grad), data_or_null(saved), matrix_of(g), bias_sums);
+    Tensor grad, Tensor x, Tensor weight, OptionalTensor saved, std::string activation, int64_t needs) {
+  STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
+  check_layer(weight, std::nullopt, x.size(1), x);
+  check_matrix("grad", grad, x.size(0), weight.size(0), x);
+  const ActivationSpec spec = activation_spec(activation);
+  if (spec.activation != Activation::identity) {
+    STD_TORCH_CHECK(saved, "saved must be given for every activation but identity");
+    check_matrix("saved", *saved, x.size(0), weight.size(0), x);
   }
-  if (need_x) {
-    x_gradient = new_matrix(x, x.size(0), x.size(1));
-    data_gradient({Activation::identity, {}}, matrix_of(g), matrix_of(weight), nullptr, matrix_of(*x_gradient), nullptr);
-  }
-  if (need_weight) {
-    weight_gradient_ = new_matrix(weight, weight.size(0), weight.size(1));
-    weight_gradient(matrix_of(g), matrix_of(x), matrix_of(*weight_gradient_));
-  }
-  return {x_gradient, weight_gradient_, bias_gradient};
+  OptionalTensor x_gradient, weight_gradient, bias_gradient;
+  if (needs & dense::kNeedX) x_gradient = new_matrix(x, x.size(0), x.size(1));
+  if (needs & dense::kNeedWeight) weight_gradient = new_matrix(x, weight.size(0), weight.size(1));
+  if (needs & dense::kNeedBias) bias_gradient = new_vector(x, weight.size(0));
+  LayerBackward layer{spec, matrix_of(weight), matrix_of(x), matrix_of(saved), matrix_of(weight_gradient),
+                      vector_of(bias_gradient)};
+  dense_backward(matrix_of(grad), &layer, 1, matrix_of(x_gradient));
+  return {x_gradient, weight_gradient, bias_gradient};
 }
 
 std::string instruction_set() { return pointwise().instruction_set; }
+
+void choose_instruction_set(std::string name) {
+  STD_TORCH_CHECK(use_instruction_set(name), "this processor has no ", name);
+}
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(aefast_cpu, m) {
   for (const char* schema : dense::kLinearActSchemas) m.def(schema);
   m.def("instruction_set() -> str");
+  m.def("supported_instruction_sets() -> str[]");
+  m.def("use_instruction_set(str name) -> ()");
+  m.def("poison_outputs(bool poison) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aefast_cpu, CPU, m) {
@@ -62,6 +65,9 @@ STABLE_TORCH_LIBRARY_IMPL(aefast_cpu, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(aefast_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
+  m.impl("supported_instruction_sets", TORCH_BOX(&supported_instruction_sets));
+  m.impl("use_instruction_set", TORCH_BOX(&choose_instruction_set));
+  m.impl("poison_outputs", TORCH_BOX(&poison_outputs));
 }
 
 }  // namespace aefast::cpu

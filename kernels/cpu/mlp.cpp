@@ -8,75 +8,70 @@
 namespace aefast::cpu {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 std::tuple<std::vector<Tensor>, std::vector<OptionalTensor>> mlp(Tensor x, std::vector<Tensor> weights,
                                                                  std::vector<OptionalTensor> biases,
-                                                                 std::vector<std::string> activations,
-                                                                 double negative_slope, double alpha, bool save) {
+                                                                 std::vector<std::string> activations, bool save) {
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(count > 0, "weights must hold at least one layer");
+  STD_TORCH_CHECK(biases.size() == count && activations.size() == count,
+                  "biases and activations must have one entry a layer");
+  STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
+  std::vector<LayerForward> layers;
+  layers.reserve(count);
   std::vector<Tensor> outputs;
   std::vector<OptionalTensor> derivatives;
-  Tensor input = x;
-  for (size_t layer = 0; layer < weights.size(); ++layer) {
-    const ActivationSpec spec = activation_spec(activations[layer], negative_slope, alpha);
-    const Tensor out = new_matrix(x, x.size(0), weights[layer].size(0));
-    OptionalTensor derivative;
-    if (save && stores_derivative(spec.activation)) derivative = new_matrix(x, out.size(0), out.size(1));
-    dense_forward(spec, matrix_of(input), matrix_of(weights[layer]), data_or_null(biases[layer]), matrix_of(out),
-                  const_cast<void*>(data_or_null(derivative)));
-    if (!save) {
-      outputs.clear();
-      derivatives.clear();
+  int64_t inputs = x.size(1);
+  for (size_t index = 0; index < count; ++index) {
+    check_layer(weights[index], biases[index], inputs, x);
+    inputs = weights[index].size(0);
+    const ActivationSpec spec = activation_spec(activations[index]);
+    OptionalTensor out, derivative;
+    if (save || index + 1 == count) {
+      out = new_matrix(x, x.size(0), inputs);
+      if (save && stores_derivative(spec.activation)) derivative = new_matrix(x, x.size(0), inputs);
+      outputs.push_back(*out);
+      derivatives.push_back(derivative);
     }
-    outputs.push_back(out);
-    derivatives.push_back(derivative);
-    input = out;
+    layers.push_back({spec, matrix_of(weights[index]), vector_of(biases[index]), matrix_of(out), matrix_of(derivative)});
   }
+  dense_forward(matrix_of(x), layers.data(), count);
   return {outputs, derivatives};
 }
 
 std::tuple<OptionalTensor, std::vector<OptionalTensor>, std::vector<OptionalTensor>> mlp_backward(
     Tensor grad, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> outputs,
-    std::vector<OptionalTensor> derivatives, std::vector<std::string> activations, double negative_slope, double alpha,
-    bool need_x, std::vector<bool> need_weights, std::vector<bool> need_biases) {
-  const int64_t layers = static_cast<int64_t>(weights.size());
-  std::vector<OptionalTensor> weight_gradients(layers), bias_gradients(layers);
-  const auto spec = [&](int64_t layer) { return activation_spec(activations[layer], negative_slope, alpha); };
-  const auto saved = [&](int64_t layer) {
-    return derivatives[layer] ? derivatives[layer]->data_ptr() : outputs[layer].data_ptr();
-  };
-  const auto bias_sums = [&](int64_t layer) -> void* {
-    if (!need_biases[layer]) return nullptr;
-    bias_gradients[layer] = new_vector(grad, weights[layer].size(0));
-    return bias_gradients[layer]->data_ptr();
-  };
-  // The lowest layer that some gradient is asked of; below it nothing is computed.
-  int64_t lowest = 0;
-  while (!need_x && lowest < layers && !need_weights[lowest] && !need_biases[lowest]) ++lowest;
-
-  // g is the gradient at layer's pre-activation.
-  Tensor g = new_matrix(grad, grad.size(0), grad.size(1));
-  if (lowest < layers)
-    activation_gradient(spec(layers - 1), matrix_of(grad), saved(layers - 1), matrix_of(g), bias_sums(layers - 1));
-  for (int64_t layer = layers - 1; layer >= lowest; --layer) {
-    const Tensor& input = layer > 0 ? outputs[layer - 1] : x;
-    if (need_weights[layer]) {
-      weight_gradients[layer] = new_matrix(weights[layer], weights[layer].size(0), weights[layer].size(1));
-      weight_gradient(matrix_of(g), matrix_of(input), matrix_of(*weight_gradients[layer]));
+    std::vector<OptionalTensor> derivatives, std::vector<std::string> activations, bool need_x,
+    std::vector<bool> need_weights, std::vector<bool> need_biases) {
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(count > 0 && outputs.size() == count && derivatives.size() == count && activations.size() == count &&
+                      need_weights.size() == count && need_biases.size() == count,
+                  "outputs, derivatives, activations, need_weights and need_biases must have one entry a layer");
+  STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
+  std::vector<OptionalTensor> weight_gradients(count), bias_gradients(count);
+  std::vector<LayerBackward> layers;
+  layers.reserve(count);
+  const Tensor* input = &x;
+  for (size_t index = 0; index < count; ++index) {
+    const Tensor& weight = weights[index];
+    check_layer(weight, std::nullopt, input->size(1), x);
+    check_matrix("outputs", outputs[index], x.size(0), weight.size(0), x);
+    const ActivationSpec spec = activation_spec(activations[index]);
+    OptionalTensor saved = outputs[index];
+    if (stores_derivative(spec.activation)) {
+      saved = derivatives[index];
+      STD_TORCH_CHECK(saved, "derivatives must be given for the activations that store one");
+      check_matrix("derivatives", *saved, x.size(0), weight.size(0), x);
     }
-    if (layer > lowest) {
-      const Tensor below = new_matrix(grad, input.size(0), input.size(1));
-      data_gradient(spec(layer - 1), matrix_of(g), matrix_of(weights[layer]), saved(layer - 1), matrix_of(below),
-                    bias_sums(layer - 1));
-      g = below;
-    }
+    if (need_weights[index]) weight_gradients[index] = new_matrix(x, weight.size(0), weight.size(1));
+    if (need_biases[index]) bias_gradients[index] = new_vector(x, weight.size(0));
+    layers.push_back({spec, matrix_of(weight), matrix_of(*input), matrix_of(saved), matrix_of(weight_gradients[index]),
+                      vector_of(bias_gradients[index])});
+    input = &outputs[index];
   }
+  check_matrix("grad", grad, x.size(0), input->size(1), x);
   OptionalTensor x_gradient;
-  if (need_x) {
-    x_gradient = new_matrix(x, x.size(0), x.size(1));
-    data_gradient({Activation::identity, {}}, matrix_of(g), matrix_of(weights[0]), nullptr, matrix_of(*x_gradient),
-                  nullptr);
-  }
+  if (need_x) x_gradient = new_matrix(x, x.size(0), x.size(1));
+  dense_backward(matrix_of(grad), layers.data(), count, matrix_of(x_gradient));
   return {x_gradient, weight_gradients, bias_gradients};
 }
 

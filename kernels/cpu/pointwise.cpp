@@ -1,89 +1,157 @@
 // Compiled once per instruction set; AEFAST_INSTRUCTION_SET names the namespace of each copy.
 #include "pointwise.h"
 
+#include <type_traits>
+
+#include "vector.h"
+
 #define AEFAST_STRING_(x) #x
 #define AEFAST_STRING(x) AEFAST_STRING_(x)
 
 namespace aefast::cpu::AEFAST_INSTRUCTION_SET {
 namespace {
 
+// What elements are computed in: a vector of floats, or one double.
+template <typename C>
+struct LanesOf {
+  using type = Floats;
+  static constexpr int64_t count = kFloats;
+};
+template <>
+struct LanesOf<double> {
+  using type = double;
+  static constexpr int64_t count = 1;
+};
+template <typename T>
+using Lanes = typename LanesOf<Accumulator<T>>::type;
+template <typename T>
+constexpr int64_t kLanes = LanesOf<Accumulator<T>>::count;
+
+template <typename T>
+AEFAST_HD Lanes<T> read_lanes(const T* from) {
+  if constexpr (std::is_same_v<T, double>) {
+    return *from;
+  } else if constexpr (std::is_same_v<T, float>) {
+    return read_floats(from);
+  } else {
+    float values[kFloats];
+#pragma omp simd
+    for (int lane = 0; lane < kFloats; ++lane) values[lane] = load(from[lane]);
+    return read_floats(values);
+  }
+}
+
+template <typename T>
+AEFAST_HD void write_lanes(T* to, Lanes<T> value) {
+  if constexpr (std::is_same_v<T, double>) {
+    *to = value;
+  } else if constexpr (std::is_same_v<T, float>) {
+    write_floats(to, value);
+  } else {
+    float values[kFloats];
+    write_floats(values, value);
+#pragma omp simd
+    for (int lane = 0; lane < kFloats; ++lane) to[lane] = store<T>(values[lane]);
+  }
+}
+
+// The first `valid` lanes; those read beyond them are 0.
+template <typename T>
+AEFAST_HD Lanes<T> read_lanes(const T* from, int64_t valid) {
+  T padded[kLanes<T>] = {};
+  for (int64_t lane = 0; lane < valid; ++lane) padded[lane] = from[lane];
+  return read_lanes(padded);
+}
+
+template <typename T>
+AEFAST_HD void write_lanes(T* to, Lanes<T> value, int64_t valid) {
+  T padded[kLanes<T>];
+  write_lanes(padded, value);
+  for (int64_t lane = 0; lane < valid; ++lane) to[lane] = padded[lane];
+}
+
+// body(column) for whole vectors, body(column, valid) for the rest.
+template <typename T, typename Body>
+AEFAST_HD void for_lanes(int64_t cols, const Body& body) {
+  const int64_t rest = cols % kLanes<T>;
+  for (int64_t col = 0; col < cols - rest; col += kLanes<T>) body(col);
+  if constexpr (kLanes<T> > 1)
+    if (rest > 0) body(cols - rest, rest);
+}
+
 template <typename In, typename Out, Activation A>
 void bias_activation_loop(ActivationParameters<double> parameters, const In* pre, const Out* bias, Out* out,
                           Out* derivative, int64_t rows, int64_t cols) {
-  using C = Accumulator<Out>;
-  const ActivationParameters<C> p{static_cast<C>(parameters.slope), static_cast<C>(parameters.alpha)};
+  using C = Lanes<Out>;
+  const ActivationParameters<C> p{C(parameters.slope), C(parameters.alpha)};
   // Without a bias the rows are one long row.
   const int64_t outer = bias ? rows : 1;
   const int64_t inner = bias ? cols : rows * cols;
   for (int64_t row = 0; row < outer; ++row) {
     const In* pre_row = pre + row * inner;
     Out* out_row = out + row * inner;
+    [[maybe_unused]] Out* derivative_row = derivative ? derivative + row * inner : nullptr;
+    const auto pass = [&](auto with_bias, auto with_derivative) {
+      for_lanes<Out>(inner, [&](int64_t col, auto... valid) __attribute__((always_inline)) {
+        C x = read_lanes(pre_row + col, valid...);
+        if constexpr (decltype(with_bias)::value) x = x + read_lanes(bias + col, valid...);
+        if constexpr (decltype(with_derivative)::value) {
+          C slope;
+          write_lanes(out_row + col, activate_with_derivative<A>(x, slope), valid...);
+          write_lanes(derivative_row + col, slope, valid...);
+        } else {
+          write_lanes(out_row + col, activate<A>(x, p), valid...);
+        }
+      });
+    };
     if constexpr (stores_derivative(A)) {
       if (derivative) {
-        Out* derivative_row = derivative + row * inner;
-        if (bias) {
-#pragma omp simd
-          for (int64_t col = 0; col < inner; ++col) {
-            C slope;
-            out_row[col] = store<Out>(activate_with_derivative<A>(load(pre_row[col]) + load(bias[col]), slope));
-            derivative_row[col] = store<Out>(slope);
-          }
-        } else {
-#pragma omp simd
-          for (int64_t col = 0; col < inner; ++col) {
-            C slope;
-            out_row[col] = store<Out>(activate_with_derivative<A>(static_cast<C>(load(pre_row[col])), slope));
-            derivative_row[col] = store<Out>(slope);
-          }
-        }
+        bias ? pass(std::true_type(), std::true_type()) : pass(std::false_type(), std::true_type());
         continue;
       }
     }
-    if (bias) {
-#pragma omp simd
-      for (int64_t col = 0; col < inner; ++col)
-        out_row[col] = store<Out>(activate<A>(load(pre_row[col]) + load(bias[col]), p));
-    } else {
-#pragma omp simd
-      for (int64_t col = 0; col < inner; ++col)
-        out_row[col] = store<Out>(activate<A>(static_cast<C>(load(pre_row[col])), p));
-    }
+    bias ? pass(std::true_type(), std::false_type()) : pass(std::false_type(), std::false_type());
   }
 }
 
 // Columns are taken in strips whose running sums stay in the first-level cache.
 constexpr int64_t kStrip = 1024;
 
-template <typename Grad, typename Saved, typename G, Activation A>
-void activation_gradient_loop(ActivationParameters<double> parameters, const Grad* grad, int64_t grad_row_stride,
-                              const Saved* saved, G* g, Accumulator<Saved>* column_sums,
-                              int64_t rows, int64_t cols) {
-  using C = Accumulator<Saved>;
-  const ActivationParameters<C> p{static_cast<C>(parameters.slope), static_cast<C>(parameters.alpha)};
+template <Activation A, bool kStore, bool kSum, typename Grad, typename G>
+void activation_gradient_strips(ActivationParameters<double> parameters, const Grad* grad, int64_t grad_row_stride,
+                                const G* saved, G* g, Accumulator<G>* column_sums, int64_t rows, int64_t cols) {
+  using C = Lanes<G>;
+  const ActivationParameters<C> p{C(parameters.slope), C(parameters.alpha)};
   for (int64_t begin = 0; begin < cols; begin += kStrip) {
     const int64_t width = cols - begin < kStrip ? cols - begin : kStrip;
-    C sums[kStrip];
-    for (int64_t col = 0; col < width; ++col) sums[col] = C(0);
-    const auto product = [&](int64_t row, int64_t col) {
+    Accumulator<G> sums[kStrip];
+    if constexpr (kSum)
+      for (int64_t col = 0; col < width; ++col) sums[col] = Accumulator<G>(0);
+    const auto product = [&](int64_t row, int64_t col, auto... valid) __attribute__((always_inline)) {
       const int64_t column = begin + col;
-      C value = static_cast<C>(load(grad[row * grad_row_stride + column]));
-      if constexpr (A != Activation::identity) value = gradient<A>(value, load(saved[row * cols + column]), p);
-      g[row * cols + column] = store<G>(value);
+      C value = read_lanes(grad + row * grad_row_stride + column, valid...);
+      if constexpr (A != Activation::identity)
+        value = gradient<A>(value, C(read_lanes(saved + row * cols + column, valid...)), p);
+      if constexpr (kStore) write_lanes(g + row * cols + column, value, valid...);
       return value;
     };
-    // Four rows are added before they go to the running sums: a quarter of the traffic on the sums, and of
-    // their rounding errors.
+    const auto add = [&](C value, int64_t col, auto... valid) __attribute__((always_inline)) {
+      if constexpr (kSum)
+        write_lanes(sums + col, C(read_lanes(sums + col, valid...)) + value, valid...);
+    };
+    // Two rows are added before they go to the running sums. With more, rows that lie a multiple of 4 KiB apart
+    // evict each other from the first-level cache.
     int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) {
-#pragma omp simd
-      for (int64_t col = 0; col < width; ++col)
-        sums[col] += (product(row, col) + product(row + 1, col)) + (product(row + 2, col) + product(row + 3, col));
-    }
-    for (; row < rows; ++row) {
-#pragma omp simd
-      for (int64_t col = 0; col < width; ++col) sums[col] += product(row, col);
-    }
-    if (column_sums)
+    for (; row + 2 <= rows; row += 2)
+      for_lanes<G>(width, [&](int64_t col, auto... valid) __attribute__((always_inline)) {
+        const C first = product(row, col, valid...), second = product(row + 1, col, valid...);
+        add(first + second, col, valid...);
+      });
+    for (; row < rows; ++row)
+      for_lanes<G>(width, [&](int64_t col, auto... valid) __attribute__((always_inline)) {
+        add(product(row, col, valid...), col, valid...);
+      });
+    if constexpr (kSum)
       for (int64_t col = 0; col < width; ++col) column_sums[begin + col] = sums[col];
   }
 }
@@ -175,31 +243,32 @@ void bias_activation(ActivationSpec spec, Scalar pre_type, Scalar out_type, cons
   });
 }
 
-void activation_gradient(ActivationSpec spec, Scalar grad_type, Scalar saved_type, Scalar g_type, const void* grad,
+void activation_gradient(ActivationSpec spec, Scalar grad_type, Scalar g_type, const void* grad,
                          int64_t grad_row_stride, const void* saved, void* g, void* column_sums, int64_t rows,
                          int64_t cols) {
-  with_type(saved_type, [&](auto saved_tag) {
-    using Saved = typename decltype(saved_tag)::type;
-    using Wide = Accumulator<Saved>;
+  with_type(g_type, [&](auto g_tag) {
+    using G = typename decltype(g_tag)::type;
+    using Wide = Accumulator<G>;
     with_activation(spec.activation, [&](auto activation) {
       constexpr Activation A = decltype(activation)::value;
-      const auto run = [&](auto grad_tag, auto g_tag) {
+      const auto run = [&](auto grad_tag, auto stored, auto summed) {
         using Grad = typename decltype(grad_tag)::type;
-        using G = typename decltype(g_tag)::type;
-        activation_gradient_loop<Grad, Saved, G, A>(spec.parameters, static_cast<const Grad*>(grad), grad_row_stride,
-                                                    static_cast<const Saved*>(saved), static_cast<G*>(g),
-                                                    static_cast<Wide*>(column_sums), rows, cols);
+        activation_gradient_strips<A, decltype(stored)::value, decltype(summed)::value>(
+            spec.parameters, static_cast<const Grad*>(grad), grad_row_stride, static_cast<const G*>(saved),
+            static_cast<G*>(g), static_cast<Wide*>(column_sums), rows, cols);
       };
-      const bool narrow_grad = grad_type == saved_type;
-      const bool narrow_g = g_type == saved_type;
-      if (narrow_grad && narrow_g)
-        run(TypeTag<Saved>(), TypeTag<Saved>());
-      else if (narrow_grad)
-        run(TypeTag<Saved>(), TypeTag<Wide>());
-      else if (narrow_g)
-        run(TypeTag<Wide>(), TypeTag<Saved>());
+      const auto with_outputs = [&](auto grad_tag) {
+        if (g && column_sums)
+          run(grad_tag, std::true_type(), std::true_type());
+        else if (g)
+          run(grad_tag, std::true_type(), std::false_type());
+        else if (column_sums)
+          run(grad_tag, std::false_type(), std::true_type());
+      };
+      if (grad_type == g_type)
+        with_outputs(TypeTag<G>());
       else
-        run(TypeTag<Wide>(), TypeTag<Wide>());
+        with_outputs(TypeTag<Wide>());
     });
   });
 }

@@ -8,11 +8,6 @@
 
 namespace aefast::cpu {
 
-struct ActivationSpec {
-  Activation activation;
-  ActivationParameters<double> parameters;
-};
-
 // All matrices are row-major with `cols` elements a row; the rows of `grad` alone may lie apart.
 struct PointwiseKernels {
   // out = act(pre + bias), derivative = act'(pre + bias). `bias` (cols,) of out's type or null;
@@ -21,11 +16,11 @@ struct PointwiseKernels {
                           void* out, void* derivative, int64_t rows, int64_t cols);
 
   // g = grad * act' with act' from `saved` (the derivative or the output; ignored for identity);
-  // column_sums (cols,) in the accumulator type of saved_type = sum of g over the rows, or null.
-  // `grad` may be `g` itself. grad and g each have saved_type or float32.
-  void (*activation_gradient)(ActivationSpec spec, Scalar grad_type, Scalar saved_type, Scalar g_type,
-                              const void* grad, int64_t grad_row_stride, const void* saved, void* g,
-                              void* column_sums, int64_t rows, int64_t cols);
+  // column_sums (cols,) in the accumulator type of g_type = sum of g over the rows. Either of g and
+  // column_sums may be null. `grad` may be `g` itself. saved is of g_type, grad of g_type or its accumulator.
+  void (*activation_gradient)(ActivationSpec spec, Scalar grad_type, Scalar g_type, const void* grad,
+                              int64_t grad_row_stride, const void* saved, void* g, void* column_sums, int64_t rows,
+                              int64_t cols);
 
   // out (rows, cols) row-major = in, of any strides.
   void (*convert)(Scalar in_type, Scalar out_type, const void* in, int64_t row_stride, int64_t col_stride, void* out,

@@ -36,15 +36,9 @@ struct AccumulatorOf<double> {
 template <typename T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
-template <typename T>
-AEFAST_HD Accumulator<T> load(T value) {
-  return static_cast<Accumulator<T>>(value);
-}
-template <>
-AEFAST_HD float load(BFloat16 value) {
-  return float_of(static_cast<uint32_t>(value.bits) << 16);
-}
-template <>
+AEFAST_HD double load(double value) { return value; }
+AEFAST_HD float load(float value) { return value; }
+AEFAST_HD float load(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 AEFAST_HD float load(Float16 value) {
   const uint32_t magnitude = value.bits & 0x7fffu;
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;

@@ -6,7 +6,7 @@
 namespace {
 
 using aefast::Device;
-using aefast::dense::ActivationSpec;
+using aefast::ActivationSpec;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 

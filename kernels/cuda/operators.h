@@ -32,15 +32,10 @@ namespace aefast::dense {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-struct ActivationSpec {
-  Activation activation;
-  ActivationParameters<double> parameters;
-};
-
-inline ActivationSpec activation_spec(const std::string& name, double negative_slope, double alpha) {
-  Activation activation;
-  STD_TORCH_CHECK(activation_named(name, activation), "aefast: unknown activation ", name);
-  return {activation, {negative_slope, alpha}};
+inline ActivationSpec activation_spec(const std::string& specification) {
+  ActivationSpec spec;
+  STD_TORCH_CHECK(parse_activation(specification, spec), "aefast: unknown activation ", specification);
+  return spec;
 }
 
 // Contiguous and uninitialised, on the device of `like`.
@@ -89,23 +84,23 @@ template <typename Backend>
 struct Operators {
   static std::tuple<Tensor, OptionalTensor> linear_act(const Tensor& x, const Tensor& weight,
                                                        const OptionalTensor& bias, const std::string& activation,
-                                                       double negative_slope, double alpha, bool save_derivative) {
+                                                       bool save_derivative) {
     const typename Backend::Scope scope(x);
-    return layer(x, weight, bias, activation_spec(activation, negative_slope, alpha), save_derivative);
+    return layer(x, weight, bias, activation_spec(activation), save_derivative);
   }
 
   static std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> linear_act_backward(
       const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& saved, const std::string& activation,
-      double negative_slope, double alpha, bool need_x, bool need_weight, bool need_bias) {
+      int64_t needs) {
     const typename Backend::Scope scope(x);
-    const ActivationSpec spec = activation_spec(activation, negative_slope, alpha);
-    LayerGradients gradients = layer_backward(grad, x, weight, saved, spec, need_x, need_weight, need_bias);
+    LayerGradients gradients = layer_backward(grad, x, weight, saved, activation_spec(activation), needs & kNeedX,
+                                              needs & kNeedWeight, needs & kNeedBias);
     return {gradients.x, gradients.weight, gradients.bias};
   }
 
   static std::tuple<std::vector<Tensor>, std::vector<OptionalTensor>> mlp(
       const Tensor& x, const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
-      const std::vector<std::string>& activations, double negative_slope, double alpha, bool save) {
+      const std::vector<std::string>& activations, bool save) {
     const size_t layers = weights.size();
     STD_TORCH_CHECK(layers > 0, "weights must hold at least one layer");
     STD_TORCH_CHECK(biases.size() == layers && activations.size() == layers,
@@ -115,7 +110,7 @@ struct Operators {
     std::vector<OptionalTensor> derivatives;
     Tensor hidden = x;
     for (size_t l = 0; l < layers; ++l) {
-      const ActivationSpec spec = activation_spec(activations[l], negative_slope, alpha);
+      const ActivationSpec spec = activation_spec(activations[l]);
       auto [out, derivative] = layer(hidden, weights[l], biases[l], spec, save);
       hidden = out;
       if (save) {
@@ -129,8 +124,8 @@ struct Operators {
 
   static std::tuple<OptionalTensor, std::vector<OptionalTensor>, std::vector<OptionalTensor>> mlp_backward(
       const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& outputs,
-      const std::vector<OptionalTensor>& derivatives, const std::vector<std::string>& activations, double negative_slope,
-      double alpha, bool need_x, const std::vector<bool>& need_weights, const std::vector<bool>& need_biases) {
+      const std::vector<OptionalTensor>& derivatives, const std::vector<std::string>& activations, bool need_x,
+      const std::vector<bool>& need_weights, const std::vector<bool>& need_biases) {
     const size_t layers = weights.size();
     STD_TORCH_CHECK(outputs.size() == layers && derivatives.size() == layers && activations.size() == layers &&
                         need_weights.size() == layers && need_biases.size() == layers,
@@ -146,7 +141,7 @@ struct Operators {
     std::vector<OptionalTensor> weight_gradients(layers), bias_gradients(layers);
     OptionalTensor gradient = grad;
     for (size_t l = layers; l-- > 0 && gradient;) {
-      const ActivationSpec spec = activation_spec(activations[l], negative_slope, alpha);
+      const ActivationSpec spec = activation_spec(activations[l]);
       OptionalTensor saved;
       if (stores_derivative(spec.activation)) {
         saved = derivatives[l];

@@ -1,11 +1,14 @@
 // The activations of the dense layers, for C++ and CUDA alike.
 //
-// Everything here is branch-free straight-line code on one scalar, so that a C++ compiler turns a
-// plain loop over it into vector code of whatever width the translation unit is compiled for.
+// Everything here is branch-free straight-line code on a T, which is a float, a double, or a vector of floats with
+// their arithmetic; `select` and the elementary functions are found by T.
 // The names are those of `ACTIVATIONS` in kernels/activation.py.
 #pragma once
 
+#include <charconv>
+#include <limits>
 #include <string>
+#include <system_error>
 
 #include "elementary.h"
 
@@ -29,17 +32,6 @@ constexpr const char* kActivationNames[] = {"identity", "relu",      "leaky_relu
                                             "gelu",     "gelu_tanh", "tanh",       "sigmoid", "softplus"};
 constexpr int kActivationCount = sizeof(kActivationNames) / sizeof(kActivationNames[0]);
 
-// False if there is no such activation.
-inline bool activation_named(const std::string& name, Activation& activation) {
-  for (int code = 0; code < kActivationCount; ++code) {
-    if (name == kActivationNames[code]) {
-      activation = static_cast<Activation>(code);
-      return true;
-    }
-  }
-  return false;
-}
-
 // silu and the gelus are not monotonic: their derivative is no function of their output, so the
 // forward stores it. The other derivatives are computed from the output.
 AEFAST_HD constexpr bool stores_derivative(Activation activation) {
@@ -54,6 +46,29 @@ struct ActivationParameters {
   T alpha;
 };
 
+struct ActivationSpec {
+  Activation activation;
+  ActivationParameters<double> parameters;
+};
+
+// From a name, or for leaky_relu and elu "name:parameter"; false if it says neither.
+inline bool parse_activation(const std::string& specification, ActivationSpec& spec) {
+  const size_t colon = specification.find(':');
+  const std::string name = specification.substr(0, colon);
+  int code = 0;
+  while (code < kActivationCount && name != kActivationNames[code]) ++code;
+  if (code == kActivationCount) return false;
+  spec = {static_cast<Activation>(code), {0.0, 0.0}};
+  const bool has_parameter = spec.activation == Activation::leaky_relu || spec.activation == Activation::elu;
+  if (has_parameter != (colon != std::string::npos)) return false;
+  if (!has_parameter) return true;
+  double parameter = -1.0;
+  const char* const end = specification.data() + specification.size();
+  const auto [stopped, error] = std::from_chars(specification.data() + colon + 1, end, parameter);
+  (spec.activation == Activation::elu ? spec.parameters.alpha : spec.parameters.slope) = parameter;
+  return error == std::errc() && stopped == end && parameter >= 0.0 && parameter <= std::numeric_limits<double>::max();
+}
+
 // Self-normalizing networks, Klambauer et al. 2017 (arXiv:1706.02515).
 constexpr double kSeluAlpha = 1.6732632423543772848170429916717;
 constexpr double kSeluScale = 1.0507009873554804934193349852946;
@@ -65,57 +80,60 @@ constexpr double kGeluTanhCubic = 0.044715;
 // Above this input softplus is the identity to rounding, as torch.nn.functional.softplus defines it.
 constexpr double kSoftplusThreshold = 20.0;
 
+// tanh's argument in gelu_tanh, twice over: 0.5 (1 + tanh(u)) = sigmoid(2 u).
 template <typename T>
-AEFAST_HD T gelu_tanh_inner(T x) {
-  return elementary::tanh(T(kSqrt2OverPi) * x * (T(1) + T(kGeluTanhCubic) * x * x));
+AEFAST_HD T gelu_tanh_argument(T x, T square) {
+  return T(2 * kSqrt2OverPi) * x * (T(kGeluTanhCubic) * square + T(1));
 }
 
 template <Activation A, typename T>
 AEFAST_HD T activate(T x, ActivationParameters<T> p) {
+  using namespace elementary;
   if constexpr (A == Activation::identity) {
     return x;
   } else if constexpr (A == Activation::relu) {
-    return x < T(0) ? T(0) : x;  // NaN stays NaN
+    return select(x < T(0), T(0), x);  // NaN stays NaN
   } else if constexpr (A == Activation::leaky_relu) {
-    return x > T(0) ? x : x * p.slope;
+    return select(x > T(0), x, x * p.slope);
   } else if constexpr (A == Activation::elu) {
-    return x > T(0) ? x : p.alpha * elementary::expm1_nonpositive(x);
+    return select(x > T(0), x, p.alpha * expm1_nonpositive(x));
   } else if constexpr (A == Activation::selu) {
-    return T(kSeluScale) * (x > T(0) ? x : T(kSeluAlpha) * elementary::expm1_nonpositive(x));
+    return T(kSeluScale) * select(x > T(0), x, T(kSeluAlpha) * expm1_nonpositive(x));
   } else if constexpr (A == Activation::silu) {
-    return x * elementary::sigmoid(x);
+    return x * sigmoid(x);
   } else if constexpr (A == Activation::gelu) {
     T density_exp;
-    return x * elementary::normal_cdf(x, density_exp);
+    return x * normal_cdf(x, density_exp);
   } else if constexpr (A == Activation::gelu_tanh) {
-    return T(0.5) * x * (T(1) + gelu_tanh_inner(x));
+    return x * sigmoid(gelu_tanh_argument(x, x * x));
   } else if constexpr (A == Activation::tanh) {
-    return elementary::tanh(x);
+    return tanh(x);
   } else if constexpr (A == Activation::sigmoid) {
-    return elementary::sigmoid(x);
+    return sigmoid(x);
   } else {
     static_assert(A == Activation::softplus);
-    return elementary::softplus(x, T(kSoftplusThreshold));
+    return softplus(x, T(kSoftplusThreshold));
   }
 }
 
 // act'(x) given y = act(x), for the smooth and the leaky activations with !stores_derivative(A).
 template <Activation A, typename T>
 AEFAST_HD T derivative_from_output(T y, ActivationParameters<T> p) {
+  using namespace elementary;
   static_assert(!stores_derivative(A));
   if constexpr (A == Activation::leaky_relu) {
-    return y > T(0) ? T(1) : p.slope;
+    return select(y > T(0), T(1), p.slope);
   } else if constexpr (A == Activation::elu) {
-    return y > T(0) ? T(1) : y + p.alpha;
+    return select(y > T(0), T(1), y + p.alpha);
   } else if constexpr (A == Activation::selu) {
-    return y > T(0) ? T(kSeluScale) : y + T(kSeluScale * kSeluAlpha);
+    return select(y > T(0), T(kSeluScale), y + T(kSeluScale * kSeluAlpha));
   } else if constexpr (A == Activation::tanh) {
     return T(1) - y * y;
   } else if constexpr (A == Activation::sigmoid) {
     return y * (T(1) - y);
   } else {
     static_assert(A == Activation::softplus);
-    return -elementary::expm1_nonpositive(-y);  // sigmoid(x) = 1 - exp(-softplus(x))
+    return -expm1_nonpositive(-y);  // sigmoid(x) = 1 - exp(-softplus(x))
   }
 }
 
@@ -123,10 +141,11 @@ AEFAST_HD T derivative_from_output(T y, ActivationParameters<T> p) {
 // instead of multiplying, so that an infinite upstream gradient of a dead unit gives 0, as torch has it.
 template <Activation A, typename T>
 AEFAST_HD T gradient(T upstream, T saved, ActivationParameters<T> p) {
+  using namespace elementary;
   if constexpr (A == Activation::identity)
     return upstream;
   else if constexpr (A == Activation::relu)
-    return saved <= T(0) ? T(0) : upstream;
+    return select(saved <= T(0), T(0), upstream);
   else if constexpr (stores_derivative(A))
     return upstream * saved;
   else
@@ -136,22 +155,25 @@ AEFAST_HD T gradient(T upstream, T saved, ActivationParameters<T> p) {
 // act(x), and act'(x) into `derivative`, for the activations with stores_derivative(A).
 template <Activation A, typename T>
 AEFAST_HD T activate_with_derivative(T x, T& derivative) {
+  using namespace elementary;
   static_assert(stores_derivative(A));
   if constexpr (A == Activation::silu) {
-    const T s = elementary::sigmoid(x);
-    derivative = s + x * s * (T(1) - s);
+    T complement;
+    const T s = sigmoid_and_complement(x, complement);
+    derivative = s * (x * complement + T(1));
     return x * s;
   } else if constexpr (A == Activation::gelu) {
     T density_exp;
-    const T cdf = elementary::normal_cdf(x, density_exp);
-    derivative = cdf + x * T(kInvSqrt2Pi) * density_exp;
+    const T cdf = normal_cdf(x, density_exp);
+    derivative = x * T(kInvSqrt2Pi) * density_exp + cdf;
     return x * cdf;
   } else {
+    T complement;
     const T square = x * x;
-    const T t = gelu_tanh_inner(x);
-    const T slope = T(kSqrt2OverPi) * (T(1) + T(3 * kGeluTanhCubic) * square);
-    derivative = T(0.5) * (T(1) + t) + T(0.5) * x * (T(1) - t * t) * slope;
-    return T(0.5) * x * (T(1) + t);
+    const T s = sigmoid_and_complement(gelu_tanh_argument(x, square), complement);
+    const T slope = T(2 * kSqrt2OverPi) * (T(3 * kGeluTanhCubic) * square + T(1));
+    derivative = s * (x * slope * complement + T(1));
+    return x * s;
   }
 }
 

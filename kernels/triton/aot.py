@@ -96,7 +96,7 @@ def gemm(
     types = {name: kind for name, kind in types.items() if name not in unit}
     constants = {
         **unit,
-        **dense.constants(activation, 0.01, 1.0),
+        **dense.constants(activation),
         "DESCRIPTORS": descriptors,
         "TRANS_A": descriptors and trans_a,
         "TRANS_B": descriptors and trans_b,
@@ -163,7 +163,7 @@ def pointwise():
                 f"activation {activation} {dtype}",
                 dense.activation_kernel,
                 {"x": pointer, "derivative": derivative, "n": "i32"},
-                {**dense.constants(activation, 0.01, 1.0), "BLOCK": block},
+                {**dense.constants(activation), "BLOCK": block},
                 unaligned=("n",),
                 targets=targets,
                 programs_per_sm=resident,
@@ -183,7 +183,7 @@ def pointwise():
                     "stride_gm": "i32",
                 },
                 {
-                    **dense.constants(activation, 0.01, 1.0),
+                    **dense.constants(activation),
                     "stride_gn": 1,
                     "ROWS": dense.SUM_ROWS.value,
                     "COLUMNS": 128 // TORCH_DTYPES[dtype].itemsize,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..activation import ACTIVATION_CODE, STORES_DERIVATIVE
+from ..activation import ACTIVATION_CODE, NEED_BIAS, NEED_WEIGHT, NEED_X, STORES_DERIVATIVE, specified
 from . import tuning
 from .activation import activate, activate_with_derivative, times_derivative, widen
 
@@ -352,12 +352,14 @@ def input_precision(dtype):
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def constants(activation, negative_slope, alpha):
-    """ACTIVATION, SLOPE, ALPHA; what the activation does not read stays 0, which saves compiles."""
+def constants(activation):
+    """ACTIVATION, SLOPE, ALPHA of a specification; what the activation does not read stays 0, which saves
+    compiles."""
+    name, parameter = specified(activation)
     return {
-        "ACTIVATION": ACTIVATION_CODE[activation],
-        "SLOPE": float(negative_slope) if activation == "leaky_relu" else 0.0,
-        "ALPHA": float(alpha) if activation == "elu" else 0.0,
+        "ACTIVATION": ACTIVATION_CODE[name],
+        "SLOPE": parameter if name == "leaky_relu" else 0.0,
+        "ALPHA": parameter if name == "elu" else 0.0,
     }
 
 
@@ -413,8 +415,6 @@ def gemm(
     partials=None,
     split=False,
     activation="identity",
-    negative_slope=0.0,
-    alpha=0.0,
 ):
     """Launches gemm_kernel. `split` lets K be split; for products without an epilogue only."""
     (M, K), N = a.shape, b.shape[1]
@@ -446,7 +446,7 @@ def gemm(
         b.stride(1),
         1 if bias is None else bias.stride(0),
         k_per_split,
-        **constants(activation, negative_slope, alpha),
+        **constants(activation),
         DESCRIPTORS=described,
         TRANS_A=trans_a if described else False,
         TRANS_B=trans_b if described else False,
@@ -496,21 +496,21 @@ def sum_partials(partials, dtype):
     return partials[0].to(dtype)
 
 
-def apply_activation(x, derivative, activation, negative_slope, alpha):
+def apply_activation(x, derivative, activation):
     """In place over contiguous x: pre-activations to outputs, and act' into `derivative` unless None."""
     block = 4096 // x.itemsize  # 128 threads, two 16-byte loads each
     activation_kernel[(triton.cdiv(x.numel(), block),)](
         x,
         derivative,
         x.numel(),
-        **constants(activation, negative_slope, alpha),
+        **constants(activation),
         BLOCK=block,
         num_warps=4,
         **COMPILE,
     )
 
 
-def apply_derivative(grad, saved, g, partials, activation, negative_slope, alpha):
+def apply_derivative(grad, saved, g, partials, activation):
     """g = grad * act' (g None: not stored), and g's column sums over 64 rows into `partials` unless None."""
     M, N = grad.shape
     rows, columns = SUM_ROWS.value, power_of_two(N, 16, 128 // grad.itemsize)
@@ -523,7 +523,7 @@ def apply_derivative(grad, saved, g, partials, activation, negative_slope, alpha
         N,
         grad.stride(0),
         grad.stride(1),
-        **constants(activation, negative_slope, alpha),
+        **constants(activation),
         ROWS=rows,
         COLUMNS=columns,
         num_warps=4,
@@ -531,7 +531,7 @@ def apply_derivative(grad, saved, g, partials, activation, negative_slope, alpha
     )
 
 
-def forward(x, weight, bias, activation, negative_slope, alpha, save_derivative):
+def forward(x, weight, bias, activation, save_derivative):
     M, N = x.shape[0], weight.shape[0]
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     derivative = torch.empty_like(out) if save_derivative and activation in STORES_DERIVATIVE else None
@@ -548,8 +548,6 @@ def forward(x, weight, bias, activation, negative_slope, alpha, save_derivative)
             bias=bias,
             derivative=derivative,
             activation=activation,
-            negative_slope=negative_slope,
-            alpha=alpha,
         )
         return out, derivative
     if bias is None:
@@ -557,11 +555,11 @@ def forward(x, weight, bias, activation, negative_slope, alpha, save_derivative)
     else:
         torch.addmm(bias, a, b, out=out)
     if activation != "identity":
-        apply_activation(out, derivative, activation, negative_slope, alpha)
+        apply_activation(out, derivative, activation)
     return out, derivative
 
 
-def outermost_gradient(grad, saved, activation, negative_slope, alpha, need_g, need_bias):
+def outermost_gradient(grad, saved, activation, need_g, need_bias):
     """(g, dbias) of the layer that `grad` arrives at: g = grad * act'."""
     M, N = grad.shape
     if grad.numel() == 0:
@@ -572,7 +570,7 @@ def outermost_gradient(grad, saved, activation, negative_slope, alpha, need_g, n
     partials = new_partials(M, N, grad) if need_bias else None
     if g is not None or partials is not None:
         saved = saved.contiguous() if pointwise else None
-        apply_derivative(grad, saved, g, partials, activation, negative_slope, alpha)
+        apply_derivative(grad, saved, g, partials, activation)
     dbias = sum_partials(partials, grad.dtype) if need_bias else None
     return (g if pointwise else grad), dbias
 
@@ -580,22 +578,21 @@ def outermost_gradient(grad, saved, activation, negative_slope, alpha, need_g, n
 # --- launchers --------------------------------------------------------------------------------------------
 
 
-def linear_act(x, weight, bias, activation, negative_slope, alpha, save_derivative):
+def linear_act(x, weight, bias, activation, save_derivative):
     """act(x @ weight.T + bias) -> (out, derivative | None). x (M, K), weight (N, K), bias (N,) or None."""
     with on_device(x):
-        return forward(x, weight, bias, activation, negative_slope, alpha, save_derivative)
+        return forward(x, weight, bias, activation, save_derivative)
 
 
-def linear_act_backward(
-    grad, x, weight, saved, activation, negative_slope, alpha, need_x, need_weight, need_bias
-):
-    """(dx | None, dweight | None, dbias | None). saved: act' for STORES_DERIVATIVE, else the output."""
+def linear_act_backward(grad, x, weight, saved, activation, needs):
+    """(dx | None, dweight | None, dbias | None). saved: act' for STORES_DERIVATIVE, else the output; needs: the
+    sum of NEED_X, NEED_WEIGHT and NEED_BIAS."""
     with on_device(grad):
         g, dbias = outermost_gradient(
-            grad, saved, activation, negative_slope, alpha, need_x or need_weight, need_bias
+            grad, saved, activation, bool(needs & (NEED_X | NEED_WEIGHT)), bool(needs & NEED_BIAS)
         )
-        dx = product("dgrad", g, weight) if need_x else None
-        dweight = product("wgrad", g.t(), x) if need_weight else None
+        dx = product("dgrad", g, weight) if needs & NEED_X else None
+        dweight = product("wgrad", g.t(), x) if needs & NEED_WEIGHT else None
     return dx, dweight, dbias
 
 
@@ -614,19 +611,19 @@ def tuning_case(operation, batch, in_features, out_features, dtype, device):
         a, b = x, weight.t()
 
         def call():
-            return forward(x, weight, bias, "relu", 0.0, 0.0, False)
+            return forward(x, weight, bias, "relu", False)
     elif operation == "linear_act_derivative":
         a, b = x, weight.t()
 
         def call():
-            return forward(x, weight, bias, "gelu", 0.0, 0.0, True)
+            return forward(x, weight, bias, "gelu", True)
     elif operation == "dgrad_act":
         from .mlp import inner_gradient
 
         a, b = g, weight
 
         def call():
-            return inner_gradient(g, weight, x, "relu", 0.0, 0.0, True)
+            return inner_gradient(g, weight, x, "relu", True)
     elif operation == "dgrad":
         a, b = g, weight
 

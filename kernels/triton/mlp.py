@@ -25,7 +25,7 @@ from .linear_act import (
 __all__ = ["compatible", "mlp", "mlp_backward"]
 
 
-def inner_gradient(g, weight, saved, activation, negative_slope, alpha, need_bias):
+def inner_gradient(g, weight, saved, activation, need_bias):
     """(g @ weight) * act' of the layer below, and the column sums of that.
 
     g (M, N), weight (N, K). saved (M, K): act' for STORES_DERIVATIVE, else the output of the layer below;
@@ -47,24 +47,20 @@ def inner_gradient(g, weight, saved, activation, negative_slope, alpha, need_bia
             saved=saved,
             partials=partials,
             activation=activation,
-            negative_slope=negative_slope,
-            alpha=alpha,
         )
     else:
         torch.mm(g, weight, out=below)
         if saved is not None or partials is not None:
-            apply_derivative(
-                below, saved, None if saved is None else below, partials, activation, negative_slope, alpha
-            )
+            apply_derivative(below, saved, None if saved is None else below, partials, activation)
     return below, sum_partials(partials, g.dtype) if need_bias else None
 
 
-def mlp(x, weights, biases, activations, negative_slope, alpha, save):
+def mlp(x, weights, biases, activations, save):
     """x (M, K) through all layers: (outputs, derivatives), one a layer; ([final], [None]) without save."""
     outputs, derivatives = [], []
     with on_device(x):
         for weight, bias, activation in zip(weights, biases, activations, strict=True):
-            x, derivative = forward(x, weight, bias, activation, negative_slope, alpha, save)
+            x, derivative = forward(x, weight, bias, activation, save)
             outputs.append(x)
             derivatives.append(derivative)
     return (outputs, derivatives) if save else (outputs[-1:], [None])
@@ -77,8 +73,6 @@ def mlp_backward(
     outputs,
     derivatives,
     activations,
-    negative_slope,
-    alpha,
     need_x,
     need_weights,
     need_biases,
@@ -97,9 +91,7 @@ def mlp_backward(
     with on_device(grad):
         top = layers - 1
         need_g = need_x or lowest < top or need_weights[top]
-        g, dbiases[top] = outermost_gradient(
-            grad, saved(top), activations[top], negative_slope, alpha, need_g, need_biases[top]
-        )
+        g, dbiases[top] = outermost_gradient(grad, saved(top), activations[top], need_g, need_biases[top])
         for layer in range(top, lowest - 1, -1):
             if need_weights[layer]:
                 dweights[layer] = product("wgrad", g.t(), outputs[layer - 1] if layer else x)
@@ -110,8 +102,6 @@ def mlp_backward(
                     weights[layer],
                     saved(below),
                     activations[below],
-                    negative_slope,
-                    alpha,
                     need_biases[below],
                 )
         dx = product("dgrad", g, weights[0]) if need_x else None

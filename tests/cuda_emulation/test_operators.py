@@ -7,10 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aefast.kernels.activation import ACTIVATIONS, STORES_DERIVATIVE
+from aefast.kernels.activation import (
+    ACTIVATIONS,
+    NEED_BIAS,
+    NEED_WEIGHT,
+    NEED_X,
+    STORES_DERIVATIVE,
+    specification,
+)
 
 SOURCE = Path(__file__).parents[2] / "kernels/cuda/linear_act.cu"
 SLOPE, ALPHA = 0.2, 1.3
+NEED_ALL = NEED_X | NEED_WEIGHT | NEED_BIAS
 
 FORWARD = {
     "identity": lambda x: x,
@@ -57,11 +65,12 @@ def eager_gradients(names, grad, x, weights, biases):
 def test_linear_act(ops, name, with_bias):
     x, weight, grad = random(11, 6, seed=1), random(9, 6, seed=2), random(11, 9, seed=3)
     bias = random(9, seed=4) if with_bias else None
-    options = (name, SLOPE, ALPHA)
-    out, derivative = ops.linear_act(x, weight, bias, *options, True)
+    specified = specification(name, SLOPE, ALPHA)
+    out, derivative = ops.linear_act(x, weight, bias, specified, True)
     assert (derivative is not None) == (name in STORES_DERIVATIVE)
     saved = None if name == "identity" else out if derivative is None else derivative
-    d_x, d_weight, d_bias = ops.linear_act_backward(grad, x, weight, saved, *options, True, True, with_bias)
+    needs = NEED_ALL if with_bias else NEED_X | NEED_WEIGHT
+    d_x, d_weight, d_bias = ops.linear_act_backward(grad, x, weight, saved, specified, needs)
 
     expected, e_x, (e_weight,), (e_bias,) = eager_gradients([name], grad, x, [weight], [bias])
     for actual, reference in ((out, expected), (d_x, e_x), (d_weight, e_weight), (d_bias, e_bias)):
@@ -69,10 +78,10 @@ def test_linear_act(ops, name, with_bias):
         if reference is not None:
             torch.testing.assert_close(actual, reference, rtol=1e-12, atol=1e-12)
 
-    without, none = ops.linear_act(x, weight, bias, *options, False)
+    without, none = ops.linear_act(x, weight, bias, specified, False)
     torch.testing.assert_close(without, out, rtol=0, atol=0)
     assert none is None
-    nothing = ops.linear_act_backward(grad, x, weight, saved, *options, False, False, False)
+    nothing = ops.linear_act_backward(grad, x, weight, saved, specified, 0)
     assert nothing == (None, None, None)
 
 
@@ -80,10 +89,9 @@ def test_strided_and_expanded_tensors(ops):
     x, weight = random(6, 11, seed=1).t(), random(6, 9, seed=2).t()
     grad = random(1, 9, seed=3).expand(11, 9)
     for name in ("identity", "tanh"):
-        options = (name, SLOPE, ALPHA)
-        out, _ = ops.linear_act(x, weight, None, *options, True)
+        out, _ = ops.linear_act(x, weight, None, name, True)
         saved = None if name == "identity" else out.t().contiguous().t()
-        gradients = ops.linear_act_backward(grad, x, weight, saved, *options, True, True, True)
+        gradients = ops.linear_act_backward(grad, x, weight, saved, name, NEED_ALL)
         zeros = torch.zeros(9, dtype=torch.float64)
         _, d_x, (d_weight,), (d_bias,) = eager_gradients([name], grad, x, [weight], [zeros])
         torch.testing.assert_close(gradients, (d_x, d_weight, d_bias), rtol=1e-12, atol=1e-12)
@@ -93,9 +101,8 @@ def test_strided_and_expanded_tensors(ops):
 def test_empty_tensors(ops, shape):
     rows, k, n = shape
     x, weight, bias, grad = random(rows, k), random(n, k), random(n), random(rows, n)
-    options = ("relu", SLOPE, ALPHA)
-    out, _ = ops.linear_act(x, weight, bias, *options, True)
-    gradients = ops.linear_act_backward(grad, x, weight, out, *options, True, True, True)
+    out, _ = ops.linear_act(x, weight, bias, "relu", True)
+    gradients = ops.linear_act_backward(grad, x, weight, out, "relu", NEED_ALL)
     expected, d_x, (d_weight,), (d_bias,) = eager_gradients(["relu"], grad, x, [weight], [bias])
     torch.testing.assert_close((out, *gradients), (expected, d_x, d_weight, d_bias))
 
@@ -113,12 +120,12 @@ def mlp_arguments():
 def test_mlp(ops):
     x, weights, biases, codes = mlp_arguments()
     grad = random(10, SIZES[-1], seed=8)
-    outputs, derivatives = ops.mlp(x, weights, biases, codes, SLOPE, ALPHA, True)
+    outputs, derivatives = ops.mlp(x, weights, biases, codes, True)
     assert len(outputs) == len(derivatives) == len(MLP)
     assert [d is not None for d in derivatives] == [name in STORES_DERIVATIVE for name in MLP]
     has_bias = [bias is not None for bias in biases]
     d_x, d_weights, d_biases = ops.mlp_backward(
-        grad, x, weights, outputs, derivatives, codes, SLOPE, ALPHA, True, [True] * 5, has_bias
+        grad, x, weights, outputs, derivatives, codes, True, [True] * 5, has_bias
     )
     expected, e_x, e_weights, e_biases = eager_gradients(MLP, grad, x, weights, biases)
     torch.testing.assert_close((outputs[-1], d_x), (expected, e_x), rtol=1e-11, atol=1e-12)
@@ -127,15 +134,15 @@ def test_mlp(ops):
         if reference is not None:
             torch.testing.assert_close(actual, reference, rtol=1e-11, atol=1e-12)
 
-    (only,), nothing = ops.mlp(x, weights, biases, codes, SLOPE, ALPHA, False)
+    (only,), nothing = ops.mlp(x, weights, biases, codes, False)
     assert torch.equal(only, outputs[-1]) and nothing == []
 
 
 def test_mlp_computes_only_what_is_wanted(ops):
     x, weights, biases, codes = mlp_arguments()
     grad = random(10, SIZES[-1], seed=8)
-    saved = ops.mlp(x, weights, biases, codes, SLOPE, ALPHA, True)
-    arguments = (grad, x, weights, *saved, codes, SLOPE, ALPHA)
+    saved = ops.mlp(x, weights, biases, codes, True)
+    arguments = (grad, x, weights, *saved, codes)
     _, every_weight, every_bias = ops.mlp_backward(*arguments, True, [True] * 5, [True] * 5)
     need_weights, need_biases = [False, False, False, True, False], [False, True, False, False, False]
     d_x, d_weights, d_biases = ops.mlp_backward(*arguments, False, need_weights, need_biases)
@@ -149,9 +156,8 @@ def test_mlp_computes_only_what_is_wanted(ops):
 def test_other_dtypes(ops, dtype):
     x, weight, bias = (random(*shape, seed=1).to(dtype) for shape in ((20, 16), (24, 16), (24,)))
     grad = random(20, 24, seed=2).to(dtype)
-    options = ("gelu", SLOPE, ALPHA)
-    out, derivative = ops.linear_act(x, weight, bias, *options, True)
-    gradients = ops.linear_act_backward(grad, x, weight, derivative, *options, True, True, True)
+    out, derivative = ops.linear_act(x, weight, bias, "gelu", True)
+    gradients = ops.linear_act_backward(grad, x, weight, derivative, "gelu", NEED_ALL)
     double = [t.double() for t in (grad, x, weight, bias)]
     expected, d_x, (d_weight,), (d_bias,) = eager_gradients(["gelu"], *double[:2], [double[2]], [double[3]])
     tolerance = 20 * torch.finfo(dtype).eps
@@ -163,10 +169,13 @@ def test_other_dtypes(ops, dtype):
 def test_wrong_arguments_are_refused(ops):
     x, weight = random(4, 3), random(5, 3)
     with pytest.raises(RuntimeError, match="unknown activation rellu"):
-        ops.linear_act(x, weight, None, "rellu", SLOPE, ALPHA, False)
+        ops.linear_act(x, weight, None, "rellu", False)
+    for wrong in ("elu", "elu:", "elu:-1", "elu:1x", "relu:1", "leaky_relu:inf", "leaky_relu:nan"):
+        with pytest.raises(RuntimeError, match=f"unknown activation {wrong}"):
+            ops.linear_act(x, weight, None, wrong, False)
     with pytest.raises(RuntimeError, match="weight must be"):
-        ops.linear_act(x, random(5, 4), None, "identity", SLOPE, ALPHA, False)
+        ops.linear_act(x, random(5, 4), None, "identity", False)
     with pytest.raises(RuntimeError, match="dtype"):
-        ops.linear_act(x, weight.float(), None, "identity", SLOPE, ALPHA, False)
+        ops.linear_act(x, weight.float(), None, "identity", False)
     with pytest.raises(RuntimeError, match="saved must be"):
-        ops.linear_act_backward(random(4, 5), x, weight, random(3, 5), "relu", SLOPE, ALPHA, True, True, True)
+        ops.linear_act_backward(random(4, 5), x, weight, random(3, 5), "relu", NEED_ALL)

@@ -62,20 +62,20 @@ def test_opcheck(backend, device, dtype):
     x = x.detach().to(device, dtype)
     weights = [weight.detach().to(device, dtype) for weight in weights]
     biases = [bias.detach().to(device, dtype) for bias in biases]
-    settings = (["gelu", "tanh"], 0.01, 1.0)
+    activations = ["gelu", "elu:0.5"]
     for need in (True, False):
         arguments = (
             x.clone(),
             [weight.clone().requires_grad_(need) for weight in weights],
             [biases[0].clone().requires_grad_(need), None],
         )
-        torch.library.opcheck(torch.ops.aefast.mlp.default, (*arguments, *settings, backend))
-    torch.library.opcheck(torch.ops.aefast.mlp_saving.default, (x, weights, biases, *settings, backend))
+        torch.library.opcheck(torch.ops.aefast.mlp.default, (*arguments, activations, backend))
+    torch.library.opcheck(torch.ops.aefast.mlp_saving.default, (x, weights, biases, activations, backend))
     with aefast.backend(backend):
-        saved = torch.ops.aefast.mlp_saving.default(x, weights, biases, *settings, backend)
+        saved = torch.ops.aefast.mlp_saving.default(x, weights, biases, activations, backend)
     torch.library.opcheck(
         torch.ops.aefast.mlp_backward.default,
-        (saved[1].clone(), x, weights, saved, *settings, True, [True, False], [False, True], backend),
+        (saved[1].clone(), x, weights, saved, activations, True, [True, False], [False, True], backend),
     )
 
 

@@ -2,7 +2,9 @@
 
 The truth is the op's reference in float64 on inputs rounded to the dtype under test. A result passes if its
 largest error is at most twice that of plain PyTorch in the same dtype plus twice the rounding noise: the
-spacing of the dtype at the largest true value.
+spacing of the dtype at the largest true value, or the change of a gradient when each upstream value moves by one
+spacing, whichever is larger. The latter counts where terms cancel in a sum: PyTorch's own error in one number is
+but one draw of it.
 """
 
 from typing import Any
@@ -77,34 +79,65 @@ def largest_error(found: Tensor, truth: Tensor) -> float:
     return float("inf") if error.isnan().any() else error.max().item()
 
 
+def rounding_noise(
+    reference: Any, sample: Any, upstream: list[Tensor], truth: list[Tensor], dtype: torch.dtype
+) -> list[float]:
+    """For each result in `truth`, which `reference` gives for `sample` and `upstream` in float64."""
+    eps = torch.finfo(dtype).eps
+    noise = [eps * true.abs().max().item() if true.numel() else 0.0 for true in truth]
+    if dtype == torch.float64:
+        return [_FLOAT64_NOISE * one for one in noise]
+    generator = torch.Generator(upstream[0].device).manual_seed(2)
+    draws = 3
+    for _ in range(draws):
+        moved = [
+            grad * (1 + eps * (2 * torch.randint_like(grad, 2, generator=generator) - 1)) for grad in upstream
+        ]
+        changed = run(reference, sample, moved)
+        noise = [max(a, largest_error(b, true)) for a, b, true in zip(noise, changed, truth, strict=True)]
+    return noise
+
+
 def check(
     op: Op, backend: str, sample: dict[str, Any], dtype: torch.dtype, expand_grad: bool = False
 ) -> None:
     """That output and gradients of `op` on `backend` hold the bound for `sample`, given in `dtype`."""
+    check_draws(op, backend, [sample], dtype, expand_grad)
+
+
+def check_draws(
+    op: Op, backend: str, draws: list[dict[str, Any]], dtype: torch.dtype, expand_grad: bool = False
+) -> None:
+    """`check` for samples that differ in their values alone, with the largest error and bound of all of them.
+
+    A result of few elements says little of the errors of either side in one draw.
+    """
     generator = torch.Generator().manual_seed(1)
-    shapes = [out.shape for out in outputs_of(op.reference(**sample))]
-    device = leaves(sample)[0].device
-    upstream = [
-        (
-            torch.randn((), generator=generator).expand(shape)
-            if expand_grad
-            else torch.randn(shape, generator=generator)
-        )
-        .to(dtype)
-        .to(device)
-        for shape in shapes
-    ]
-    truth = run(op.reference, cast(sample, torch.float64), [grad.double() for grad in upstream])
-    eager = run(op.reference, sample, upstream)
-    with aefast.backend(backend):
-        found = run(op.function, sample, upstream)
-    for index, (ours, theirs, true) in enumerate(zip(found, eager, truth, strict=True)):
-        assert ours.dtype == theirs.dtype
-        scale = true.abs().max().item() if true.numel() else 0.0
-        noise = torch.finfo(dtype).eps * scale * (_FLOAT64_NOISE if dtype == torch.float64 else 1.0)
-        bound = 2 * largest_error(theirs, true) + 2 * noise
-        error = largest_error(ours, true)
-        names = {
-            key: tuple(value.shape) if isinstance(value, Tensor) else value for key, value in sample.items()
-        }
+    errors: list[float] = []
+    bounds: list[float] = []
+    for sample in draws:
+        outputs = outputs_of(op.reference(**sample))
+        upstream = [
+            torch.randn(() if expand_grad else out.shape, generator=generator)
+            .expand(out.shape)
+            .to(dtype)
+            .to(out.device)
+            for out in outputs
+        ]
+        exact = cast(sample, torch.float64), [grad.double() for grad in upstream]
+        truth = run(op.reference, *exact)
+        noises = rounding_noise(op.reference, *exact, truth, dtype)
+        eager = run(op.reference, sample, upstream)
+        with aefast.backend(backend):
+            found = run(op.function, sample, upstream)
+        errors = errors or [0.0] * len(truth)
+        bounds = bounds or [0.0] * len(truth)
+        for index, (ours, theirs, true, noise) in enumerate(zip(found, eager, truth, noises, strict=True)):
+            assert ours.dtype == theirs.dtype
+            errors[index] = max(errors[index], largest_error(ours, true))
+            bounds[index] = max(bounds[index], 2 * largest_error(theirs, true) + 2 * noise)
+    names = {
+        key: tuple(value.shape) if isinstance(value, Tensor) else value for key, value in draws[0].items()
+    }
+    for index, (error, bound) in enumerate(zip(errors, bounds, strict=True)):
         assert error <= bound, f"{op.name} on {backend}, result {index}: error {error} > {bound} for {names}"

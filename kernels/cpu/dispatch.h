@@ -1,0 +1,15 @@
+// Which of the instruction sets that kernels are compiled for is used.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace aefast::cpu {
+
+// Those that this processor has, the best first; the first is used.
+std::vector<std::string> supported_instruction_sets();
+
+// From now on that one, in every thread; false if this processor lacks it. For tests.
+bool use_instruction_set(const std::string& name);
+
+}  // namespace aefast::cpu

@@ -1,0 +1,28 @@
+// Matrix products that are too short, or have too few rows, for a BLAS: once its call, its packing and its threads
+// are paid for, the product itself is the lesser part. Compiled once per instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "scalar.h"
+
+namespace aefast::cpu {
+
+struct ProductOperand {
+  const void* data;
+  int64_t row_stride, col_stride;  // in elements; one of them is 1
+};
+
+struct ProductKernels {
+  // out (rows, cols), rows `out_stride` apart, = a (rows, inner) b (inner, cols), in float32 or float64, on one
+  // thread. `workspace`, of `workspace_bytes` and aligned to 64, is needed if a's columns are contiguous. Sums are
+  // taken over `inner` in an order that depends on nothing but the shape and the strides.
+  void (*product)(Scalar scalar, ProductOperand a, ProductOperand b, void* out, int64_t out_stride, int64_t rows,
+                  int64_t inner, int64_t cols, void* workspace);
+  size_t workspace_bytes;
+};
+
+const ProductKernels& product_kernels();
+
+}  // namespace aefast::cpu

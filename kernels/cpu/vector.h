@@ -1,0 +1,226 @@
+// Vectors of floats, and the elementary functions on them. Included once per instruction set; everything lies in a
+// namespace of its name, so that no two sets share a function.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "elementary.h"
+#include "scalar.h"
+
+namespace aefast::cpu::AEFAST_INSTRUCTION_SET {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T, int kBytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <typename T, int kBytes = kVectorBytes>
+using Vector = typename VectorOf<T, kBytes>::type;
+
+template <typename V, typename T>
+AEFAST_HD V read(const T* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+template <typename V, typename T>
+AEFAST_HD void write(T* to, V value) {
+  std::memcpy(to, &value, sizeof(V));
+}
+
+// Registers in a vector of floats. Instructions of two independent chains, side by side, keep the units busy where
+// one chain would fill the scheduler with instructions that wait.
+constexpr int kRegisters = 2;
+constexpr int kFloats = kRegisters * kVectorBytes / sizeof(float);
+using Register = Vector<float>;
+using Mask = Vector<int32_t>;
+
+struct Masks {
+  Mask lanes[kRegisters];
+};
+
+struct Words {
+  Vector<uint32_t> lanes[kRegisters];
+};
+
+// A vector of floats with the arithmetic of one, for templates that are written for a scalar.
+struct Floats {
+  Register lanes[kRegisters];
+
+  AEFAST_HD Floats() = default;
+  template <typename S, typename = std::enable_if_t<std::is_arithmetic_v<S>>>
+  AEFAST_HD Floats(S value) {
+    for (auto& lane : lanes) lane = static_cast<float>(value) - Register{};
+  }
+};
+
+AEFAST_HD Floats read_floats(const float* from) {
+  Floats out;
+  for (int i = 0; i < kRegisters; ++i) out.lanes[i] = read<Register>(from + i * kFloats / kRegisters);
+  return out;
+}
+AEFAST_HD void write_floats(float* to, Floats x) {
+  for (int i = 0; i < kRegisters; ++i) write(to + i * kFloats / kRegisters, x.lanes[i]);
+}
+
+#define AEFAST_EACH(Result, expression)                                \
+  Result out;                                                          \
+  for (int i = 0; i < kRegisters; ++i) out.lanes[i] = (expression);    \
+  return out
+
+AEFAST_HD Floats operator+(Floats a, Floats b) { AEFAST_EACH(Floats, a.lanes[i] + b.lanes[i]); }
+AEFAST_HD Floats operator-(Floats a, Floats b) { AEFAST_EACH(Floats, a.lanes[i] - b.lanes[i]); }
+AEFAST_HD Floats operator*(Floats a, Floats b) { AEFAST_EACH(Floats, a.lanes[i] * b.lanes[i]); }
+AEFAST_HD Floats operator/(Floats a, Floats b) { AEFAST_EACH(Floats, a.lanes[i] / b.lanes[i]); }
+AEFAST_HD Floats operator-(Floats a) { AEFAST_EACH(Floats, -a.lanes[i]); }
+AEFAST_HD Masks operator<(Floats a, Floats b) { AEFAST_EACH(Masks, a.lanes[i] < b.lanes[i]); }
+AEFAST_HD Masks operator>(Floats a, Floats b) { AEFAST_EACH(Masks, a.lanes[i] > b.lanes[i]); }
+AEFAST_HD Masks operator<=(Floats a, Floats b) { AEFAST_EACH(Masks, a.lanes[i] <= b.lanes[i]); }
+AEFAST_HD Floats select(Masks m, Floats a, Floats b) { AEFAST_EACH(Floats, m.lanes[i] ? a.lanes[i] : b.lanes[i]); }
+
+AEFAST_HD Words bits(Floats x) { AEFAST_EACH(Words, reinterpret_cast<Vector<uint32_t>>(x.lanes[i])); }
+AEFAST_HD Floats floats(Words x) { AEFAST_EACH(Floats, reinterpret_cast<Register>(x.lanes[i])); }
+AEFAST_HD Words operator<<(Words a, int b) { AEFAST_EACH(Words, a.lanes[i] << b); }
+AEFAST_HD Words operator+(Words a, Words b) { AEFAST_EACH(Words, a.lanes[i] + b.lanes[i]); }
+AEFAST_HD Words operator&(Words a, uint32_t b) { AEFAST_EACH(Words, a.lanes[i] & b); }
+AEFAST_HD Words operator^(Words a, Words b) { AEFAST_EACH(Words, a.lanes[i] ^ b.lanes[i]); }
+AEFAST_HD Words operator~(Words a) { AEFAST_EACH(Words, ~a.lanes[i]); }
+
+// The greater and the lesser of x and a limit; NaN if x is.
+AEFAST_HD Floats at_least(Floats limit, Floats x) {
+#if defined(__AVX512F__)
+  AEFAST_EACH(Floats, _mm512_maskz_max_ps(0xffff, limit.lanes[i], x.lanes[i]));
+#elif defined(__AVX2__)
+  AEFAST_EACH(Floats, _mm256_max_ps(limit.lanes[i], x.lanes[i]));
+#elif defined(__SSE__)
+  AEFAST_EACH(Floats, _mm_max_ps(limit.lanes[i], x.lanes[i]));
+#else
+  return select(x < limit, limit, x);
+#endif
+}
+AEFAST_HD Floats at_most(Floats limit, Floats x) {
+#if defined(__AVX512F__)
+  AEFAST_EACH(Floats, _mm512_maskz_min_ps(0xffff, limit.lanes[i], x.lanes[i]));
+#elif defined(__AVX2__)
+  AEFAST_EACH(Floats, _mm256_min_ps(limit.lanes[i], x.lanes[i]));
+#elif defined(__SSE__)
+  AEFAST_EACH(Floats, _mm_min_ps(limit.lanes[i], x.lanes[i]));
+#else
+  return select(x > limit, limit, x);
+#endif
+}
+
+constexpr uint32_t kSignBit = 0x80000000u;
+AEFAST_HD Floats magnitude(Floats x) { return floats(bits(x) & ~kSignBit); }
+
+// --- elementary functions ------------------------------------------------------------------------------------
+//
+// Their polynomials are minimax fits of the function named beside them; errors in units of the last place (ulp).
+
+constexpr float kLog2e = 1.44269504f;
+// ln 2 as a sum whose first part has trailing zeros: n * kLn2High is exact for |n| < 2^12.
+constexpr float kLn2High = 0.693145752f;
+constexpr float kLn2Low = 1.42860677e-6f;
+// Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the significand.
+constexpr float kRoundingShift = 12582912.0f;
+
+// exp(x) = (1 + rest) * scale, where |rest| < 0.42 and scale is a power of two.
+struct Exponential {
+  Floats rest, scale;
+};
+
+// For -88 <= x <= 89; scale is 0 below -87.7 and infinite above 88.4.
+AEFAST_HD Exponential exponential(Floats x) {
+  const Floats shifted = x * kLog2e + kRoundingShift;
+  const Floats n = shifted - kRoundingShift;
+  const Floats r = (x - n * kLn2High) - n * kLn2Low;
+  // (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2
+  const Floats square = r * r;
+  const Floats low = Floats(1.66665424e-1f) * r + 4.99999981e-1f;
+  const Floats high = (Floats(1.38824890e-3f) * r + 8.36669165e-3f) * r + 4.16672054e-2f;
+  return {r + square * (high * square + low), floats((bits(shifted) << 23) + bits(Floats(1.0f)))};
+}
+
+constexpr float kLeastExponent = -88.0f, kMostExponent = 89.0f;
+
+// exp(-magnitude), 2 ulp; 0 from 87.7 on.
+AEFAST_HD Floats exp_of_negative(Floats magnitude) {
+  const Exponential e = exponential(-at_most(-kLeastExponent, magnitude));
+  return e.scale + e.rest * e.scale;
+}
+
+// For x <= 0, 2 ulp; any value for x > 0.
+AEFAST_HD Floats expm1_nonpositive(Floats x) {
+  const Exponential e = exponential(at_least(-25.0f, x));
+  return e.scale * e.rest + (e.scale - 1.0f);
+}
+
+// 2 ulp.
+AEFAST_HD Floats tanh(Floats x) {
+  // With e = exp(-2 |x|), (1 - e) / (1 + e): e is subtracted last where it is small, and first, exactly, elsewhere.
+  const Exponential power = exponential(at_least(-25.0f, Floats(-2.0f) * magnitude(x)));
+  const Floats e = power.scale + power.rest * power.scale;
+  const Masks is_small = e < Floats(0.33f);
+  const Floats difference = (Floats(1.0f) - power.scale) - power.scale * power.rest;
+  const Floats quotient = select(is_small, Floats(2.0f) * e, difference) / (e + 1.0f);
+  return floats(bits(select(is_small, Floats(1.0f) - quotient, quotient)) ^ (bits(x) & kSignBit));
+}
+
+// 3 ulp.
+AEFAST_HD Floats sigmoid(Floats x) {
+  const Exponential e = exponential(at_least(kLeastExponent, at_most(kMostExponent, -x)));
+  return Floats(1.0f) / ((e.rest + 1.0f) * e.scale + 1.0f);
+}
+
+// sigmoid(x), and in `complement` 1 - sigmoid(x), both to 3 ulp.
+AEFAST_HD Floats sigmoid_and_complement(Floats x, Floats& complement) {
+  const Floats e = exp_of_negative(magnitude(x));
+  const Floats large = Floats(1.0f) / (e + 1.0f), small = e * large;
+  complement = select(x < Floats(0.0f), large, small);
+  return select(x < Floats(0.0f), small, large);
+}
+
+// log(1 + exp(x)), 3 ulp; x itself above `threshold`.
+AEFAST_HD Floats softplus(Floats x, Floats threshold) {
+  const Floats e = exp_of_negative(magnitude(x));
+  // log(1 + e) = 2 atanh(s), and (atanh(s) / s - 1) / s^2 on s <= 1/3 is a polynomial in s^2
+  const Floats s = e / (e + 2.0f);
+  const Floats square = s * s;
+  const Floats low = Floats(2.00124545e-1f) * square + 3.33331574e-1f;
+  const Floats high = Floats(1.40891710e-1f) * square + 1.39803049e-1f;
+  const Floats log1p = Floats(2.0f) * (s + s * square * (high * (square * square) + low));
+  return select(x > threshold, x, at_least(0.0f, x) + log1p);
+}
+
+// Phi(x), the distribution function of N(0, 1), to 9e-8 absolute, and in `density_exp` exp(-x^2 / 2), of which the
+// density is a multiple. Phi is 0 below -13.2; for NaN it is NaN.
+AEFAST_HD Floats normal_cdf(Floats x, Floats& density_exp) {
+  // (1 - Phi(|x|)) / exp(-x^2 / 2) is a polynomial in u = |x| / (1 + 0.27 |x|). Its constant is exact, and u small
+  // where it is the greater part: the polynomial's rounding errors hardly reach the result.
+  const Floats size = at_most(13.25f, magnitude(x));  // exp(-x^2 / 2) is 0 from there on
+  const Floats u = size / (Floats(0.27f) * size + 1.0f);
+  const Exponential e = exponential(Floats(-0.5f) * (size * size));
+  density_exp = e.scale + e.rest * e.scale;
+  const Floats u2 = u * u;
+  const Floats low = Floats(0.142285004f) * u + -0.398942292f;
+  const Floats middle = Floats(1.58846425e-3f) * u + -0.0270575937f;
+  const Floats high = Floats(-5.07874865e-5f) * u + 3.30206472e-4f;
+  const Floats tail = density_exp * (u * ((high * u2 + middle) * u2 + low) + 0.5f);
+  return select(x < Floats(0.0f), tail, Floats(1.0f) - tail);
+}
+
+}  // namespace aefast::cpu::AEFAST_INSTRUCTION_SET
