@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import aefast.functional as AF
-from aefast.bench.case import Case, training_inputs
+from aefast.bench.case import KINK_WIDTH, Case, training_inputs
 
 BATCHES = (1, 16, 128, 1024, 4096, 16384)
 # (inputs, features): bottlenecks, square layers, and the ends of the usual image and gene-expression models.
@@ -50,6 +50,9 @@ def case(batch: int, inputs: int, features: int, activation: str, device: torch.
     def eager(x, weight, bias):
         return activate(F.linear(x, weight, bias))
 
+    def kinks(x, weight, bias):
+        return F.linear(x, weight, bias).abs() < KINK_WIDTH
+
     return Case(
         op="linear_act",
         id=f"linear_act/{activation}-b{batch}-{inputs}x{features}-fp32",
@@ -59,4 +62,5 @@ def case(batch: int, inputs: int, features: int, activation: str, device: torch.
         ),
         output_shape=(batch, features),
         variants={"aefast": aefast, "eager": eager},
+        kinks=kinks if activation == "relu" else None,
     )

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import aefast.functional as AF
-from aefast.bench.case import Case, training_inputs
+from aefast.bench.case import KINK_WIDTH, Case, training_inputs
 
 BATCHES = (1, 16, 128, 1024, 4096, 16384)
 WIDTHS = ((8, 8, 8, 8), (64, 256, 64), (256, 128, 32, 128, 256), (784, 512, 16, 512, 784))
@@ -41,6 +41,14 @@ def case(batch: int, widths: tuple[int, ...], activation: str, device: torch.dev
                 x = activate(x)
         return x
 
+    def kinks(x, *parameters):
+        found = torch.zeros(batch, 1, dtype=torch.bool, device=x.device)
+        for layer in range(layers - 1):
+            x = F.linear(x, parameters[layer], parameters[layers + layer])
+            found |= (x.abs() < KINK_WIDTH).any(dim=1, keepdim=True)
+            x = activate(x)
+        return found
+
     shapes = [(batch, widths[0]), *((n, k) for k, n in pairwise(widths)), *((n,) for n in widths[1:])]
     scales = [1.0, *(k**-0.5 for k in widths[:-1]), *(1.0 for _ in widths[1:])]
     return Case(
@@ -50,4 +58,5 @@ def case(batch: int, widths: tuple[int, ...], activation: str, device: torch.dev
         make=lambda: training_inputs(device, *shapes, scales=scales),
         output_shape=(batch, widths[-1]),
         variants={"aefast": aefast, "eager": eager},
+        kinks=kinks if activation == "relu" else None,
     )

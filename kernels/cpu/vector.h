@@ -143,7 +143,7 @@ struct Exponential {
   Floats rest, scale;
 };
 
-// For -88 <= x <= 89; scale is 0 below -87.7 and infinite above 88.4.
+// For -88 <= x <= 0; scale is 0 below -87.7.
 AEFAST_HD Exponential exponential(Floats x) {
   const Floats shifted = x * kLog2e + kRoundingShift;
   const Floats n = shifted - kRoundingShift;
@@ -155,7 +155,7 @@ AEFAST_HD Exponential exponential(Floats x) {
   return {r + square * (high * square + low), floats((bits(shifted) << 23) + bits(Floats(1.0f)))};
 }
 
-constexpr float kLeastExponent = -88.0f, kMostExponent = 89.0f;
+constexpr float kLeastExponent = -88.0f;
 
 // exp(-magnitude), 2 ulp; 0 from 87.7 on.
 AEFAST_HD Floats exp_of_negative(Floats magnitude) {
@@ -180,18 +180,17 @@ AEFAST_HD Floats tanh(Floats x) {
   return floats(bits(select(is_small, Floats(1.0f) - quotient, quotient)) ^ (bits(x) & kSignBit));
 }
 
-// 3 ulp.
-AEFAST_HD Floats sigmoid(Floats x) {
-  const Exponential e = exponential(at_least(kLeastExponent, at_most(kMostExponent, -x)));
-  return Floats(1.0f) / ((e.rest + 1.0f) * e.scale + 1.0f);
-}
-
 // sigmoid(x), and in `complement` 1 - sigmoid(x), both to 3 ulp.
 AEFAST_HD Floats sigmoid_and_complement(Floats x, Floats& complement) {
   const Floats e = exp_of_negative(magnitude(x));
   const Floats large = Floats(1.0f) / (e + 1.0f), small = e * large;
   complement = select(x < Floats(0.0f), large, small);
   return select(x < Floats(0.0f), small, large);
+}
+
+AEFAST_HD Floats sigmoid(Floats x) {
+  Floats complement;
+  return sigmoid_and_complement(x, complement);
 }
 
 // log(1 + exp(x)), 3 ulp; x itself above `threshold`.

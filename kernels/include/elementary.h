@@ -35,7 +35,6 @@ AEFAST_HD T select(bool condition, T a, T b) {
 
 AEFAST_HD float expm1_nonpositive(float x) { return ::expm1f(x); }
 AEFAST_HD float tanh(float x) { return ::tanhf(x); }
-AEFAST_HD float sigmoid(float x) { return 1.0f / (1.0f + ::expf(-x)); }
 AEFAST_HD float softplus(float x, float threshold) { return x > threshold ? x : ::log1pf(::expf(x)); }
 
 // sigmoid(x), and in `complement` 1 - sigmoid(x) without cancellation.
@@ -59,7 +58,6 @@ AEFAST_HD float normal_cdf(float x, float& density_exp) {
 
 AEFAST_HD double expm1_nonpositive(double x) { return ::expm1(x); }
 AEFAST_HD double tanh(double x) { return ::tanh(x); }
-AEFAST_HD double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
 AEFAST_HD double softplus(double x, double threshold) { return x > threshold ? x : ::log1p(::exp(x)); }
 AEFAST_HD double sigmoid_and_complement(double x, double& complement) {
   const double e = ::exp(-::fabs(x));
@@ -70,6 +68,12 @@ AEFAST_HD double sigmoid_and_complement(double x, double& complement) {
 AEFAST_HD double normal_cdf(double x, double& density_exp) {
   density_exp = ::exp(-0.5 * x * x);
   return 0.5 * ::erfc(-x * 0.70710678118654752440);
+}
+
+template <typename T>
+AEFAST_HD T sigmoid(T x) {
+  T complement;
+  return sigmoid_and_complement(x, complement);
 }
 
 }  // namespace aefast::elementary
