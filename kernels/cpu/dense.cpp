@@ -70,6 +70,22 @@ Tensor borrow(Matrix matrix) {
   return Tensor(handle);
 }
 
+constexpr size_t kAlignment = 64;
+
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+using Buffer = std::unique_ptr<char, Free>;
+
+// `bytes` is a multiple of kAlignment.
+Buffer allocate(size_t bytes) {
+  Buffer buffer(static_cast<char*>(std::aligned_alloc(kAlignment, bytes)));
+  if (!buffer) throw std::bad_alloc();
+  return buffer;
+}
+
+size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
 // Uninitialised memory until the end of the scope; a short call's comes from the stack.
 class Scratch {
  public:
@@ -81,26 +97,37 @@ class Scratch {
     return {take(static_cast<size_t>(rows * cols * size_of(scalar))), scalar, rows, cols, cols, 1};
   }
 
+ private:
   void* take(size_t bytes) {
-    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    bytes = aligned(bytes);
     if (bytes <= sizeof(local_) - used_) {
       used_ += bytes;
       return local_ + used_ - bytes;
     }
-    buffers_.emplace_back(static_cast<char*>(std::aligned_alloc(kAlignment, bytes)));
-    if (!buffers_.back()) throw std::bad_alloc();
+    buffers_.push_back(allocate(bytes));
     return buffers_.back().get();
   }
 
- private:
-  static constexpr size_t kAlignment = 64;
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
-
   alignas(kAlignment) char local_[16 << 10];
   size_t used_ = 0;
-  std::vector<std::unique_ptr<char, Free>> buffers_;
+  std::vector<Buffer> buffers_;
+};
+
+// Uninitialised memory that is there again at the next call.
+class Workspace {
+ public:
+  void* of(size_t bytes) {
+    if (bytes > size_) {
+      buffer_.reset();
+      buffer_ = allocate(aligned(bytes));
+      size_ = bytes;
+    }
+    return buffer_.get();
+  }
+
+ private:
+  Buffer buffer_;
+  size_t size_ = 0;
 };
 
 // Up to so many operations torch's BLAS spends much of its time beside them, and above it is at its full rate.
@@ -120,15 +147,15 @@ void multiply(Matrix a, Matrix b, Matrix out, bool use_blas) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(borrow(out).get(), borrow(a).get(), borrow(b).get()));
     return;
   }
+  const ProductOperand left{a.data, a.row_stride, a.col_stride};
   const auto columns = [&](int64_t first, int64_t count) {
-    Scratch scratch;
-    void* const workspace =
-        a.col_stride == 1 ? nullptr : scratch.take(product_kernels().workspace_bytes);
+    // Kept, because a large block that is freed goes back to the system, and comes back page by page.
+    static thread_local Workspace workspace;
     const int64_t size = size_of(out.scalar);
     const void* right = static_cast<char*>(b.data) + first * b.col_stride * size;
-    product_kernels().product(out.scalar, {a.data, a.row_stride, a.col_stride}, {right, b.row_stride, b.col_stride},
+    product_kernels().product(out.scalar, left, {right, b.row_stride, b.col_stride},
                               static_cast<char*>(out.data) + first * size, out.row_stride, out.rows, a.cols, count,
-                              workspace);
+                              workspace.of(product_kernels().workspace_bytes(out.scalar, left, out.rows, a.cols)));
   };
   constexpr int64_t kColumns = 32;
   const int64_t tasks = (out.cols + kColumns - 1) / kColumns;
@@ -162,8 +189,15 @@ Scalar product_type(Scalar scalar) {
 Scalar accumulator_type(Scalar scalar) { return scalar == Scalar::float64 ? Scalar::float64 : Scalar::float32; }
 
 // Bias gradients are summed over blocks of rows, and then over the blocks in order: the result depends on the
-// shape alone, not on threads or parts. Small batches take small blocks, so that threads can share them.
-int64_t reduction_rows(int64_t rows) { return rows >= 256 ? 64 : 16; }
+// shape alone, not on threads or parts. A block is long enough to be worth a call, and short enough for threads to
+// share a small batch.
+int64_t reduction_rows(int64_t rows, int64_t widest) {
+  constexpr int64_t kElements = 4096;
+  if (rows < 256) return 16;
+  int64_t block = 64;
+  while (2 * block * widest <= kElements && 16 * block <= rows) block *= 2;
+  return block;
+}
 
 int64_t blocks_of(int64_t rows, int64_t block) { return (rows + block - 1) / block; }
 
@@ -405,8 +439,12 @@ void dense_forward(Matrix x, LayerForward* layers, size_t count) {
 
 void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_gradient) {
   const size_t top = count - 1;
-  const int64_t rows = grad.rows, block = reduction_rows(rows);
+  const int64_t rows = grad.rows;
   const Scalar type = product_type(grad.scalar);
+  int64_t widest = 1;
+  for (size_t index = 0; index < count; ++index)
+    widest = std::max({widest, layers[index].weight.rows, layers[index].weight.cols});
+  const int64_t block = reduction_rows(rows, widest);
   // Below this layer no gradient is wanted.
   size_t lowest = 0;
   if (!x_gradient.data)
@@ -420,7 +458,6 @@ void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_g
   };
   Scratch scratch;
   std::vector<Work> work(count);
-  int64_t widest = 1;
   double flops = 0.0;
   for (size_t index = lowest; index < count; ++index) {
     LayerBackward& layer = layers[index];
@@ -435,10 +472,8 @@ void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_g
     g.scalar = grad.scalar;
     work[index].sums = ColumnSums(layer.bias_gradient, rows, block, scratch);
     layer.saved = is_identity ? Matrix() : row_major(layer.saved, scratch);
-    widest = std::max(widest, features);
     if (gives_data_gradient) {
       layer.weight = converted(layer.weight, type, scratch);
-      widest = std::max(widest, layer.weight.cols);
       flops = std::max(flops, 2.0 * rows * features * layer.weight.cols);
     }
   }

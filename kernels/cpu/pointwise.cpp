@@ -79,20 +79,32 @@ AEFAST_HD void for_lanes(int64_t cols, const Body& body) {
     if (rest > 0) body(cols - rest, rest);
 }
 
+// Narrow rows are taken several at a time, as one row of at most so many elements: few vectors are partial then.
+constexpr int64_t kNarrow = 512;
+
 template <typename In, typename Out, Activation A>
 void bias_activation_loop(ActivationParameters<double> parameters, const In* pre, const Out* bias, Out* out,
                           Out* derivative, int64_t rows, int64_t cols) {
   using C = Lanes<Out>;
   const ActivationParameters<C> p{C(parameters.slope), C(parameters.alpha)};
+  const int64_t size = rows * cols;
   // Without a bias the rows are one long row.
-  const int64_t outer = bias ? rows : 1;
-  const int64_t inner = bias ? cols : rows * cols;
-  for (int64_t row = 0; row < outer; ++row) {
-    const In* pre_row = pre + row * inner;
-    Out* out_row = out + row * inner;
-    [[maybe_unused]] Out* derivative_row = derivative ? derivative + row * inner : nullptr;
+  int64_t step = bias ? cols : size;
+  Out repeated[kNarrow];
+  if (bias && rows > 1 && cols > 0 && 2 * cols <= kNarrow) {
+    const int64_t count = rows < kNarrow / cols ? rows : kNarrow / cols;
+    for (int64_t row = 0; row < count; ++row)
+      for (int64_t col = 0; col < cols; ++col) repeated[row * cols + col] = bias[col];
+    bias = repeated;
+    step = count * cols;
+  }
+  for (int64_t begin = 0; begin < size; begin += step) {
+    const int64_t count = size - begin < step ? size - begin : step;
+    const In* pre_row = pre + begin;
+    Out* out_row = out + begin;
+    [[maybe_unused]] Out* derivative_row = derivative ? derivative + begin : nullptr;
     const auto pass = [&](auto with_bias, auto with_derivative) {
-      for_lanes<Out>(inner, [&](int64_t col, auto... valid) __attribute__((always_inline)) {
+      for_lanes<Out>(count, [&](int64_t col, auto... valid) __attribute__((always_inline)) {
         C x = read_lanes(pre_row + col, valid...);
         if constexpr (decltype(with_bias)::value) x = x + read_lanes(bias + col, valid...);
         if constexpr (decltype(with_derivative)::value) {
@@ -153,6 +165,34 @@ void activation_gradient_strips(ActivationParameters<double> parameters, const G
       });
     if constexpr (kSum)
       for (int64_t col = 0; col < width; ++col) column_sums[begin + col] = sums[col];
+  }
+}
+
+template <Activation A, bool kStore, bool kSum, typename Grad, typename G>
+void activation_gradient_loop(ActivationParameters<double> parameters, const Grad* grad, int64_t grad_row_stride,
+                              const G* saved, G* g, Accumulator<G>* column_sums, int64_t rows, int64_t cols) {
+  // Narrow rows are summed 2^n at a time as one, whose parts are added afterwards.
+  int64_t together = 1;
+  if (grad_row_stride == cols && cols > 0)
+    while (2 * together <= rows && 2 * together * cols <= kNarrow) together *= 2;
+  if (together == 1)
+    return activation_gradient_strips<A, kStore, kSum>(parameters, grad, grad_row_stride, saved, g, column_sums, rows,
+                                                       cols);
+  const int64_t whole = rows / together * together, size = together * cols;
+  Accumulator<G> sums[kNarrow], rest[kNarrow];
+  activation_gradient_strips<A, kStore, kSum>(parameters, grad, size, saved, g, sums, rows / together, size);
+  const int64_t rest_size = (rows - whole) * cols;
+  if (rest_size > 0)
+    activation_gradient_strips<A, kStore, kSum>(parameters, grad + whole * cols, rest_size,
+                                                saved ? saved + whole * cols : nullptr,
+                                                g ? g + whole * cols : nullptr, rest, 1, rest_size);
+  if constexpr (kSum) {
+#pragma omp simd
+    for (int64_t index = 0; index < rest_size; ++index) sums[index] += rest[index];
+    for (int64_t half = size / 2; half >= cols; half /= 2)
+#pragma omp simd
+      for (int64_t index = 0; index < half; ++index) sums[index] += sums[half + index];
+    for (int64_t col = 0; col < cols; ++col) column_sums[col] = sums[col];
   }
 }
 
@@ -253,7 +293,7 @@ void activation_gradient(ActivationSpec spec, Scalar grad_type, Scalar g_type, c
       constexpr Activation A = decltype(activation)::value;
       const auto run = [&](auto grad_tag, auto stored, auto summed) {
         using Grad = typename decltype(grad_tag)::type;
-        activation_gradient_strips<A, decltype(stored)::value, decltype(summed)::value>(
+        activation_gradient_loop<A, decltype(stored)::value, decltype(summed)::value>(
             spec.parameters, static_cast<const Grad*>(grad), grad_row_stride, static_cast<const G*>(saved),
             static_cast<G*>(g), static_cast<Wide*>(column_sums), rows, cols);
       };

@@ -8,12 +8,20 @@
 namespace aefast::cpu::AEFAST_INSTRUCTION_SET {
 namespace {
 
-// A tile's rows. With two vectors a row its sums, and what they are made from, fill 15 of 16 registers.
-constexpr int kTileRows = 6;
+// A tile's rows. With two vectors a row its sums, and what they are made from, fill 15 of AVX2's 16 registers; of the
+// 32 that AVX-512 has, 8 rows take 19, and are the more often a divisor.
+constexpr int kTileRows = kVectorBytes == 64 ? 8 : 6;
 // Terms that are added up in registers before they are added to memory, which keeps rounding errors from growing with
 // the number of terms; so many rows of b's columns fit beside a tile of a into the first-level cache.
-constexpr int64_t kTerms = kVectorBytes == 64 ? 192 : 256;
+constexpr int64_t kTerms = 256;
+// So many rows of b, read from where they are, lie in pages that the processor keeps the addresses of, and each row is
+// read on where the last columns ended.
+constexpr int64_t kTermsInPlace = 64;
 constexpr int64_t kLeastTermsToPack = 8;
+// A product of so few terms is mostly writing, and goes row by row through out.
+constexpr int64_t kMostTermsOfWriting = 4;
+// For so few rows b is read from where it is: to rearrange it takes longer than the product.
+constexpr int64_t kFewRows = 8;
 // Rows of a whose terms stay in the second-level cache while all of b's columns pass.
 constexpr int64_t kBlockRows = 256;
 
@@ -60,17 +68,26 @@ AEFAST_HD void for_tile_rows(int64_t rows, const Body& body) {
 template <int kRows, typename T>
 AEFAST_HD void few_rows(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, T* out, int64_t out_row,
                         int64_t inner, int64_t cols) {
-  using V = Vector<T>;
-  // As many sums for few rows as for many hide the latency of one.
-  constexpr int kLanes = sizeof(V) / sizeof(T), kWide = 12 / kRows, kHalf = 4;
-  int64_t col = 0;
-  for (; col + kWide * kLanes <= cols; col += kWide * kLanes)
-    tile<kRows, kWide, V>(a, a_row, a_col, b + col, b_row, out + col, out_row, inner, false);
-  for (; col + kHalf * kLanes <= cols; col += kHalf * kLanes)
-    tile<kRows, kHalf, V>(a, a_row, a_col, b + col, b_row, out + col, out_row, inner, false);
-  for (; col + kLanes <= cols; col += kLanes)
-    tile<kRows, 1, V>(a, a_row, a_col, b + col, b_row, out + col, out_row, inner, false);
-  for (; col < cols; ++col) tile<kRows, 1, T>(a, a_row, a_col, b + col, b_row, out + col, out_row, inner, false);
+  int64_t begin = 0;
+  do {
+    const int64_t terms = inner - begin < kTermsInPlace ? inner - begin : kTermsInPlace;
+    const T *left = a + begin * a_col, *right = b + begin * b_row;
+    const bool add = begin > 0;
+    int64_t col = 0;
+    const auto columns = [&](auto vector, auto count) __attribute__((always_inline)) {
+      constexpr int kVectors = decltype(count)::value, kWidth = kVectors * sizeof(vector) / sizeof(T);
+      for (; col + kWidth <= cols; col += kWidth)
+        tile<kRows, kVectors, decltype(vector)>(left, a_row, a_col, right + col, b_row, out + col, out_row, terms, add);
+    };
+    // As many sums for few rows as for many hide the latency of one.
+    columns(Vector<T>(), std::integral_constant<int, 12 / kRows>());
+    columns(Vector<T>(), std::integral_constant<int, 4>());
+    columns(Vector<T>(), std::integral_constant<int, 1>());
+    if constexpr (kVectorBytes > 32) columns(Vector<T, 32>(), std::integral_constant<int, 1>());
+    if constexpr (kVectorBytes > 16) columns(Vector<T, 16>(), std::integral_constant<int, 1>());
+    columns(T(), std::integral_constant<int, 1>());
+    begin += terms;
+  } while (begin < inner);
 }
 
 // The lanes of kLanes vectors as a square matrix, transposed: blocks off the diagonal change places, at each size.
@@ -140,20 +157,18 @@ AEFAST_HD void row_of_dots(const T* a, int64_t a_row, const T* b, int64_t b_col,
 
 // --- many rows of out ----------------------------------------------------------------------------------------
 
-// The columns [0, width) of b over `terms` terms, as rows of kPanel in `panel`, zero beyond width.
-template <typename T>
+// The columns [0, width) of b over `terms` terms, as rows of `kWidth` in `panel`, zero beyond width.
+template <int64_t kWidth, typename V, typename T>
 AEFAST_HD void pack_columns(const T* b, int64_t b_row, int64_t b_col, T* panel, int64_t terms, int64_t width) {
-  using V = Vector<T>;
-  constexpr int64_t kLanes = sizeof(V) / sizeof(T), kPanel = 2 * kLanes;
-  if (width < kPanel)
-    for (int64_t index = 0; index < terms * kPanel; ++index) panel[index] = T(0);
+  constexpr int64_t kLanes = sizeof(V) / sizeof(T);
+  if (width < kWidth)
+    for (int64_t index = 0; index < terms * kWidth; ++index) panel[index] = T(0);
   if (b_col == 1) {
     for (int64_t term = 0; term < terms; ++term) {
-      if (width == kPanel) {
-        write(panel + term * kPanel, read<V>(b + term * b_row));
-        write(panel + term * kPanel + kLanes, read<V>(b + term * b_row + kLanes));
+      if (width == kWidth) {
+        for (int64_t col = 0; col < kWidth; col += kLanes) write(panel + term * kWidth + col, read<V>(b + term * b_row + col));
       } else {
-        for (int64_t col = 0; col < width; ++col) panel[term * kPanel + col] = b[term * b_row + col];
+        for (int64_t col = 0; col < width; ++col) panel[term * kWidth + col] = b[term * b_row + col];
       }
     }
     return;
@@ -165,13 +180,18 @@ AEFAST_HD void pack_columns(const T* b, int64_t b_row, int64_t b_col, T* panel, 
       V square[kLanes];
       for (int64_t lane = 0; lane < kLanes; ++lane) square[lane] = read<V>(b + (col + lane) * b_col + term);
       transpose<T>(square);
-      for (int64_t lane = 0; lane < kLanes; ++lane) write(panel + (term + lane) * kPanel + col, square[lane]);
+      for (int64_t lane = 0; lane < kLanes; ++lane) write(panel + (term + lane) * kWidth + col, square[lane]);
     }
     for (; term < terms; ++term)
-      for (int64_t lane = 0; lane < kLanes; ++lane) panel[term * kPanel + col + lane] = b[(col + lane) * b_col + term];
+      for (int64_t lane = 0; lane < kLanes; ++lane) panel[term * kWidth + col + lane] = b[(col + lane) * b_col + term];
   }
   for (; col < width; ++col)
-    for (int64_t term = 0; term < terms; ++term) panel[term * kPanel + col] = b[col * b_col + term];
+    for (int64_t term = 0; term < terms; ++term) panel[term * kWidth + col] = b[col * b_col + term];
+}
+
+// With few terms an element is read once or twice, from wherever it is; and the rows of a single tile lie together.
+AEFAST_HD bool packs_tiles(int64_t a_col, int64_t rows, int64_t inner) {
+  return a_col != 1 && inner >= kLeastTermsToPack && rows > kTileRows;
 }
 
 // a's columns are contiguous. Each tile's rows become, term by term, contiguous in `packed`.
@@ -185,58 +205,68 @@ AEFAST_HD void pack_tiles(const T* a, int64_t a_col, T* packed, int64_t rows, in
   });
 }
 
-template <typename T>
+// V is as wide as the columns fill.
+template <typename V, typename T>
 void many_rows(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, int64_t b_col, T* out,
                int64_t out_row, int64_t rows, int64_t inner, int64_t cols, T* workspace) {
-  using V = Vector<T>;
-  constexpr int64_t kLanes = sizeof(V) / sizeof(T), kPanel = 2 * kLanes;
-  alignas(kVectorBytes) T panel[kTerms * kPanel];
-  // With few terms an element is read once or twice, from wherever it is.
-  const bool pack_a = a_col != 1 && inner >= kLeastTermsToPack, pack_b = b_col != 1 || inner >= kLeastTermsToPack;
+  constexpr int64_t kLanes = sizeof(V) / sizeof(T);
+  alignas(kVectorBytes) T panel[kTerms * 2 * kLanes];
+  const bool pack_a = packs_tiles(a_col, rows, inner);
+  const bool pack_b = b_col != 1 || (inner >= kLeastTermsToPack && rows > 4 * kTileRows && cols > 2 * kLanes);
+  const int64_t most_terms = pack_b ? kTerms : kTermsInPlace;
   for (int64_t first = 0; first < rows; first += kBlockRows) {
     const int64_t block = rows - first < kBlockRows ? rows - first : kBlockRows;
     int64_t begin = 0;
     do {
-      const int64_t terms = inner - begin < kTerms ? inner - begin : kTerms;
+      const int64_t terms = inner - begin < most_terms ? inner - begin : most_terms;
       const bool add = begin > 0;
       const T* left = a + first * a_row + begin * a_col;
       if (pack_a) {
         pack_tiles(left, a_col, workspace, block, terms);
         left = workspace;
       }
-      for (int64_t col = 0; col < cols; col += kPanel) {
-        const int64_t width = cols - col < kPanel ? cols - col : kPanel;
+      // The columns [col, col + width) of out, of which vectors' lanes beyond width are nobody's.
+      const auto columns = [&](int64_t col, auto vectors, int64_t width) __attribute__((always_inline)) {
+        constexpr int kVectors = decltype(vectors)::value;
         const T* right = b + begin * b_row + col * b_col;
         int64_t right_row = b_row;
-        if (pack_b || width < kPanel) {
-          pack_columns(right, b_row, b_col, panel, terms, width);
+        if (pack_b || width < kLanes) {
+          pack_columns<kVectors * kLanes, V>(right, b_row, b_col, panel, terms, width);
           right = panel;
-          right_row = kPanel;
+          right_row = kVectors * kLanes;
         }
-        for_tile_rows(block, [&](int64_t row, auto count) {
+        for_tile_rows(block, [&](int64_t row, auto count) __attribute__((always_inline)) {
           constexpr int kRows = decltype(count)::value;
           const T* rows_of_a = left + row * (pack_a ? terms : a_row);
           const int64_t row_stride = pack_a ? 1 : a_row, col_stride = pack_a ? kRows : a_col;
           T* to = out + (first + row) * out_row + col;
-          if (width == kPanel) {
-            tile<kRows, 2, V>(rows_of_a, row_stride, col_stride, right, right_row, to, out_row, terms, add);
+          if (width >= kLanes) {
+            tile<kRows, kVectors, V>(rows_of_a, row_stride, col_stride, right, right_row, to, out_row, terms, add);
             return;
           }
-          if (width == kLanes) {
-            tile<kRows, 1, V>(rows_of_a, row_stride, col_stride, right, right_row, to, out_row, terms, add);
-            return;
-          }
-          T edge[kRows * kPanel];
-          if (width < kLanes)
-            tile<kRows, 1, V>(rows_of_a, row_stride, col_stride, right, right_row, edge, kPanel, terms, false);
-          else
-            tile<kRows, 2, V>(rows_of_a, row_stride, col_stride, right, right_row, edge, kPanel, terms, false);
+          T edge[kRows * kLanes];
+          tile<kRows, 1, V>(rows_of_a, row_stride, col_stride, right, right_row, edge, kLanes, terms, false);
           for (int index = 0; index < kRows; ++index)
             for (int64_t lane = 0; lane < width; ++lane) {
               T& element = to[index * out_row + lane];
-              element = add ? element + edge[index * kPanel + lane] : edge[index * kPanel + lane];
+              element = add ? element + edge[index * kLanes + lane] : edge[index * kLanes + lane];
             }
         });
+      };
+      constexpr std::integral_constant<int, 1> one;
+      constexpr std::integral_constant<int, 2> two;
+      int64_t col = 0;
+      for (; col + 2 * kLanes <= cols; col += 2 * kLanes) columns(col, two, 2 * kLanes);
+      if (col + kLanes <= cols) {
+        columns(col, one, kLanes);
+        col += kLanes;
+      }
+      if (col < cols) {
+        // Where nothing is added to out, the last vector may overlap the one before: it writes the same again.
+        if (inner <= most_terms && cols >= kLanes)
+          columns(cols - kLanes, one, kLanes);
+        else
+          columns(col, one, cols - col);
       }
       begin += terms;
     } while (begin < inner);
@@ -249,18 +279,34 @@ void product_of(ProductOperand left, ProductOperand right, T* out, int64_t out_r
   const T* a = static_cast<const T*>(left.data);
   const T* b = static_cast<const T*>(right.data);
   const int64_t a_row = left.row_stride, a_col = left.col_stride, b_row = right.row_stride, b_col = right.col_stride;
-  if (rows >= 4 || (b_col != 1 && a_col != 1))
-    return many_rows(a, a_row, a_col, b, b_row, b_col, out, out_row, rows, inner, cols, workspace);
-  for_tile_rows(rows, [&](int64_t row, auto count) {
-    constexpr int kRows = decltype(count)::value;
-    if constexpr (kRows <= 2) {
-      const T* rows_of_a = a + row * a_row;
+  if (b_col == 1 && inner <= kMostTermsOfWriting) {
+    for (int64_t row = 0; row < rows; ++row)
+      few_rows<1>(a + row * a_row, a_row, a_col, b, b_row, out + row * out_row, out_row, inner, cols);
+    return;
+  }
+  if (rows <= kFewRows && (a_col == 1 || b_col == 1)) {
+    const auto some = [&](int64_t row, auto count) {
+      constexpr int kRows = decltype(count)::value;
       if (b_col == 1)
-        few_rows<kRows>(rows_of_a, a_row, a_col, b, b_row, out + row * out_row, out_row, inner, cols);
+        few_rows<kRows>(a + row * a_row, a_row, a_col, b, b_row, out + row * out_row, out_row, inner, cols);
       else
-        row_of_dots<kRows>(rows_of_a, a_row, b, b_col, out + row * out_row, out_row, inner, cols);
-    }
-  });
+        row_of_dots<kRows>(a + row * a_row, a_row, b, b_col, out + row * out_row, out_row, inner, cols);
+    };
+    constexpr int kLanes = kVectorBytes / sizeof(T), kMost = kLanes < 4 ? kLanes : 4;
+    int64_t row = 0;
+    for (; row + kMost <= rows; row += kMost) some(row, std::integral_constant<int, kMost>());
+    for (; row + 2 <= rows; row += 2) some(row, std::integral_constant<int, 2>());
+    if (row < rows) some(row, std::integral_constant<int, 1>());
+    return;
+  }
+  const int64_t bytes = cols * static_cast<int64_t>(sizeof(T));
+  const auto run = [&](auto vector) {
+    many_rows<decltype(vector)>(a, a_row, a_col, b, b_row, b_col, out, out_row, rows, inner, cols, workspace);
+  };
+  if (bytes >= kVectorBytes) return run(Vector<T>());
+  if constexpr (kVectorBytes > 32)
+    if (bytes >= 32) return run(Vector<T, 32>());
+  return run(Vector<T, 16>());
 }
 
 void product(Scalar scalar, ProductOperand a, ProductOperand b, void* out, int64_t out_stride, int64_t rows,
@@ -271,9 +317,15 @@ void product(Scalar scalar, ProductOperand a, ProductOperand b, void* out, int64
     product_of(a, b, static_cast<float*>(out), out_stride, rows, inner, cols, static_cast<float*>(workspace));
 }
 
+size_t workspace_bytes(Scalar scalar, ProductOperand a, int64_t rows, int64_t inner) {
+  if (!packs_tiles(a.col_stride, rows, inner)) return 0;
+  return static_cast<size_t>((rows < kBlockRows ? rows : kBlockRows) * (inner < kTerms ? inner : kTerms) *
+                             size_of(scalar));
+}
+
 }  // namespace
 
 extern const ProductKernels product_kernels;
-const ProductKernels product_kernels = {product, kBlockRows * kTerms * sizeof(double)};
+const ProductKernels product_kernels = {product, workspace_bytes};
 
 }  // namespace aefast::cpu::AEFAST_INSTRUCTION_SET

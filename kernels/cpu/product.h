@@ -16,11 +16,12 @@ struct ProductOperand {
 
 struct ProductKernels {
   // out (rows, cols), rows `out_stride` apart, = a (rows, inner) b (inner, cols), in float32 or float64, on one
-  // thread. `workspace`, of `workspace_bytes` and aligned to 64, is needed if a's columns are contiguous. Sums are
-  // taken over `inner` in an order that depends on nothing but the shape and the strides.
+  // thread. `workspace` is aligned to 64. Sums are taken over `inner` in an order that depends on nothing but the
+  // shape and the strides.
   void (*product)(Scalar scalar, ProductOperand a, ProductOperand b, void* out, int64_t out_stride, int64_t rows,
                   int64_t inner, int64_t cols, void* workspace);
-  size_t workspace_bytes;
+  // The workspace that such a product needs.
+  size_t (*workspace_bytes)(Scalar scalar, ProductOperand a, int64_t rows, int64_t inner);
 };
 
 const ProductKernels& product_kernels();
