@@ -1,5 +1,6 @@
 """A stack of dense layers as one op."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,53 +30,38 @@ def reference(
     return x
 
 
-def _reference(x: Tensor, weights: Any, biases: Any, activations: Sequence[str]) -> Tensor:
-    for weight, bias, activation in zip(weights, biases, activations, strict=True):
+def _reference(x: Tensor, weights: Any, biases: Any, activations: str) -> Tensor:
+    for weight, bias, activation in zip(weights, biases, activations.split(","), strict=True):
         x = linear_act.specified_reference(x, weight, bias, activation)
     return x
 
 
 _LAYERS = "Tensor x, Tensor[] weights, Tensor?[] biases"
-# `activations` are specifications, as in kernels/activation.py.
-define(f"mlp({_LAYERS}, str[] activations, str backend) -> Tensor")
+# `activations` are specifications, as in kernels/activation.py, between commas.
+define(f"mlp({_LAYERS}, str activations, str backend) -> Tensor")
 # Every layer's output, then the derivatives of the layers whose activation stores one.
-define(f"mlp_saving({_LAYERS}, str[] activations, str backend) -> Tensor[]")
-# The gradients that are needed: of x, of the weights, of the biases.
+define(f"mlp_saving({_LAYERS}, str activations, str backend) -> Tensor[]")
+# The gradients of x, the weights and the biases for which `needs` has a 1, and not a 0.
 define(
-    "mlp_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] saved, str[] activations, bool need_x,"
-    " bool[] need_weights, bool[] need_biases, str backend) -> Tensor[]"
+    "mlp_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] saved, str activations, str needs,"
+    " str backend) -> Tensor[]"
 )
 
 
 @torch.library.impl(LIBRARY, "mlp", "CompositeExplicitAutograd")
 def _(x, weights, biases, activations, backend):
-    return _registry.kernels(backend, "mlp").mlp(x, weights, biases, activations, False)[0][0]
-
-
-def _forward_saving(x, weights, biases, activations, launchers):
-    outputs, derivatives = launchers.mlp(x, weights, biases, activations, True)
-    return [*outputs, *(derivative for derivative in derivatives if derivative is not None)]
-
-
-def _backward(grad, x, weights, saved, activations, need_x, need_weights, need_biases, launchers):
-    outputs, stored = saved[: len(weights)], iter(saved[len(weights) :])
-    derivatives = [next(stored) if activation in STORES_DERIVATIVE else None for activation in activations]
-    x_gradient, weight_gradients, bias_gradients = launchers.mlp_backward(
-        grad, x, weights, outputs, derivatives, activations, need_x, need_weights, need_biases
-    )
-    return x_gradient, *weight_gradients, *bias_gradients
+    return _registry.kernels(backend, "mlp").mlp(x, weights, biases, activations, False)[0]
 
 
 @torch.library.impl(LIBRARY, "mlp_saving", "CompositeExplicitAutograd")
 def _(x, weights, biases, activations, backend):
-    return _forward_saving(x, weights, biases, activations, _registry.kernels(backend, "mlp"))
+    return _registry.kernels(backend, "mlp").mlp(x, weights, biases, activations, True)
 
 
 @torch.library.impl(LIBRARY, "mlp_backward", "CompositeExplicitAutograd")
-def _(grad, x, weights, saved, activations, need_x, need_weights, need_biases, backend):
-    arguments = (grad, x, weights, saved, activations, need_x, need_weights, need_biases)
-    gradients = _backward(*arguments, _registry.kernels(backend, "mlp"))
-    return [gradient for gradient in gradients if gradient is not None]
+def _(grad, x, weights, saved, activations, needs, backend):
+    launchers = _registry.kernels(backend, "mlp")
+    return launchers.mlp_backward(grad, x, weights, saved, activations, needs)
 
 
 @torch.library.register_fake("aefast::mlp", lib=LIBRARY)
@@ -88,18 +74,22 @@ def _(x, weights, biases, activations, backend):
     outputs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
     derivatives = [
         x.new_empty(x.shape[0], weight.shape[0])
-        for weight, activation in zip(weights, activations, strict=True)
+        for weight, activation in zip(weights, activations.split(","), strict=True)
         if activation in STORES_DERIVATIVE
     ]
     return [*outputs, *derivatives]
 
 
 @torch.library.register_fake("aefast::mlp_backward", lib=LIBRARY)
-def _(grad, x, weights, saved, activations, need_x, need_weights, need_biases, backend):
-    gradients = [x.new_empty(x.shape)] if need_x else []
-    gradients += [w.new_empty(w.shape) for w, need in zip(weights, need_weights, strict=True) if need]
-    gradients += [w.new_empty(w.shape[0]) for w, need in zip(weights, need_biases, strict=True) if need]
-    return gradients
+def _(grad, x, weights, saved, activations, needs, backend):
+    shapes = [x.shape, *(w.shape for w in weights), *(w.shape[:1] for w in weights)]
+    return [x.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need == "1"]
+
+
+@functools.cache
+def _needs(needs_input_grad: tuple[bool, ...]) -> str:
+    """The `needs` of mlp_backward, from those of _Mlp's x, call and parameters."""
+    return "".join("01"[need] for index, need in enumerate(needs_input_grad) if index != 1)
 
 
 class _Mlp(torch.autograd.Function):
@@ -108,10 +98,10 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, call, *parameters):
         activations, backend, launchers = call
-        layers = len(activations)
+        layers = len(parameters) // 2
         weights, biases = parameters[:layers], parameters[layers:]
         if launchers is not None:
-            saved = _forward_saving(x, weights, biases, activations, launchers)
+            saved = launchers.mlp(x, weights, biases, activations, True)
         else:
             with below_autograd():
                 saved = torch.ops.aefast.mlp_saving.default(x, weights, biases, activations, backend)
@@ -122,30 +112,35 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         activations, backend, launchers = ctx.call
-        layers = len(activations)
+        needs_input_grad = ctx.needs_input_grad
+        layers = len(needs_input_grad) // 2 - 1
         x, *rest = ctx.saved_tensors
-        weights, biases, saved = rest[:layers], rest[layers : 2 * layers], rest[2 * layers :]
-        need_x, _, *needs = ctx.needs_input_grad
-        arguments = (grad, x, weights, saved, activations, need_x, needs[:layers], needs[layers:])
+        weights, saved = rest[:layers], rest[2 * layers :]
+        arguments = (grad, x, weights, saved, activations, _needs(needs_input_grad))
         if launchers is not None and _registry.may_launch(grad):
             try:
-                x_gradient, *gradients = _backward(*arguments, launchers)
-                return x_gradient, None, *gradients
+                return _spread(launchers.mlp_backward(*arguments), needs_input_grad)
             except _registry.REFUSALS as error:
                 _registry.logger.debug("mlp: %s", error)
         if _registry.wants_reference(grad):
-            gradients = _registry.differentiate(
+            x_gradient, *gradients = _registry.differentiate(
                 lambda x, *parameters: _reference(x, parameters[:layers], parameters[layers:], activations),
-                (x, *weights, *biases),
-                (need_x, *needs),
+                (x, *rest[: 2 * layers]),
+                (needs_input_grad[0], *needs_input_grad[2:]),
                 grad,
             )
-        elif _registry.is_direct(backend, grad, x, *weights, *saved):
-            gradients = _backward(*arguments, _registry.kernels(backend, "mlp"))
+            return x_gradient, None, *gradients
+        if _registry.is_direct(backend, grad, x, *weights, *saved):
+            gradients = _registry.kernels(backend, "mlp").mlp_backward(*arguments)
         else:
-            computed = iter(torch.ops.aefast.mlp_backward.default(*arguments, backend))
-            gradients = [next(computed) if need else None for need in (need_x, *needs)]
-        return gradients[0], None, *gradients[1:]
+            gradients = torch.ops.aefast.mlp_backward.default(*arguments, backend)
+        return _spread(gradients, needs_input_grad)
+
+
+def _spread(gradients: list[Tensor], needs_input_grad: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """One entry for each input, from the gradients of those that need one."""
+    found = iter(gradients)
+    return tuple([next(found) if need else None for need in needs_input_grad])
 
 
 _apply = direct_apply(_Mlp)
@@ -165,7 +160,7 @@ def _(x, weights, biases, activations, backend):
     if _registry.is_transformed():
         return _reference(x, weights, biases, activations)
     if _needs_gradient(x, weights, biases):
-        return _Mlp.apply(x, (list(activations), backend, None), *weights, *biases)
+        return _Mlp.apply(x, (activations, backend, None), *weights, *biases)
     with below_autograd():
         return torch.ops.aefast.mlp.default(x, weights, biases, activations, backend)
 
@@ -173,11 +168,11 @@ def _(x, weights, biases, activations, backend):
 def _launch(x, weights, biases, activations, backend, launchers):
     if _needs_gradient(x, weights, biases):
         return _apply(x, (activations, backend, launchers), *weights, *biases)
-    return launchers.mlp(x, weights, biases, activations, False)[0][0]
+    return launchers.mlp(x, weights, biases, activations, False)[0]
 
 
-def _specifications(activations: Sequence[str], negative_slope: float, alpha: float) -> list[str]:
-    return [specification(activation, negative_slope, alpha) for activation in activations]
+def _specifications(activations: Sequence[str], negative_slope: float, alpha: float) -> str:
+    return ",".join([specification(activation, negative_slope, alpha) for activation in activations])
 
 
 def mlp(
@@ -209,7 +204,7 @@ def mlp(
         InputError: a shape, dtype, device, name or value is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
-    if _are_plain(x, weights, biases) and x.dim() == 2:
+    if _are_plain(x, weights, biases, activations) and x.dim() == 2:
         chosen = _registry.unexamined("mlp", x)
         if chosen is not None:
             try:
@@ -237,13 +232,13 @@ def mlp(
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[1])
 
 
-def _are_plain(x: Any, weights: Any, biases: Any) -> bool:
-    if type(x) is not Tensor or type(weights) not in (list, tuple) or type(biases) not in (list, tuple):
+def _are_plain(x: Any, weights: Any, biases: Any, activations: Any) -> bool:
+    if type(x) is not Tensor:
         return False
-    for tensor in (*weights, *biases):
-        if type(tensor) not in _registry.PLAIN:
+    for value in (weights, biases, activations):
+        if type(value) not in (list, tuple) or len(value) != len(weights):
             return False
-    return len(weights) == len(biases)
+    return _registry.PLAIN.issuperset(map(type, (*weights, *biases)))
 
 
 def _lists(*values: Any) -> list[Any]:

@@ -139,6 +139,33 @@ double flops_of(Matrix a, Matrix b) { return 2.0 * a.rows * a.cols * b.cols; }
 
 int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
+// out = a b on one thread, by product_kernels().
+void multiply_here(Matrix a, Matrix b, Matrix out) {
+  // Kept, because a large block that is freed goes back to the system, and comes back page by page.
+  static thread_local Workspace workspace;
+  const ProductOperand left{a.data, a.row_stride, a.col_stride}, right{b.data, b.row_stride, b.col_stride};
+  const size_t bytes = product_kernels().workspace_bytes(out.scalar, left, out.rows, a.cols);
+  product_kernels().product(out.scalar, left, right, out.data, out.row_stride, out.rows, a.cols, out.cols,
+                            workspace.of(bytes));
+}
+
+// The same for few rows of out, where b is all there is to read: the terms are summed in parts, so that a thread
+// reads whole rows of b, one after the other. How many parts depends on the shape alone.
+void multiply_in_parts(Matrix a, Matrix b, Matrix out, int64_t workers) {
+  constexpr int64_t kParts = 8;
+  Scratch scratch;
+  const Matrix sums = scratch.matrix(out.scalar, kParts, out.rows * out.cols);
+  const int64_t terms = (a.cols + kParts - 1) / kParts;
+  torch::stable::parallel_for(0, kParts, (kParts + workers - 1) / workers, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t first = std::min(part * terms, a.cols), count = std::min(terms, a.cols - first);
+      const Matrix sum{sums.row_block(part, 1).data, out.scalar, out.rows, out.cols, out.cols, 1};
+      multiply_here(a.column_block(first, count), b.row_block(first, count), sum);
+    }
+  });
+  pointwise().sum_rows(out.scalar, sums.data, out.data, kParts, out.rows * out.cols);
+}
+
 // out = a b by the BLAS, or by product_kernels() on so many threads, each with columns of out of its own.
 void multiply(Matrix a, Matrix b, Matrix out, bool use_blas) {
   const bool is_real = out.scalar == Scalar::float32 || out.scalar == Scalar::float64;
@@ -147,24 +174,18 @@ void multiply(Matrix a, Matrix b, Matrix out, bool use_blas) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(borrow(out).get(), borrow(a).get(), borrow(b).get()));
     return;
   }
-  const ProductOperand left{a.data, a.row_stride, a.col_stride};
-  const auto columns = [&](int64_t first, int64_t count) {
-    // Kept, because a large block that is freed goes back to the system, and comes back page by page.
-    static thread_local Workspace workspace;
-    const int64_t size = size_of(out.scalar);
-    const void* right = static_cast<char*>(b.data) + first * b.col_stride * size;
-    product_kernels().product(out.scalar, left, {right, b.row_stride, b.col_stride},
-                              static_cast<char*>(out.data) + first * size, out.row_stride, out.rows, a.cols, count,
-                              workspace.of(product_kernels().workspace_bytes(out.scalar, left, out.rows, a.cols)));
+  constexpr int64_t kColumns = 32, kMostRowsOfParts = 4, kLeastTermsOfParts = 256;
+  const auto workers_of = [&](int64_t tasks) {
+    return std::min({threads(), tasks, static_cast<int64_t>(flops_of(a, b) / kLeastFlopsOfThread)});
   };
-  constexpr int64_t kColumns = 32;
-  const int64_t tasks = (out.cols + kColumns - 1) / kColumns;
-  const int64_t workers = std::min({threads(), tasks, static_cast<int64_t>(flops_of(a, b) / kLeastFlopsOfThread)});
-  if (workers <= 1) return columns(0, out.cols);
+  if (b.col_stride == 1 && out.rows <= kMostRowsOfParts && a.cols >= kLeastTermsOfParts && out.is_row_major())
+    return multiply_in_parts(a, b, out, std::max<int64_t>(1, workers_of(threads())));
+  const int64_t tasks = (out.cols + kColumns - 1) / kColumns, workers = workers_of(tasks);
+  if (workers <= 1) return multiply_here(a, b, out);
   const int64_t width = (tasks + workers - 1) / workers * kColumns;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * width, last = std::min(end * width, out.cols);
-    if (first < last) columns(first, last - first);
+    const int64_t first = begin * width, count = std::min(end * width, out.cols) - first;
+    if (count > 0) multiply_here(a, b.column_block(first, count), out.column_block(first, count));
   });
 }
 
@@ -248,7 +269,8 @@ Division divide(int64_t rows, int64_t widest, int64_t block, double most_flops, 
   constexpr int64_t kLeastRowsOfThread = 64, kRows = 256, kLeastRowsOfBlas = 512, kMostRowsOfBlas = 2048;
   constexpr int64_t kElementsOfBlas = 1 << 20;
   const bool use_blas = most_flops > kMostFlopsOfOwn;
-  if (rows < kLeastRowsOfThread * threads() || most_flops < kLeastFlopsOfThread * static_cast<double>(threads()))
+  const int64_t least_rows = use_blas ? kLeastRowsOfBlas : kLeastRowsOfThread;
+  if (rows < least_rows * threads() || most_flops < kLeastFlopsOfThread * static_cast<double>(threads()))
     return {1, rows, use_blas};
   int64_t most = kRows;
   if (use_blas) most = convert ? kLeastRowsOfBlas : std::clamp(kElementsOfBlas / widest, kLeastRowsOfBlas, kMostRowsOfBlas);
@@ -320,10 +342,11 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
     const Matrix a = g.transposed();
     const double flops = flops_of(a, x);
     if (flops > kMostFlopsOfOwn) return multiply(a, x, out, true);
-    // Each thread rearranges all of the operand that is not divided: that is to be the shorter one.
+    // Threads share rows of out where there are enough: a thread that writes whole pages keeps them in its own cache.
+    constexpr int64_t kLeastRows = 32;
     const int64_t workers = std::min(threads(), static_cast<int64_t>(flops / kLeastFlopsOfThread));
-    if (workers <= 1 || out.rows < out.cols || out.rows < 16 * workers) return multiply(a, x, out, false);
-    const int64_t part = (out.rows + workers - 1) / workers;
+    if (workers <= 1 || out.rows < kLeastRows * workers) return multiply(a, x, out, false);
+    const int64_t part = blocks_of((out.rows + workers - 1) / workers, kLeastRows) * kLeastRows;
     return for_row_parts(out.rows, {blocks_of(out.rows, part), part, false}, [&](int64_t begin, int64_t count) {
       multiply(a.row_block(begin, count), x, out.row_block(begin, count), false);
     });

@@ -30,6 +30,7 @@ struct Matrix {
     char* const first = data ? static_cast<char*>(data) + begin * row_stride * size_of(scalar) : nullptr;
     return {first, scalar, count, cols, row_stride, col_stride};
   }
+  Matrix column_block(int64_t begin, int64_t count) const { return transposed().row_block(begin, count).transposed(); }
   Matrix transposed() const { return {data, scalar, cols, rows, col_stride, row_stride}; }
   bool is_row_major() const { return col_stride == 1 && row_stride == cols; }
 };

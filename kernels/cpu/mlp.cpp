@@ -1,6 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
+#include <algorithm>
 
 #include "dense.h"
 #include "dense_schemas.h"
@@ -8,71 +8,85 @@
 namespace aefast::cpu {
 namespace {
 
-std::tuple<std::vector<Tensor>, std::vector<OptionalTensor>> mlp(Tensor x, std::vector<Tensor> weights,
-                                                                 std::vector<OptionalTensor> biases,
-                                                                 std::vector<std::string> activations, bool save) {
+std::vector<ActivationSpec> activation_specs(const std::string& specifications, size_t layers) {
+  const std::vector<std::string> activations = split_activations(specifications);
+  STD_TORCH_CHECK(activations.size() == layers, "activations must have one entry a layer");
+  std::vector<ActivationSpec> specs;
+  specs.reserve(layers);
+  for (const std::string& activation : activations) specs.push_back(activation_spec(activation));
+  return specs;
+}
+
+std::vector<Tensor> mlp(Tensor x, std::vector<Tensor> weights, std::vector<OptionalTensor> biases,
+                        std::string activations, bool save) {
   const size_t count = weights.size();
   STD_TORCH_CHECK(count > 0, "weights must hold at least one layer");
-  STD_TORCH_CHECK(biases.size() == count && activations.size() == count,
-                  "biases and activations must have one entry a layer");
+  STD_TORCH_CHECK(biases.size() == count, "biases must have one entry a layer");
   STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
+  const std::vector<ActivationSpec> specs = activation_specs(activations, count);
   std::vector<LayerForward> layers;
   layers.reserve(count);
-  std::vector<Tensor> outputs;
-  std::vector<OptionalTensor> derivatives;
+  std::vector<Tensor> outputs, derivatives;
+  outputs.reserve(2 * count);
   int64_t inputs = x.size(1);
   for (size_t index = 0; index < count; ++index) {
     check_layer(weights[index], biases[index], inputs, x);
     inputs = weights[index].size(0);
-    const ActivationSpec spec = activation_spec(activations[index]);
-    OptionalTensor out, derivative;
+    Matrix out, derivative;
     if (save || index + 1 == count) {
-      out = new_matrix(x, x.size(0), inputs);
-      if (save && stores_derivative(spec.activation)) derivative = new_matrix(x, x.size(0), inputs);
-      outputs.push_back(*out);
-      derivatives.push_back(derivative);
+      outputs.push_back(new_matrix(x, x.size(0), inputs));
+      out = matrix_of(outputs.back());
     }
-    layers.push_back({spec, matrix_of(weights[index]), vector_of(biases[index]), matrix_of(out), matrix_of(derivative)});
+    if (save && stores_derivative(specs[index].activation)) {
+      derivatives.push_back(new_matrix(x, x.size(0), inputs));
+      derivative = matrix_of(derivatives.back());
+    }
+    layers.push_back({specs[index], matrix_of(weights[index]), vector_of(biases[index]), out, derivative});
   }
   dense_forward(matrix_of(x), layers.data(), count);
-  return {outputs, derivatives};
+  outputs.insert(outputs.end(), derivatives.begin(), derivatives.end());
+  return outputs;
 }
 
-std::tuple<OptionalTensor, std::vector<OptionalTensor>, std::vector<OptionalTensor>> mlp_backward(
-    Tensor grad, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> outputs,
-    std::vector<OptionalTensor> derivatives, std::vector<std::string> activations, bool need_x,
-    std::vector<bool> need_weights, std::vector<bool> need_biases) {
+std::vector<Tensor> mlp_backward(Tensor grad, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> saved,
+                                 std::string activations, std::string needs) {
   const size_t count = weights.size();
-  STD_TORCH_CHECK(count > 0 && outputs.size() == count && derivatives.size() == count && activations.size() == count &&
-                      need_weights.size() == count && need_biases.size() == count,
-                  "outputs, derivatives, activations, need_weights and need_biases must have one entry a layer");
+  STD_TORCH_CHECK(count > 0, "weights must hold at least one layer");
+  STD_TORCH_CHECK(needs.size() == 1 + 2 * count, "needs must have one entry for x and two a layer");
   STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
-  std::vector<OptionalTensor> weight_gradients(count), bias_gradients(count);
+  const std::vector<ActivationSpec> specs = activation_specs(activations, count);
+  const auto stored = static_cast<size_t>(std::count_if(
+      specs.begin(), specs.end(), [](const ActivationSpec& spec) { return stores_derivative(spec.activation); }));
+  STD_TORCH_CHECK(saved.size() == count + stored, "saved must hold ", count + stored, " tensors");
+  std::vector<Tensor> gradients;
+  gradients.reserve(needs.size());
+  const auto new_gradient = [&](size_t index, int64_t rows, int64_t cols) {
+    if (needs[index] != '1') return Matrix();
+    gradients.push_back(new_matrix(x, rows, cols));
+    return matrix_of(gradients.back());
+  };
+  const Matrix x_gradient = new_gradient(0, x.size(0), x.size(1));
   std::vector<LayerBackward> layers;
   layers.reserve(count);
-  const Tensor* input = &x;
+  size_t derivative = count;
   for (size_t index = 0; index < count; ++index) {
     const Tensor& weight = weights[index];
-    check_layer(weight, std::nullopt, input->size(1), x);
-    check_matrix("outputs", outputs[index], x.size(0), weight.size(0), x);
-    const ActivationSpec spec = activation_spec(activations[index]);
-    OptionalTensor saved = outputs[index];
-    if (stores_derivative(spec.activation)) {
-      saved = derivatives[index];
-      STD_TORCH_CHECK(saved, "derivatives must be given for the activations that store one");
-      check_matrix("derivatives", *saved, x.size(0), weight.size(0), x);
-    }
-    if (need_weights[index]) weight_gradients[index] = new_matrix(x, weight.size(0), weight.size(1));
-    if (need_biases[index]) bias_gradients[index] = new_vector(x, weight.size(0));
-    layers.push_back({spec, matrix_of(weight), matrix_of(*input), matrix_of(saved), matrix_of(weight_gradients[index]),
-                      vector_of(bias_gradients[index])});
-    input = &outputs[index];
+    const Tensor& input = index > 0 ? saved[index - 1] : x;
+    const Tensor& values = stores_derivative(specs[index].activation) ? saved[derivative++] : saved[index];
+    check_layer(weight, std::nullopt, input.size(1), x);
+    check_matrix("saved", saved[index], x.size(0), weight.size(0), x);
+    check_matrix("saved", values, x.size(0), weight.size(0), x);
+    layers.push_back({specs[index], matrix_of(weight), matrix_of(input), matrix_of(values),
+                      new_gradient(1 + index, weight.size(0), weight.size(1)), {}});
   }
-  check_matrix("grad", grad, x.size(0), input->size(1), x);
-  OptionalTensor x_gradient;
-  if (need_x) x_gradient = new_matrix(x, x.size(0), x.size(1));
-  dense_backward(matrix_of(grad), layers.data(), count, matrix_of(x_gradient));
-  return {x_gradient, weight_gradients, bias_gradients};
+  for (size_t index = 0; index < count; ++index)
+    if (needs[1 + count + index] == '1') {
+      gradients.push_back(new_vector(x, weights[index].size(0)));
+      layers[index].bias_gradient = vector_of(gradients.back());
+    }
+  check_matrix("grad", grad, x.size(0), weights.back().size(0), x);
+  dense_backward(matrix_of(grad), layers.data(), count, x_gradient);
+  return gradients;
 }
 
 }  // namespace

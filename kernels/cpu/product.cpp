@@ -18,8 +18,10 @@ constexpr int64_t kTerms = 256;
 // read on where the last columns ended.
 constexpr int64_t kTermsInPlace = 64;
 constexpr int64_t kLeastTermsToPack = 8;
-// A product of so few terms is mostly writing, and goes row by row through out.
-constexpr int64_t kMostTermsOfWriting = 4;
+// A large product of so few terms is mostly writing, and goes through out by rows, as memory likes it best.
+constexpr int64_t kMostTermsOfWriting = 32, kLeastBytesOfWriting = 512 << 10;
+// With so few, b's rows stay in the first-level cache, and a row of out is written at once.
+constexpr int64_t kMostTermsOfRow = 4;
 // For so few rows b is read from where it is: to rearrange it takes longer than the product.
 constexpr int64_t kFewRows = 8;
 // Rows of a whose terms stay in the second-level cache while all of b's columns pass.
@@ -212,10 +214,13 @@ void many_rows(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_r
   constexpr int64_t kLanes = sizeof(V) / sizeof(T);
   alignas(kVectorBytes) T panel[kTerms * 2 * kLanes];
   const bool pack_a = packs_tiles(a_col, rows, inner);
-  const bool pack_b = b_col != 1 || (inner >= kLeastTermsToPack && rows > 4 * kTileRows && cols > 2 * kLanes);
+  const bool is_writing = b_col == 1 && inner <= kMostTermsOfWriting &&
+                          rows * cols * static_cast<int64_t>(sizeof(T)) >= kLeastBytesOfWriting;
+  const bool pack_b = b_col != 1 || (!is_writing && inner >= kLeastTermsToPack && rows > 4 * kTileRows && cols > 2 * kLanes);
   const int64_t most_terms = pack_b ? kTerms : kTermsInPlace;
-  for (int64_t first = 0; first < rows; first += kBlockRows) {
-    const int64_t block = rows - first < kBlockRows ? rows - first : kBlockRows;
+  const int64_t most_rows = is_writing ? kTileRows : kBlockRows;
+  for (int64_t first = 0; first < rows; first += most_rows) {
+    const int64_t block = rows - first < most_rows ? rows - first : most_rows;
     int64_t begin = 0;
     do {
       const int64_t terms = inner - begin < most_terms ? inner - begin : most_terms;
@@ -279,7 +284,7 @@ void product_of(ProductOperand left, ProductOperand right, T* out, int64_t out_r
   const T* a = static_cast<const T*>(left.data);
   const T* b = static_cast<const T*>(right.data);
   const int64_t a_row = left.row_stride, a_col = left.col_stride, b_row = right.row_stride, b_col = right.col_stride;
-  if (b_col == 1 && inner <= kMostTermsOfWriting) {
+  if (b_col == 1 && inner <= kMostTermsOfRow) {
     for (int64_t row = 0; row < rows; ++row)
       few_rows<1>(a + row * a_row, a_row, a_col, b, b_row, out + row * out_row, out_row, inner, cols);
     return;

@@ -98,16 +98,16 @@ struct Operators {
     return {gradients.x, gradients.weight, gradients.bias};
   }
 
-  static std::tuple<std::vector<Tensor>, std::vector<OptionalTensor>> mlp(
-      const Tensor& x, const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
-      const std::vector<std::string>& activations, bool save) {
+  static std::vector<Tensor> mlp(const Tensor& x, const std::vector<Tensor>& weights,
+                                 const std::vector<OptionalTensor>& biases, const std::string& specifications,
+                                 bool save) {
     const size_t layers = weights.size();
+    const std::vector<std::string> activations = split_activations(specifications);
     STD_TORCH_CHECK(layers > 0, "weights must hold at least one layer");
     STD_TORCH_CHECK(biases.size() == layers && activations.size() == layers,
                     "biases and activations must have one entry a layer");
     const typename Backend::Scope scope(x);
-    std::vector<Tensor> outputs;
-    std::vector<OptionalTensor> derivatives;
+    std::vector<Tensor> outputs, derivatives;
     Tensor hidden = x;
     for (size_t l = 0; l < layers; ++l) {
       const ActivationSpec spec = activation_spec(activations[l]);
@@ -115,47 +115,58 @@ struct Operators {
       hidden = out;
       if (save) {
         outputs.push_back(out);
-        derivatives.push_back(derivative);
+        if (derivative) derivatives.push_back(*derivative);
       }
     }
     if (!save) outputs.push_back(hidden);
-    return {outputs, derivatives};
+    outputs.insert(outputs.end(), derivatives.begin(), derivatives.end());
+    return outputs;
   }
 
-  static std::tuple<OptionalTensor, std::vector<OptionalTensor>, std::vector<OptionalTensor>> mlp_backward(
-      const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& outputs,
-      const std::vector<OptionalTensor>& derivatives, const std::vector<std::string>& activations, bool need_x,
-      const std::vector<bool>& need_weights, const std::vector<bool>& need_biases) {
+  static std::vector<Tensor> mlp_backward(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights,
+                                          const std::vector<Tensor>& saved, const std::string& specifications,
+                                          const std::string& needs) {
     const size_t layers = weights.size();
-    STD_TORCH_CHECK(outputs.size() == layers && derivatives.size() == layers && activations.size() == layers &&
-                        need_weights.size() == layers && need_biases.size() == layers,
-                    "outputs, derivatives, activations, need_weights and need_biases must have one entry a layer");
+    const std::vector<std::string> activations = split_activations(specifications);
+    STD_TORCH_CHECK(activations.size() == layers, "activations must have one entry a layer");
+    STD_TORCH_CHECK(needs.size() == 1 + 2 * layers, "needs must have one entry for x and two a layer");
+    std::vector<ActivationSpec> specs;
+    size_t stored = layers;
+    for (const std::string& activation : activations) {
+      specs.push_back(activation_spec(activation));
+      stored += stores_derivative(specs.back().activation);
+    }
+    STD_TORCH_CHECK(saved.size() == stored, "saved must hold ", stored, " tensors");
+    const auto is_needed = [&](size_t index) { return needs[index] == '1'; };
     const typename Backend::Scope scope(x);
     // need_input[l]: x or a parameter of a layer below l wants a gradient.
     std::vector<bool> need_input(layers);
-    bool needed = need_x;
+    bool needed = is_needed(0);
     for (size_t l = 0; l < layers; ++l) {
       need_input[l] = needed;
-      needed = needed || need_weights[l] || need_biases[l];
+      needed = needed || is_needed(1 + l) || is_needed(1 + layers + l);
     }
-    std::vector<OptionalTensor> weight_gradients(layers), bias_gradients(layers);
+    std::vector<OptionalTensor> gradients(1 + 2 * layers);
     OptionalTensor gradient = grad;
     for (size_t l = layers; l-- > 0 && gradient;) {
-      const ActivationSpec spec = activation_spec(activations[l]);
-      OptionalTensor saved;
-      if (stores_derivative(spec.activation)) {
-        saved = derivatives[l];
-      } else if (spec.activation != Activation::identity) {
-        saved = outputs[l];
+      OptionalTensor values;
+      if (stores_derivative(specs[l].activation)) {
+        values = saved[--stored];
+      } else if (specs[l].activation != Activation::identity) {
+        values = saved[l];
       }
-      const Tensor& input = l > 0 ? outputs[l - 1] : x;
-      LayerGradients gradients = layer_backward(*gradient, input, weights[l], saved, spec, need_input[l],
-                                                need_weights[l], need_biases[l]);
-      weight_gradients[l] = gradients.weight;
-      bias_gradients[l] = gradients.bias;
-      gradient = gradients.x;
+      const Tensor& input = l > 0 ? saved[l - 1] : x;
+      LayerGradients found = layer_backward(*gradient, input, weights[l], values, specs[l], need_input[l],
+                                            is_needed(1 + l), is_needed(1 + layers + l));
+      gradients[1 + l] = found.weight;
+      gradients[1 + layers + l] = found.bias;
+      gradient = found.x;
     }
-    return {gradient, weight_gradients, bias_gradients};
+    gradients[0] = is_needed(0) ? gradient : std::nullopt;
+    std::vector<Tensor> wanted;
+    for (const OptionalTensor& found : gradients)
+      if (found) wanted.push_back(*found);
+    return wanted;
   }
 
  private:

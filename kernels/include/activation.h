@@ -9,6 +9,7 @@
 #include <limits>
 #include <string>
 #include <system_error>
+#include <vector>
 
 #include "elementary.h"
 
@@ -67,6 +68,16 @@ inline bool parse_activation(const std::string& specification, ActivationSpec& s
   const auto [stopped, error] = std::from_chars(specification.data() + colon + 1, end, parameter);
   (spec.activation == Activation::elu ? spec.parameters.alpha : spec.parameters.slope) = parameter;
   return error == std::errc() && stopped == end && parameter >= 0.0 && parameter <= std::numeric_limits<double>::max();
+}
+
+// The parts of a list between commas.
+inline std::vector<std::string> split_activations(const std::string& specifications) {
+  std::vector<std::string> parts;
+  size_t begin = 0;
+  for (size_t comma; (comma = specifications.find(',', begin)) != std::string::npos; begin = comma + 1)
+    parts.push_back(specifications.substr(begin, comma - begin));
+  parts.push_back(specifications.substr(begin));
+  return parts;
 }
 
 // Self-normalizing networks, Klambauer et al. 2017 (arXiv:1706.02515).

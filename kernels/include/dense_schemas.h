@@ -4,7 +4,10 @@
 // The second output of linear_act is act'(pre-activation), for save_derivative and an activation that stores
 // it; `saved` is that derivative where it exists, nothing for identity, else the output. `needs` has bit 0 set if
 // x's gradient is wanted, bit 1 weight's, bit 2 bias's.
-// mlp: with save, one output and one derivative a layer; without, the last output alone.
+// mlp: `activations` has one a layer, between commas; a list of so many strings would cost a short call more than its
+// work. With save the result, and what the backward takes as `saved`, is one output a layer and then the derivatives
+// of the layers that store one; without, the last output alone. `needs` has a 1 for each gradient that is wanted, else
+// a 0, in the order in which the backward gives those wanted: of x, of the weights, of the biases.
 #pragma once
 
 #include <array>
@@ -22,10 +25,9 @@ constexpr std::array<const char*, 2> kLinearActSchemas = {
 constexpr int64_t kNeedX = 1, kNeedWeight = 2, kNeedBias = 4;
 
 constexpr std::array<const char*, 2> kMlpSchemas = {
-    "mlp(Tensor x, Tensor[] weights, Tensor?[] biases, str[] activations, bool save) -> (Tensor[], Tensor?[])",
+    "mlp(Tensor x, Tensor[] weights, Tensor?[] biases, str activations, bool save) -> Tensor[]",
 
-    "mlp_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] outputs, Tensor?[] derivatives, "
-    "str[] activations, bool need_x, bool[] need_weights, bool[] need_biases) -> (Tensor?, Tensor?[], Tensor?[])",
+    "mlp_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] saved, str activations, str needs) -> Tensor[]",
 };
 
 }  // namespace aefast::dense

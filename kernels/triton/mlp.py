@@ -56,42 +56,39 @@ def inner_gradient(g, weight, saved, activation, need_bias):
 
 
 def mlp(x, weights, biases, activations, save):
-    """x (M, K) through all layers: (outputs, derivatives), one a layer; ([final], [None]) without save."""
+    """x (M, K) through all layers: their outputs, then the derivatives stored; without save the last output."""
     outputs, derivatives = [], []
     with on_device(x):
-        for weight, bias, activation in zip(weights, biases, activations, strict=True):
+        for weight, bias, activation in zip(weights, biases, activations.split(","), strict=True):
             x, derivative = forward(x, weight, bias, activation, save)
             outputs.append(x)
             derivatives.append(derivative)
-    return (outputs, derivatives) if save else (outputs[-1:], [None])
+    if not save:
+        return outputs[-1:]
+    return outputs + [derivative for derivative in derivatives if derivative is not None]
 
 
-def mlp_backward(
-    grad,
-    x,
-    weights,
-    outputs,
-    derivatives,
-    activations,
-    need_x,
-    need_weights,
-    need_biases,
-):
-    """(dx | None, dweights, dbiases), None where not needed. Ends at the lowest layer that anything needs."""
-    layers = len(weights)
+def mlp_backward(grad, x, weights, saved, activations, needs):
+    """The gradients needed, of x, weights and biases. Ends at the lowest layer that anything needs."""
+    layers, activations = len(weights), activations.split(",")
+    need_x, *rest = (need == "1" for need in needs)
+    need_weights, need_biases = rest[:layers], rest[layers:]
+    outputs, stored = saved[:layers], iter(saved[layers:])
+    # What the activation's derivative is computed from.
+    values = [
+        next(stored) if activation in STORES_DERIVATIVE else output
+        for activation, output in zip(activations, outputs, strict=True)
+    ]
     dweights, dbiases = [None] * layers, [None] * layers
     needed = [i for i in range(layers) if need_x or need_weights[i] or need_biases[i]]
     lowest = min(needed, default=layers)
     if lowest == layers:
-        return None, dweights, dbiases
-
-    def saved(layer):
-        return derivatives[layer] if activations[layer] in STORES_DERIVATIVE else outputs[layer]
+        return []
 
     with on_device(grad):
         top = layers - 1
         need_g = need_x or lowest < top or need_weights[top]
-        g, dbiases[top] = outermost_gradient(grad, saved(top), activations[top], need_g, need_biases[top])
+        g, dbiases[top] = outermost_gradient(grad, values[top], activations[top], need_g, need_biases[top])
         for layer in range(top, lowest - 1, -1):
             if need_weights[layer]:
                 dweights[layer] = product("wgrad", g.t(), outputs[layer - 1] if layer else x)
@@ -100,9 +97,9 @@ def mlp_backward(
                 g, dbiases[below] = inner_gradient(
                     g,
                     weights[layer],
-                    saved(below),
+                    values[below],
                     activations[below],
                     need_biases[below],
                 )
         dx = product("dgrad", g, weights[0]) if need_x else None
-    return dx, dweights, dbiases
+    return [gradient for gradient in (dx, *dweights, *dbiases) if gradient is not None]

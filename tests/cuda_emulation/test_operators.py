@@ -114,42 +114,47 @@ SIZES = [5, 8, 7, 7, 3, 6]
 def mlp_arguments():
     weights = [random(n, k, seed=n + k) for k, n in pairwise(SIZES)]
     biases = [None if layer == 2 else random(len(weight), seed=layer) for layer, weight in enumerate(weights)]
-    return random(10, SIZES[0], seed=7), weights, biases, [name for name in MLP]
+    return random(10, SIZES[0], seed=7), weights, biases, ",".join(MLP)
 
 
 def test_mlp(ops):
     x, weights, biases, codes = mlp_arguments()
     grad = random(10, SIZES[-1], seed=8)
-    outputs, derivatives = ops.mlp(x, weights, biases, codes, True)
-    assert len(outputs) == len(derivatives) == len(MLP)
-    assert [d is not None for d in derivatives] == [name in STORES_DERIVATIVE for name in MLP]
-    has_bias = [bias is not None for bias in biases]
-    d_x, d_weights, d_biases = ops.mlp_backward(
-        grad, x, weights, outputs, derivatives, codes, True, [True] * 5, has_bias
-    )
-    expected, e_x, e_weights, e_biases = eager_gradients(MLP, grad, x, weights, biases)
-    torch.testing.assert_close((outputs[-1], d_x), (expected, e_x), rtol=1e-11, atol=1e-12)
-    for actual, reference in zip(d_weights + d_biases, e_weights + e_biases, strict=True):
-        assert (actual is None) == (reference is None)
-        if reference is not None:
-            torch.testing.assert_close(actual, reference, rtol=1e-11, atol=1e-12)
+    saved = ops.mlp(x, weights, biases, codes, True)
+    assert len(saved) == len(MLP) + sum(name in STORES_DERIVATIVE for name in MLP)
+    gradients = ops.mlp_backward(grad, x, weights, saved, codes, "1" + "11111" + "11011")
+    expected, *exact = eager_gradients(MLP, grad, x, weights, biases)
+    exact = [exact[0], *exact[1], *(gradient for gradient in exact[2] if gradient is not None)]
+    torch.testing.assert_close(saved[4], expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(gradients, exact, rtol=1e-11, atol=1e-12)
 
-    (only,), nothing = ops.mlp(x, weights, biases, codes, False)
-    assert torch.equal(only, outputs[-1]) and nothing == []
+    (only,) = ops.mlp(x, weights, biases, codes, False)
+    assert torch.equal(only, saved[4])
 
 
 def test_mlp_computes_only_what_is_wanted(ops):
     x, weights, biases, codes = mlp_arguments()
     grad = random(10, SIZES[-1], seed=8)
     saved = ops.mlp(x, weights, biases, codes, True)
-    arguments = (grad, x, weights, *saved, codes)
-    _, every_weight, every_bias = ops.mlp_backward(*arguments, True, [True] * 5, [True] * 5)
-    need_weights, need_biases = [False, False, False, True, False], [False, True, False, False, False]
-    d_x, d_weights, d_biases = ops.mlp_backward(*arguments, False, need_weights, need_biases)
-    assert d_x is None
-    assert [d is not None for d in d_weights] == need_weights
-    assert [d is not None for d in d_biases] == need_biases
-    assert torch.equal(d_weights[3], every_weight[3]) and torch.equal(d_biases[1], every_bias[1])
+    arguments = (grad, x, weights, saved, codes)
+    every = ops.mlp_backward(*arguments, "1" * 11)
+    weight, bias = ops.mlp_backward(*arguments, "0" + "00010" + "01000")
+    assert torch.equal(weight, every[1 + 3]) and torch.equal(bias, every[1 + 5 + 1])
+    assert ops.mlp_backward(*arguments, "0" * 11) == []
+
+
+def test_mlp_refuses_arguments_that_do_not_fit(ops):
+    x, weights, biases, codes = mlp_arguments()
+    grad = random(10, SIZES[-1], seed=8)
+    saved = ops.mlp(x, weights, biases, codes, True)
+    for message, *arguments in (
+        ("one entry a layer", weights, saved, codes + ",relu", "1" * 11),
+        ("unknown activation", weights, saved, codes.replace("gelu", "swish"), "1" * 11),
+        ("needs must have", weights, saved, codes, "1" * 10),
+        ("saved must hold 7 tensors", weights, saved[:-1], codes, "1" * 11),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.mlp_backward(grad, x, *arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -62,7 +62,7 @@ def test_opcheck(backend, device, dtype):
     x = x.detach().to(device, dtype)
     weights = [weight.detach().to(device, dtype) for weight in weights]
     biases = [bias.detach().to(device, dtype) for bias in biases]
-    activations = ["gelu", "elu:0.5"]
+    activations = "gelu,elu:0.5"
     for need in (True, False):
         arguments = (
             x.clone(),
@@ -75,7 +75,7 @@ def test_opcheck(backend, device, dtype):
         saved = torch.ops.aefast.mlp_saving.default(x, weights, biases, activations, backend)
     torch.library.opcheck(
         torch.ops.aefast.mlp_backward.default,
-        (saved[1].clone(), x, weights, saved, activations, True, [True, False], [False, True], backend),
+        (saved[1].clone(), x, weights, saved, activations, "1" + "10" + "01", backend),
     )
 
 

@@ -193,7 +193,7 @@ def test_strides(candidate):
 def test_mlp(candidate, dtype):
     widths = (24, 40, 8, 16, 32) if candidate == "fused-descriptors" else (23, 40, 7, 17, 33)
     activations, batch = ["gelu", "elu", "identity", "softplus"], 70
-    specs = [specification(activation, SLOPE, ALPHA) for activation in activations]
+    specs = ",".join(specification(activation, SLOPE, ALPHA) for activation in activations)
     x, grad = normal(batch, widths[0], dtype=dtype), normal(batch, widths[-1], dtype=dtype, seed=1)
     weights = [
         normal(n, k, dtype=dtype, seed=2 + i, scale=k**-0.5)
@@ -201,16 +201,12 @@ def test_mlp(candidate, dtype):
     ]
     biases = [normal(n, dtype=dtype, seed=9 + n) for n in widths[1:]]
     biases[2] = None
-    needs = [b is not None for b in biases]
     with tuning.force(*CANDIDATES[candidate]):
-        outputs, derivatives = stacks.mlp(x, weights, biases, specs, True)
-        dx, dweights, dbiases = stacks.mlp_backward(
-            grad, x, weights, outputs, derivatives, specs, True, [True] * 4, needs
-        )
-        final, nothing = stacks.mlp(x, weights, biases, specs, False)
-    assert [d is not None for d in derivatives] == [True, False, False, False]
-    assert dbiases[2] is None and len(final) == 1 and nothing == [None]
-    got = [outputs[-1], dx, *dweights, *(d for d in dbiases if d is not None)]
+        saved = stacks.mlp(x, weights, biases, specs, True)
+        gradients = stacks.mlp_backward(grad, x, weights, saved, specs, "1" + "1111" + "1101")
+        final = stacks.mlp(x, weights, biases, specs, False)
+    assert len(saved) == 4 + 1 and len(final) == 1
+    got = [saved[3], *gradients]
     eager = eager_stack(x, weights, biases, activations, grad, dtype)
     exact = eager_stack(x, weights, biases, activations, grad, torch.float64)
     for position, values in enumerate(zip(got, eager, exact, strict=True)):
@@ -220,23 +216,20 @@ def test_mlp(candidate, dtype):
 
 @pytest.mark.parametrize("candidate", ["unfused", "fused"])
 def test_mlp_computes_only_what_is_needed(candidate, monkeypatch):
-    dtype, widths, specs = torch.float32, (5, 6, 7, 3), ["relu", "tanh", "identity"]
+    dtype, widths, specs = torch.float32, (5, 6, 7, 3), "relu,tanh,identity"
     x, grad = normal(4, 5, dtype=dtype), normal(4, 3, dtype=dtype, seed=1)
     weights = [normal(n, k, dtype=dtype, seed=n) for k, n in itertools.pairwise(widths)]
     biases = [normal(n, dtype=dtype, seed=n) for n in widths[1:]]
     products = []
     monkeypatch.setattr(stacks, "product", lambda op, a, b: products.append(op) or kernels.product(op, a, b))
     with tuning.force(*CANDIDATES[candidate]):
-        outputs, derivatives = stacks.mlp(x, weights, biases, specs, True)
-        arguments = (grad, x, weights, outputs, derivatives, specs)
-        full = stacks.mlp_backward(*arguments, True, [True] * 3, [True] * 3)
+        arguments = (grad, x, weights, stacks.mlp(x, weights, biases, specs, True), specs)
+        full = stacks.mlp_backward(*arguments, "1" * 7)
         products.clear()
-        some_weights, some_biases = [False, False, True], [False, True, False]
-        dx, dweights, dbiases = stacks.mlp_backward(*arguments, False, some_weights, some_biases)
+        dweight, dbias = stacks.mlp_backward(*arguments, "0" + "001" + "010")
     assert products == ["wgrad"]
-    assert dx is None and dweights[:2] == [None, None] and dbiases[0] is None and dbiases[2] is None
-    assert torch.equal(dweights[2], full[1][2]) and torch.equal(dbiases[1], full[2][1])
-    assert stacks.mlp_backward(*arguments, False, [False] * 3, [False] * 3) == (None, [None] * 3, [None] * 3)
+    assert torch.equal(dweight, full[1 + 2]) and torch.equal(dbias, full[1 + 3 + 1])
+    assert stacks.mlp_backward(*arguments, "0" * 7) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
@@ -251,14 +244,12 @@ def test_results_do_not_depend_on_tiles_or_loads(dtype, monkeypatch):
     x, grad = normal(130, 72, dtype=dtype), normal(130, 40, dtype=dtype, seed=1)
     weights = [normal(72, 72, dtype=dtype, seed=2, scale=0.1), normal(40, 72, dtype=dtype, seed=3, scale=0.1)]
     biases = [normal(72, dtype=dtype, seed=4), normal(40, dtype=dtype, seed=5)]
-    specs = ["gelu", "tanh"]
+    specs = "gelu,tanh"
 
     def run(tile, descriptors):
         with tuning.force("fused", tile, descriptors):
-            outputs, derivatives = stacks.mlp(x, weights, biases, specs, True)
-            arguments = (grad, x, weights, outputs, derivatives, specs)
-            dx, dweights, dbiases = stacks.mlp_backward(*arguments, True, [True] * 2, [True] * 2)
-        return [*outputs, derivatives[0], dx, *dweights, *dbiases]
+            saved = stacks.mlp(x, weights, biases, specs, True)
+            return [*saved, *stacks.mlp_backward(grad, x, weights, saved, specs, "1" * 5)]
 
     first = run(SMALL, False)
     for tile, descriptors in [
