@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aefast.bench import timing
+from aefast.bench import memory, timing
+from aefast.bench.ceilings import Ceilings
+from aefast.ops._registry import OPS
 
 MODES = ("fwd", "fwdbwd")
 
@@ -18,6 +20,8 @@ MODES = ("fwd", "fwdbwd")
 @dataclass(frozen=True)
 class Case:
     """An op at one shape: ``make()`` gives a fresh set of inputs, ``variants`` take such a set.
+
+    ``arguments(*inputs)`` are those of the op's function, from which its cost is known.
 
     ``kinks(*inputs)``, where an activation has a kink, is true, broadcast to the output, for the outputs whose
     gradient rounding decides: those that depend on a pre-activation beside the kink.
@@ -28,13 +32,18 @@ class Case:
     labels: dict[str, Any]
     make: Callable[[], list[Tensor]]
     output_shape: tuple[int, ...]
+    arguments: Callable[..., dict[str, Any]]
     variants: dict[str, Callable[..., Tensor]]
     kinks: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of a case in one mode; `failure` says why there are no timings."""
+    """What was measured of a case in one mode; `failure` says why there are no timings.
+
+    ``floor``: the seconds that the device's ceilings leave no call below, bound by ``floor_kind``. ``peak_bytes``: of
+    tensors allocated during a call, for each variant.
+    """
 
     id: str
     op: str
@@ -42,6 +51,9 @@ class Result:
     labels: dict[str, Any]
     errors: dict[str, float]
     timings: dict[str, timing.Timing]
+    peak_bytes: dict[str, int]
+    floor: float
+    floor_kind: str
     failure: str | None
 
     @property
@@ -53,16 +65,15 @@ class Result:
 
     @property
     def speedup_interval(self) -> tuple[float, float] | None:
-        """Where the median of the rounds' ratios lies, at 95 % confidence, however the ratios are distributed."""
+        """As `interval`."""
         if self.failure:
             return None
-        pairs = zip(self.timings["eager"].samples, self.timings["aefast"].samples, strict=True)
-        ratios = sorted(eager / ours for eager, ours in pairs)
-        # So many of n draws lie below the median: a binomial variable, here by its normal approximation.
-        half, spread = len(ratios) / 2, 0.98 * len(ratios) ** 0.5
-        return ratios[max(0, math.floor(half - spread))], ratios[
-            min(len(ratios) - 1, math.ceil(half + spread))
-        ]
+        return interval(self.timings["eager"].samples, self.timings["aefast"].samples)
+
+    @property
+    def floor_share(self) -> float | None:
+        """The share of its floor's speed that aefast's median call reaches."""
+        return None if self.failure else self.floor / self.timings["aefast"].median
 
     @property
     def overhead(self) -> float | None:
@@ -70,6 +81,14 @@ class Result:
         if self.failure:
             return None
         return self.timings["aefast"].median - self.timings["eager"].median
+
+
+def interval(eager: Sequence[float], aefast: Sequence[float]) -> tuple[float, float]:
+    """Where the median of the rounds' ratios eager / aefast lies, at 95 % confidence."""
+    ratios = sorted(theirs / ours for theirs, ours in zip(eager, aefast, strict=True))
+    # How many of n draws lie below the median is a binomial variable, here by its normal approximation.
+    half, spread = len(ratios) / 2, 0.98 * len(ratios) ** 0.5
+    return ratios[max(0, math.floor(half - spread))], ratios[min(len(ratios) - 1, math.ceil(half + spread))]
 
 
 def training_inputs(
@@ -110,8 +129,8 @@ def _errors(found: list[Tensor], truth: list[Tensor]) -> list[float]:
     return errors
 
 
-def measure(case: Case, mode: str, seconds: float) -> Result:
-    """Checks every variant against float64, then times them in turn.
+def measure(case: Case, mode: str, seconds: float, ceilings: Ceilings) -> Result:
+    """Checks every variant against float64, then times them in turn and measures their memory.
 
     A variant passes if the error of its output, and of each gradient, is at most twice eager's plus twice the
     spacing of the dtype. Outputs at a kink get no gradient in that check.
@@ -138,7 +157,7 @@ def measure(case: Case, mode: str, seconds: float) -> Result:
         for name, values in found.items()
         if not all(ours <= 2 * eager + 2 * noise for ours, eager in zip(values, found["eager"], strict=True))
     ]
-    timings = {}
+    timings, peak_bytes = {}, {}
     if not failing:
         sets = [inputs, *(case.make() for _ in range(timing.input_sets(nbytes) - 1))]
 
@@ -152,12 +171,26 @@ def measure(case: Case, mode: str, seconds: float) -> Result:
         timings = timing.interleaved(
             {name: call(function) for name, function in case.variants.items()}, seconds=seconds
         )
+        peak_bytes = {
+            name: memory.peak_bytes(call(function), device) for name, function in case.variants.items()
+        }
     failure = None
     if failing:
         failure = ", ".join(
             f"{name}: errors {_listed(found[name])}, eager's {_listed(found['eager'])}" for name in failing
         )
-    return Result(f"{case.id}-{mode}", case.op, mode, case.labels, errors, timings, failure)
+    cost = OPS[case.op].cost(mode == "fwdbwd", **case.arguments(*inputs))
+    return Result(
+        f"{case.id}-{mode}",
+        case.op,
+        mode,
+        case.labels,
+        errors,
+        timings,
+        peak_bytes,
+        *ceilings.floor(cost),
+        failure,
+    )
 
 
 def _listed(errors: list[float]) -> str:

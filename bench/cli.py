@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,15 +24,22 @@ def bench(
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="PATH", help="Also write all samples to a JSON file.")
     ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="JSON", help="Name the cases that were faster, by 5 % or more, in this earlier run."
+        ),
+    ] = None,
 ) -> None:
     """Measure aefast beside eager PyTorch, after checking both against float64.
 
     Variants take turns in one process on fresh inputs; figures are medians. Exits with 1 if a result is
-    outside its tolerance; such a case gets no speed-up.
+    outside its tolerance; such a case gets no speed-up. So it does if --compare finds a regression.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     import aefast
+    from aefast.bench import ceilings, document
     from aefast.bench.case import MODES, measure
     from aefast.bench.cases import CASES
 
@@ -47,7 +52,9 @@ def bench(
         raise InputError("bench: --device cuda needs a CUDA device, and torch finds none")
     if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
         raise InputError(f"bench: --json must be a file in an existing folder, got {json_path}")
+    earlier = None if compare is None else document.load(compare)
     where = torch.device(device)
+    limits = ceilings.measure(where)
     cases = [case for op in ops or CASES for case in CASES[op](where, quick)]
     results = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -57,33 +64,46 @@ def bench(
             for mode in MODES:
                 progress.update(task, description=f"{case.id}-{mode}")
                 torch.manual_seed(0)
-                results.append(measure(case, mode, seconds=0.1 if quick else 0.2))
+                results.append(measure(case, mode, 0.1 if quick else 0.2, limits))
                 progress.advance(task)
-    _print_table(results, backend, device)
+    _print_table(results, limits, f"aefast ({backend}) beside eager PyTorch {torch.__version__}", device)
+    made = document.make(results, limits, device, backend)
     if json_path is not None:
-        json_path.write_text(json.dumps(_document(results, device, backend), indent=1) + "\n")
-    if any(result.failure for result in results):
+        document.save(made, json_path)
+    slower = [] if earlier is None else document.regressions(made, earlier)
+    for line in slower:
+        typer.echo(f"slower than in {compare}: {line}")
+    if slower or any(result.failure for result in results):
         raise typer.Exit(1)
 
 
-def _print_table(results: list[Any], backend: str, device: str) -> None:
+def _print_table(results: list[Any], limits: Any, title: str, device: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from aefast.bench.document import device_name
+
     console = Console(width=None if Console().is_terminal else 120)
     table = Table(
-        title=f"aefast ({backend}) beside eager PyTorch {torch.__version__}, {_device_name(device)}"
+        title=f"{title}\n{device_name(device)}",
+        caption=f"floor: the time that the device's own ceilings allow: copies at {limits.bytes / 1e9:.0f} GB/s,"
+        f" products at {limits.flops / 1e9:.0f} GFLOP/s, {limits.exps / 1e9:.1f} Gexp/s",
     )
     table.add_column("case", no_wrap=True)
-    for heading in ("eager", "aefast", "speed-up", "error", "eager's"):
+    for heading in ("eager", "aefast", "speed-up", "of floor", "error", "eager's"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         if result.failure:
-            table.add_row(result.id, "", "", "[red]wrong", *_errors(result))
+            table.add_row(result.id, "", "", "[red]wrong", "", *_errors(result))
             continue
         eager, ours = result.timings["eager"].median, result.timings["aefast"].median
         table.add_row(
-            result.id, _duration(eager), _duration(ours), f"{result.speedup:.2f}×", *_errors(result)
+            result.id,
+            _duration(eager),
+            _duration(ours),
+            f"{result.speedup:.2f}×",
+            f"{result.floor_share:.0%} {result.floor_kind}",
+            *_errors(result),
         )
     console.print(table)
     for line in summary(results):
@@ -143,44 +163,3 @@ def _duration(seconds: float) -> str:
 
 def _errors(result: Any) -> tuple[str, str]:
     return f"{result.errors['aefast']:.1e}", f"{result.errors['eager']:.1e}"
-
-
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _document(results: list[Any], device: str, backend: str) -> dict[str, Any]:
-    import aefast
-
-    return {
-        "schema": 1,
-        "device": {"type": device, "name": _device_name(device), "machine": platform.machine()},
-        "backend": backend,
-        "versions": {
-            "aefast": aefast.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "cases": [
-            {
-                "id": result.id,
-                "op": result.op,
-                "dtype": "float32",
-                "mode": result.mode,
-                "error": result.errors,
-                "failure": result.failure,
-                "variants": {
-                    name: {
-                        "median_ms": timing.median * 1e3,
-                        "p20_ms": timing.quantile(0.2) * 1e3,
-                        "p80_ms": timing.quantile(0.8) * 1e3,
-                        "samples_ms": [sample * 1e3 for sample in timing.samples],
-                    }
-                    for name, timing in result.timings.items()
-                },
-            }
-            for result in results
-        ],
-    }

@@ -45,5 +45,8 @@ def specified(specification: str) -> tuple[str, float]:
 # forward, which has the exponential at hand, stores the derivative; the backward only multiplies.
 STORES_DERIVATIVE = frozenset({"silu", "gelu", "gelu_tanh"})
 
+# Exponentials and logarithms that an output takes; the backward takes none, but for softplus.
+EXPS = {name: {"identity": 0, "relu": 0, "leaky_relu": 0, "softplus": 2}.get(name, 1) for name in ACTIVATIONS}
+
 # Which gradients a backward is to compute, one bit each.
 NEED_X, NEED_WEIGHT, NEED_BIAS = 1, 2, 4

@@ -21,21 +21,30 @@ logger = logging.getLogger("aefast")
 
 
 @dataclass(frozen=True)
+class Cost:
+    """The least that a call has to do: bytes moved to or from memory, floating-point operations of its products, and
+    exponentials and logarithms."""
+
+    bytes: int
+    flops: int
+    exps: int
+
+
+@dataclass(frozen=True)
 class Op:
     """One op: everything that backends, tests and the benchmark need to know of it.
 
     ``function`` is the public function and ``reference`` the same in plain PyTorch, differentiable and
     exact in float64. ``samples(device, dtype)`` yields their keyword arguments, among them empty, one-wide,
-    prime and strided shapes. ``bytes`` and ``flops`` of such arguments are the least memory traffic, in
-    bytes, and the floating-point operations of one forward.
+    prime and strided shapes. ``cost(backward, **arguments)`` is that of a forward, or of a forward that saves
+    and the backward after it.
     """
 
     name: str
     function: Callable[..., Any]
     reference: Callable[..., Any]
     samples: Callable[[torch.device, torch.dtype], Iterator[dict[str, Any]]]
-    bytes: Callable[..., int]
-    flops: Callable[..., int]
+    cost: Callable[..., Cost]
 
 
 OPS: dict[str, Op] = {}

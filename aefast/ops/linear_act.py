@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from aefast.errors import InputError
 from aefast.kernels.activation import (
+    EXPS,
     NEED_BIAS,
     NEED_WEIGHT,
     NEED_X,
@@ -317,20 +318,27 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]
     yield {"x": draw(1, 12).expand(40, 12), "weight": draw(9, 12) * 0.3, "bias": None}
 
 
-def least_bytes(x: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any) -> int:
-    """Each operand read once and the output written once."""
-    rows = math.prod(x.shape[:-1])
-    elements = (
-        rows * (weight.shape[1] + weight.shape[0]) + weight.numel() + (0 if bias is None else bias.numel())
-    )
-    return elements * x.element_size()
+def cost(
+    backward: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "identity",
+    **settings: Any,
+) -> _registry.Cost:
+    """Each operand is read once and each result written once; the products are all the operations that count."""
+    rows, (features, inputs) = math.prod(x.shape[:-1]), weight.shape
+    parameters = features * inputs + (0 if bias is None else features)
+    output = rows * features
+    elements = x.numel() + parameters + output
+    flops = 2 * rows * features * inputs
+    exps = EXPS[activation] * output
+    if backward:
+        # act' is written and read where it is stored, and otherwise the output read again.
+        saved = 2 * output if activation in STORES_DERIVATIVE else 0 if activation == "identity" else output
+        elements += saved + output + 2 * x.numel() + features * inputs + parameters
+        flops *= 3
+    return _registry.Cost(elements * x.element_size(), flops, exps)
 
 
-def flops(x: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any) -> int:
-    """Of the product alone."""
-    return 2 * math.prod(x.shape[:-1]) * weight.numel()
-
-
-OP = _registry.register(
-    _registry.Op("linear_act", linear_act, reference, samples, bytes=least_bytes, flops=flops)
-)
+OP = _registry.register(_registry.Op("linear_act", linear_act, reference, samples, cost))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aefast.errors import InputError
-from aefast.kernels.activation import STORES_DERIVATIVE, specification
+from aefast.kernels.activation import EXPS, STORES_DERIVATIVE, specification
 from aefast.ops import _arguments, _registry, linear_act
 from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
 
@@ -320,19 +320,31 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]
     }
 
 
-def least_bytes(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], **settings: Any
-) -> int:
-    """x and the parameters read once and the output written once."""
-    rows = math.prod(x.shape[:-1])
-    elements = rows * (x.shape[-1] + weights[-1].shape[0]) + sum(weight.numel() for weight in weights)
-    elements += sum(bias.numel() for bias in biases if bias is not None)
-    return elements * x.element_size()
+def cost(
+    backward: bool,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    **settings: Any,
+) -> _registry.Cost:
+    """As for `linear_act`, but that what lies between layers is in memory only if it is saved."""
+    rows, size = math.prod(x.shape[:-1]), x.element_size()
+    products = sum(weight.numel() for weight in weights)
+    parameters = products + sum(bias.numel() for bias in biases if bias is not None)
+    outputs = [rows * weight.shape[0] for weight in weights]
+    elements = x.numel() + parameters + outputs[-1]
+    flops = 2 * rows * products
+    exps = sum(EXPS[activation] * output for activation, output in zip(activations, outputs, strict=True))
+    if backward:
+        stores = [activation in STORES_DERIVATIVE for activation in activations]
+        # What the forward saves is written and read; the last output, which it writes anyway, is read if its
+        # activation's derivative comes from it.
+        elements += 2 * sum(outputs[:-1]) + 2 * sum(itertools.compress(outputs, stores))
+        elements += 0 if stores[-1] or activations[-1] == "identity" else outputs[-1]
+        elements += outputs[-1] + 2 * x.numel() + products + parameters
+        flops *= 3
+    return _registry.Cost(elements * size, flops, exps)
 
 
-def flops(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], **settings: Any) -> int:
-    """Of the products alone."""
-    return 2 * math.prod(x.shape[:-1]) * sum(weight.numel() for weight in weights)
-
-
-OP = _registry.register(_registry.Op("mlp", mlp, reference, samples, bytes=least_bytes, flops=flops))
+OP = _registry.register(_registry.Op("mlp", mlp, reference, samples, cost))

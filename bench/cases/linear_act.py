@@ -61,6 +61,7 @@ def case(batch: int, inputs: int, features: int, activation: str, device: torch.
             device, (batch, inputs), (features, inputs), (features,), scales=(1.0, inputs**-0.5, 1.0)
         ),
         output_shape=(batch, features),
+        arguments=lambda x, weight, bias: {"x": x, "weight": weight, "bias": bias, "activation": activation},
         variants={"aefast": aefast, "eager": eager},
         kinks=kinks if activation == "relu" else None,
     )

@@ -57,6 +57,12 @@ def case(batch: int, widths: tuple[int, ...], activation: str, device: torch.dev
         labels={"activation": activation, "batch": batch, "inputs": widths[0], "features": widths[-1]},
         make=lambda: training_inputs(device, *shapes, scales=scales),
         output_shape=(batch, widths[-1]),
+        arguments=lambda x, *parameters: {
+            "x": x,
+            "weights": parameters[:layers],
+            "biases": parameters[layers:],
+            "activations": activations,
+        },
         variants={"aefast": aefast, "eager": eager},
         kinks=kinks if activation == "relu" else None,
     )

@@ -72,21 +72,10 @@ Tensor borrow(Matrix matrix) {
 
 constexpr size_t kAlignment = 64;
 
-struct Free {
-  void operator()(char* memory) const { std::free(memory); }
-};
-using Buffer = std::unique_ptr<char, Free>;
-
-// `bytes` is a multiple of kAlignment.
-Buffer allocate(size_t bytes) {
-  Buffer buffer(static_cast<char*>(std::aligned_alloc(kAlignment, bytes)));
-  if (!buffer) throw std::bad_alloc();
-  return buffer;
-}
-
 size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// Uninitialised memory until the end of the scope; a short call's comes from the stack.
+// Uninitialised memory until the end of the scope; a short call's comes from the stack, and all other from torch, whose
+// memory profiler sees it then.
 class Scratch {
  public:
   Scratch() = default;
@@ -104,13 +93,17 @@ class Scratch {
       used_ += bytes;
       return local_ + used_ - bytes;
     }
-    buffers_.push_back(allocate(bytes));
-    return buffers_.back().get();
+    const int64_t size = static_cast<int64_t>(bytes), stride = 1;
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(), cpu_device(), 0, &handle));
+    buffers_.push_back(Tensor(handle));
+    return buffers_.back().mutable_data_ptr();
   }
 
   alignas(kAlignment) char local_[16 << 10];
   size_t used_ = 0;
-  std::vector<Buffer> buffers_;
+  std::vector<Tensor> buffers_;
 };
 
 // Uninitialised memory that is there again at the next call.
@@ -118,15 +111,19 @@ class Workspace {
  public:
   void* of(size_t bytes) {
     if (bytes > size_) {
-      buffer_.reset();
-      buffer_ = allocate(aligned(bytes));
+      size_ = 0;
+      buffer_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, aligned(bytes))));
+      if (!buffer_) throw std::bad_alloc();
       size_ = bytes;
     }
     return buffer_.get();
   }
 
  private:
-  Buffer buffer_;
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<char, Free> buffer_;
   size_t size_ = 0;
 };
 
@@ -149,8 +146,8 @@ void multiply_here(Matrix a, Matrix b, Matrix out) {
                             workspace.of(bytes));
 }
 
-// The same for few rows of out, where b is all there is to read: the terms are summed in parts, so that a thread
-// reads whole rows of b, one after the other. How many parts depends on the shape alone.
+// The same for a small out of many terms, which are summed in parts, so that a thread reads its own rows of b, one
+// after the other. How many parts depends on the shape alone.
 void multiply_in_parts(Matrix a, Matrix b, Matrix out, int64_t workers) {
   constexpr int64_t kParts = 8;
   Scratch scratch;
@@ -342,9 +339,13 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
     const Matrix a = g.transposed();
     const double flops = flops_of(a, x);
     if (flops > kMostFlopsOfOwn) return multiply(a, x, out, true);
+    const int64_t workers = std::min(threads(), static_cast<int64_t>(flops / kLeastFlopsOfThread));
+    constexpr int64_t kMostElementsOfParts = 1 << 16, kLeastTermsOfParts = 1024, kElementsOfTerm = 16;
+    if (out.rows * out.cols <= std::min(kMostElementsOfParts, kElementsOfTerm * a.cols) &&
+        a.cols >= kLeastTermsOfParts && x.col_stride == 1)
+      return multiply_in_parts(a, x, out, std::max<int64_t>(1, workers));
     // Threads share rows of out where there are enough: a thread that writes whole pages keeps them in its own cache.
     constexpr int64_t kLeastRows = 32;
-    const int64_t workers = std::min(threads(), static_cast<int64_t>(flops / kLeastFlopsOfThread));
     if (workers <= 1 || out.rows < kLeastRows * workers) return multiply(a, x, out, false);
     const int64_t part = blocks_of((out.rows + workers - 1) / workers, kLeastRows) * kLeastRows;
     return for_row_parts(out.rows, {blocks_of(out.rows, part), part, false}, [&](int64_t begin, int64_t count) {

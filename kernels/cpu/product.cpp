@@ -196,15 +196,20 @@ AEFAST_HD bool packs_tiles(int64_t a_col, int64_t rows, int64_t inner) {
   return a_col != 1 && inner >= kLeastTermsToPack && rows > kTileRows;
 }
 
-// a's columns are contiguous. Each tile's rows become, term by term, contiguous in `packed`.
+// a's columns are contiguous. Each tile's rows become, term by term, contiguous in `packed`. A few terms of all tiles
+// are taken at a time: a line of a is read once for the tiles that share it.
 template <typename T>
-AEFAST_HD void pack_tiles(const T* a, int64_t a_col, T* packed, int64_t rows, int64_t terms) {
-  for_tile_rows(rows, [&](int64_t row, auto count) {
-    constexpr int kRows = decltype(count)::value;
-    T* to = packed + row * terms;
-    for (int64_t term = 0; term < terms; ++term)
-      for (int index = 0; index < kRows; ++index) to[term * kRows + index] = a[term * a_col + row + index];
-  });
+void pack_tiles(const T* a, int64_t a_col, T* packed, int64_t rows, int64_t terms) {
+  constexpr int64_t kFewTerms = 16;
+  for (int64_t begin = 0; begin < terms; begin += kFewTerms) {
+    const int64_t end = terms - begin < kFewTerms ? terms : begin + kFewTerms;
+    for_tile_rows(rows, [&](int64_t row, auto count) __attribute__((always_inline)) {
+      constexpr int kRows = decltype(count)::value;
+      T* to = packed + row * terms;
+      for (int64_t term = begin; term < end; ++term)
+        for (int index = 0; index < kRows; ++index) to[term * kRows + index] = a[term * a_col + row + index];
+    });
+  }
 }
 
 // V is as wide as the columns fill.

@@ -7,9 +7,11 @@ from aefast.bench import cli
 from aefast.bench.case import MODES, Case, Result, measure
 from aefast.bench.cases import CASES
 from aefast.bench.cases import linear_act as linear_act_cases
+from aefast.bench.ceilings import Ceilings
 from aefast.bench.timing import Timing
 
 CPU = torch.device("cpu")
+CEILINGS = Ceilings(bytes=1e10, flops=1e11, exps=1e9)
 
 
 @pytest.fixture(autouse=True)
@@ -28,25 +30,30 @@ def with_variant(case: Case, name: str, function) -> Case:
 def result(eager: list[float], aefast: list[float], failure: str | None = None, **labels) -> Result:
     labels = {"activation": "gelu", "batch": 8, "inputs": 64, "features": 64, **labels}
     timings = {"eager": Timing(eager), "aefast": Timing(aefast)}
-    return Result("linear_act/x-fwd", "linear_act", "fwd", labels, {}, timings, failure)
+    peak_bytes = {"eager": 8, "aefast": 4}
+    return Result(
+        "linear_act/x-fwd", "linear_act", "fwd", labels, {}, timings, peak_bytes, 1e-6, "bytes", failure
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("op", CASES)
 def test_every_op_is_measured_in_every_mode(op, mode):
     case = next(iter(CASES[op](CPU, True)))
-    found = measure(case, mode, seconds=0.01)
+    found = measure(case, mode, seconds=0.01, ceilings=CEILINGS)
     assert found.failure is None
     assert found.speedup > 0
     assert set(found.timings) == set(found.errors) == {"aefast", "eager"}
     assert found.id == f"{case.id}-{mode}"
+    assert found.floor > 0
+    assert found.floor_kind in ("bytes", "flops", "exps")
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_wrong_result_is_not_timed(mode):
     case = a_case()
     case = with_variant(case, "aefast", lambda *inputs: case.variants["eager"](*inputs) * (1 + 1e-5))
-    found = measure(case, mode, seconds=0.01)
+    found = measure(case, mode, seconds=0.01, ceilings=CEILINGS)
     assert found.failure.startswith("aefast: errors 1")
     assert (found.timings, found.speedup, found.overhead, found.speedup_interval) == ({}, None, None, None)
 
@@ -63,13 +70,13 @@ def test_a_wrong_gradient_is_not_timed():
             return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
 
     case = with_variant(a_case(), "aefast", Detached.apply)
-    assert measure(case, "fwd", seconds=0.01).failure is None
-    assert measure(case, "fwdbwd", seconds=0.01).failure is not None
+    assert measure(case, "fwd", seconds=0.01, ceilings=CEILINGS).failure is None
+    assert measure(case, "fwdbwd", seconds=0.01, ceilings=CEILINGS).failure is not None
 
 
 def test_nan_is_wrong():
     case = with_variant(a_case(), "aefast", lambda x, weight, bias: (x @ weight.t()) * float("nan"))
-    assert "inf" in measure(case, "fwd", seconds=0.01).failure
+    assert "inf" in measure(case, "fwd", seconds=0.01, ceilings=CEILINGS).failure
 
 
 @pytest.mark.parametrize(("op", "batch"), [("linear_act", 16), ("mlp", 16)])
@@ -97,9 +104,9 @@ def test_rounding_at_a_kink_is_nobodys_error(op, batch):
 
     case = dataclasses.replace(case, make=at_the_kink)
     case = with_variant(case, "aefast", shifted)
-    assert measure(case, "fwdbwd", seconds=0.01).failure is None
+    assert measure(case, "fwdbwd", seconds=0.01, ceilings=CEILINGS).failure is None
     blind = dataclasses.replace(case, kinks=None)
-    assert measure(blind, "fwdbwd", seconds=0.01).failure is not None
+    assert measure(blind, "fwdbwd", seconds=0.01, ceilings=CEILINGS).failure is not None
 
 
 def test_interval_of_paired_rounds():

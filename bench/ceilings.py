@@ -1,0 +1,69 @@
+"""What the device can do at best, measured in the run that it is held against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from aefast.bench import timing
+from aefast.ops._registry import Cost
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Bytes that a copy reads and writes, operations of a matrix product, and exponentials, all a second."""
+
+    bytes: float
+    flops: float
+    exps: float
+
+    def floor(self, cost: Cost) -> tuple[float, str]:
+        """Seconds that a call of such a cost takes at least, and what of it takes them: bytes, flops or exps."""
+        rates = asdict(self)
+        seconds = {kind: amount / rates[kind] for kind, amount in asdict(cost).items()}
+        kind = max(seconds, key=seconds.__getitem__)
+        return seconds[kind], kind
+
+
+def measure(device: torch.device, dtype: torch.dtype = torch.float32, seconds: float = 0.5) -> Ceilings:
+    """The ceilings of `device`, each within about `seconds`.
+
+    Copies go through as much memory as the inputs of a case are rotated through. CUDA's exponentials are computed
+    from its clock: 16 a clock and multiprocessor on sm_80, sm_90 and sm_100 (CUDA C++ Programming Guide,
+    arithmetic instructions).
+    """
+    part = timing.LAST_LEVEL_CACHE_BYTES // 8
+    if device.type == "cuda":
+        part *= 32
+    pairs = [torch.ones(2, part // dtype.itemsize, dtype=dtype, device=device) for _ in range(8)]
+    copied = _rate(lambda index: pairs[index % 8][0].copy_(pairs[index % 8][1]), 2 * part, device, seconds)
+
+    side = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    out = torch.empty_like(left)
+    multiplied = _rate(lambda index: torch.mm(left, right, out=out), 2 * side**3, device, seconds)
+
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return Ceilings(
+            copied, multiplied, 16 * properties.multi_processor_count * properties.clock_rate * 1e3
+        )
+    values = torch.linspace(-8.0, 0.0, 1 << 16, dtype=dtype)
+    result = torch.empty_like(values)
+    exps = _rate(lambda index: torch.exp(values, out=result), values.numel(), device, seconds)
+    return Ceilings(copied, multiplied, exps)
+
+
+def _rate(call: Callable[[int], object], amount: int, device: torch.device, seconds: float) -> float:
+    """`amount` a second, of a call that is neither among the fastest nor among the slower four fifths."""
+    samples = []
+    end = time.perf_counter() + seconds
+    while len(samples) < 6 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call(len(samples))
+        timing.synchronize(device)
+        samples.append(time.perf_counter() - start)
+    return amount / timing.Timing(samples[1:]).quantile(0.2)

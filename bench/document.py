@@ -1,0 +1,156 @@
+"""The results of a run as a JSON document: what it was measured on, by which code, and every sample."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import aefast
+from aefast.bench.case import Result, interval
+from aefast.bench.ceilings import Ceilings
+from aefast.errors import InputError
+
+SCHEMA = 1
+
+
+def make(results: list[Result], ceilings: Ceilings, device: str, backend: str) -> dict[str, Any]:
+    commit, dirty = _commit()
+    return {
+        "schema": SCHEMA,
+        "device": {"type": device, "name": device_name(device), "machine": platform.machine()},
+        "backend": backend,
+        "versions": {
+            "aefast": aefast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "commit": commit,
+        "dirty": dirty,
+        "ceilings": {f"{kind}_per_s": rate for kind, rate in asdict(ceilings).items()},
+        "cases": [_case(result) for result in results],
+    }
+
+
+def _case(result: Result) -> dict[str, Any]:
+    return {
+        "id": result.id,
+        "op": result.op,
+        "dtype": "float32",
+        "mode": result.mode,
+        "labels": result.labels,
+        "error": result.errors,
+        "failure": result.failure,
+        "floor_ms": result.floor * 1e3,
+        "floor_kind": result.floor_kind,
+        "variants": {
+            name: {
+                "median_ms": timing.median * 1e3,
+                "p20_ms": timing.quantile(0.2) * 1e3,
+                "p80_ms": timing.quantile(0.8) * 1e3,
+                # Five digits are more than any clock tells.
+                "samples_ms": [float(f"{sample * 1e3:.5g}") for sample in timing.samples],
+                "peak_bytes": result.peak_bytes[name],
+            }
+            for name, timing in result.timings.items()
+        },
+    }
+
+
+def device_name(device: str) -> str:
+    """GPU or processor, and for the latter the threads and the vector instructions that torch uses."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
+        )
+    return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit that the code is at and whether it was changed since; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", os.fspath(root), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        # An installed package may lie inside somebody else's checkout.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None, None
+        return git("rev-parse", "HEAD"), git("status", "--porcelain") != ""
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def save(document: dict[str, Any], path: Path) -> None:
+    """Writes a line a case, so that a change shows where it is."""
+    head = json.dumps({**document, "cases": []}, indent=1).removesuffix("[]\n}")
+    path.write_text(head + "[\n" + ",\n".join(json.dumps(case) for case in document["cases"]) + "\n]}\n")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The document in a file.
+
+    Raises:
+        InputError: there is no such file, or no such document in it.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"bench: cannot read results from {path}: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise InputError(f"bench: {path} holds no results of schema {SCHEMA}")
+    return document
+
+
+REGRESSION = 0.05
+
+
+def regressions(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
+    """A line for each case whose speed-up over eager fell by `REGRESSION` or more since `old`, or that fails now.
+
+    The speed-up is compared, not the time, because eager took turns with it on the same machine in the same
+    state. A fall that the spread of both runs' rounds explains at 95 % confidence does not count.
+
+    Raises:
+        InputError: the two were measured on different devices.
+    """
+    if new["device"] != old["device"]:
+        raise InputError(
+            f"bench: --compare needs results of the same device: {old['device']['name']} is not {new['device']['name']}"
+        )
+    before = {case["id"]: case for case in old["cases"]}
+    lines = []
+    for case in new["cases"]:
+        earlier = before.get(case["id"])
+        if earlier is None or earlier["failure"]:
+            continue
+        if case["failure"]:
+            lines.append(f"{case['id']}: fails: {case['failure']}")
+            continue
+        speedup, was = _speedup(case), _speedup(earlier)
+        if speedup <= (1 - REGRESSION) * was and _interval(case)[1] < _interval(earlier)[0]:
+            lines.append(f"{case['id']}: {speedup:.2f}×, was {was:.2f}×")
+    return lines
+
+
+def _speedup(case: dict[str, Any]) -> float:
+    return case["variants"]["eager"]["median_ms"] / case["variants"]["aefast"]["median_ms"]
+
+
+def _interval(case: dict[str, Any]) -> tuple[float, float]:
+    return interval(case["variants"]["eager"]["samples_ms"], case["variants"]["aefast"]["samples_ms"])

@@ -1,0 +1,69 @@
+import dataclasses
+
+import pytest
+import torch
+
+from aefast.bench import ceilings, memory
+from aefast.bench.ceilings import Ceilings
+from aefast.ops._registry import OPS, Cost
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "flops", "exps"])
+def test_floor_is_that_of_the_busiest(kind):
+    limits = Ceilings(bytes=1e9, flops=1e9, exps=1e9)
+    cost = dataclasses.replace(Cost(bytes=1, flops=1, exps=1), **{kind: 1000})
+    assert limits.floor(cost) == (pytest.approx(1e-6), kind)
+    double = dataclasses.replace(cost, **{kind: 2000})
+    assert limits.floor(double) == (pytest.approx(2e-6), kind)
+
+
+def test_measured_ceilings():
+    found = ceilings.measure(CPU, seconds=0.05)
+    # Any machine of this century, and none yet.
+    assert 1e8 < found.bytes < 1e13
+    assert 1e9 < found.flops < 1e15
+    assert 1e7 < found.exps < 1e13
+
+
+def test_cost_of_a_dense_layer():
+    x, weight, bias = torch.empty(10, 3), torch.empty(5, 3), torch.empty(5)
+    cost = OPS["linear_act"].cost
+    assert cost(False, x, weight, bias, "gelu") == Cost(4 * (30 + 15 + 5 + 50), 2 * 10 * 3 * 5, 50)
+    # Forward with act' stored; backward: gradient, act', x and weight in, three gradients out.
+    backward = 4 * (30 + 15 + 5 + 2 * 50) + 4 * (2 * 50 + 30 + 15) + 4 * (30 + 15 + 5)
+    assert cost(True, x, weight, bias, "gelu") == Cost(backward, 3 * 2 * 10 * 3 * 5, 50)
+    assert cost(False, x, weight, None, "relu") == Cost(4 * (30 + 15 + 50), 2 * 10 * 3 * 5, 0)
+
+
+def test_a_stack_of_one_costs_what_its_layer_does():
+    x, weight, bias = torch.empty(10, 3), torch.empty(5, 3), torch.empty(5)
+    for activation in ("identity", "relu", "silu", "softplus"):
+        for backward in (False, True):
+            layer = OPS["linear_act"].cost(backward, x, weight, bias, activation)
+            assert OPS["mlp"].cost(backward, x, [weight], [bias], [activation]) == layer
+
+
+def test_a_stack_saves_memory_traffic_between_layers():
+    x, weights = torch.empty(10, 3), [torch.empty(7, 3), torch.empty(5, 7)]
+    whole = OPS["mlp"].cost(False, x, weights, [None, None], ["relu", "relu"])
+    first = OPS["linear_act"].cost(False, x, weights[0], None, "relu")
+    second = OPS["linear_act"].cost(False, torch.empty(10, 7), weights[1], None, "relu")
+    assert whole.flops == first.flops + second.flops
+    assert whole.bytes == first.bytes + second.bytes - 2 * 4 * 70
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    def call(index):
+        torch.ones(1000)
+        return torch.ones(2000) + torch.ones(3000)[:2000]
+
+    # Two operands of 8 and 12 kB and the result of 8; the first tensor is gone by then.
+    assert memory.peak_bytes(call, CPU) == pytest.approx(28_000, abs=100)
+
+
+def test_peak_memory_sees_the_kernels_own():
+    x, weight = torch.ones(64, 512), torch.ones(512, 512)
+    ours = memory.peak_bytes(lambda index: torch.ops.aefast.linear_act(x, weight, None, "relu", "cpu"), CPU)
+    assert ours >= 64 * 512 * 4

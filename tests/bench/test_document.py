@@ -1,0 +1,105 @@
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from aefast.bench import document, readme
+from aefast.bench.case import Result
+from aefast.bench.ceilings import Ceilings
+from aefast.bench.timing import Timing
+from aefast.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def made(speedup: float = 1.0, failure: str | None = None, spread: float = 0.0) -> dict:
+    eager = [1e-3 * (1 + spread * (index % 2)) for index in range(40)]
+    timings = {} if failure else {"eager": Timing(eager), "aefast": Timing([1e-3 / speedup] * 40)}
+    peak_bytes = {} if failure else {"eager": 8, "aefast": 4}
+    labels = {"activation": "gelu", "batch": 8, "inputs": 4, "features": 2}
+    errors = {"aefast": 1e-7, "eager": 2e-7}
+    result = Result("op/x-fwd", "op", "fwd", labels, errors, timings, peak_bytes, 5e-4, "flops", failure)
+    return document.make([result], Ceilings(1.0, 2.0, 3.0), "cpu", "auto")
+
+
+def test_fields(tmp_path):
+    path = tmp_path / "results.json"
+    document.save(made(2.0), path)
+    found = document.load(path)
+    assert found == made(2.0)
+    assert set(found) == {"schema", "device", "backend", "versions", "commit", "dirty", "ceilings", "cases"}
+    (case,) = found["cases"]
+    variant = case.pop("variants")["aefast"]
+    assert case == {
+        "id": "op/x-fwd",
+        "op": "op",
+        "dtype": "float32",
+        "mode": "fwd",
+        "labels": {"activation": "gelu", "batch": 8, "inputs": 4, "features": 2},
+        "error": {"aefast": 1e-7, "eager": 2e-7},
+        "failure": None,
+        "floor_ms": 0.5,
+        "floor_kind": "flops",
+    }
+    assert variant["samples_ms"] == [0.5] * 40
+    assert [variant[key] for key in ("median_ms", "p20_ms", "p80_ms", "peak_bytes")] == [0.5, 0.5, 0.5, 4]
+    assert sum(line.startswith('{"id"') for line in path.read_text().splitlines()) == 1
+
+
+def test_commit_is_that_of_the_checkout():
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        pytest.skip("not in a checkout")
+    assert made()["commit"] == head.stdout.strip()
+
+
+def test_regressions():
+    assert document.regressions(made(1.0), made(1.0)) == []
+    assert document.regressions(made(0.96), made(1.0)) == []
+    assert document.regressions(made(0.94), made(1.0)) == ["op/x-fwd: 0.94×, was 1.00×"]
+    assert document.regressions(made(1.1), made(1.0)) == []
+    assert document.regressions(made(failure="wrong"), made(1.0)) == ["op/x-fwd: fails: wrong"]
+    assert document.regressions(made(1.0), made(failure="wrong")) == []
+
+
+def test_noise_is_no_regression():
+    """The rounds' ratios lie between 0.94 and 1.4: the median of the earlier run may have been 0.94 too."""
+    assert document.regressions(made(0.94), made(1.0, spread=0.5)) != []
+    assert document.regressions(made(0.94, spread=0.5), made(1.0, spread=0.5)) == []
+
+
+def test_other_devices_are_not_compared():
+    old = made()
+    old["device"]["name"] = "another"
+    with pytest.raises(InputError, match="same device: another is not"):
+        document.regressions(made(), old)
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"schema": 99}'])
+def test_files_without_results(tmp_path, text):
+    path = tmp_path / "results.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=r"results\.json"):
+        document.load(path)
+
+
+def test_readme_holds_the_committed_results():
+    text = (ROOT / "README.md").read_text()
+    assert readme.replaced(text, ROOT / "bench" / "results") == text
+    assert list((ROOT / "bench" / "results").glob("*.json"))
+
+
+def test_readme_table():
+    results = made(2.0)
+    results["cases"] += made(4.0)["cases"] + made(failure="wrong")["cases"]
+    last = readme.table(results).splitlines()[-1]
+    assert last == "| `op` | gelu | forward | 2 | 3.00× | 4.00× | 2.00× |"
+
+
+def test_device_name_says_threads_and_instructions():
+    name = document.device_name("cpu")
+    assert name.endswith(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    assert json.dumps(name)
