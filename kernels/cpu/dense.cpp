@@ -132,17 +132,26 @@ constexpr double kMostFlopsOfOwn = 5e8;
 // A product of so many is worth a second thread.
 constexpr double kLeastFlopsOfThread = 1.5e5;
 
+// But not with so small a weight, of which all threads keep their own copy.
+constexpr int64_t kMostElementsOfOwn = 1 << 15;
+
 double flops_of(Matrix a, Matrix b) { return 2.0 * a.rows * a.cols * b.cols; }
+
+// Those of the layer's product, or as many as are left to product_kernels() if it is theirs anyway.
+double layer_flops(int64_t rows, Matrix weight) {
+  const double flops = 2.0 * rows * weight.rows * weight.cols;
+  return weight.rows * weight.cols <= kMostElementsOfOwn ? std::min(flops, kMostFlopsOfOwn) : flops;
+}
 
 int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
-// out = a b on one thread, by product_kernels().
-void multiply_here(Matrix a, Matrix b, Matrix out) {
+// out = a b, or += with `add`, on one thread, by product_kernels().
+void multiply_here(Matrix a, Matrix b, Matrix out, bool add = false) {
   // Kept, because a large block that is freed goes back to the system, and comes back page by page.
   static thread_local Workspace workspace;
   const ProductOperand left{a.data, a.row_stride, a.col_stride}, right{b.data, b.row_stride, b.col_stride};
   const size_t bytes = product_kernels().workspace_bytes(out.scalar, left, out.rows, a.cols);
-  product_kernels().product(out.scalar, left, right, out.data, out.row_stride, out.rows, a.cols, out.cols,
+  product_kernels().product(out.scalar, left, right, out.data, out.row_stride, out.rows, a.cols, out.cols, add,
                             workspace.of(bytes));
 }
 
@@ -383,6 +392,104 @@ void layer_forward(const LayerForward& layer, Matrix x, Matrix out, Matrix deriv
   });
 }
 
+// What a backward does for some rows: gradients at the pre-activations, from the last layer down to `lowest`, and
+// the partial sums of their columns.
+struct BackwardPass {
+  Matrix grad;
+  const LayerBackward* layers;
+  size_t lowest, top;
+  Matrix x_gradient;
+  std::vector<ColumnSums> sums;  // one a layer
+  ColumnSums none;
+  bool use_blas;
+
+  bool is_identity(size_t index) const { return layers[index].spec.activation == Activation::identity; }
+
+  // memory(index) is where the layer's gradient goes, in these rows; not asked for an identity at the top, whose
+  // gradient is `grad`. Absent memory: it is not kept. Then body(index, gradient) is called.
+  template <typename Memory, typename Body>
+  void run(int64_t begin, int64_t rows, const Memory& memory, const Body& body) const {
+    const auto part = [&](Matrix matrix) { return matrix.row_block(begin, rows); };
+    Matrix g = part(grad);
+    Scratch copy;
+    if (!is_identity(top)) {
+      const Matrix upstream = unit_stride(g, copy);
+      g = memory(top);
+      activation_gradient(layers[top].spec, upstream, part(layers[top].saved), g, sums[top], begin);
+    } else if (sums[top].wanted()) {
+      activation_gradient(layers[top].spec, unit_stride(g, copy), {}, {nullptr, grad.scalar}, sums[top], begin);
+    }
+    body(top, g);
+    for (size_t index = top; index > lowest; --index) {
+      const LayerBackward& below = layers[index - 1];
+      const Matrix above = g;
+      g = memory(index - 1);
+      data_gradient(below.spec, above, layers[index].weight, part(below.saved), g, sums[index - 1], begin, use_blas);
+      body(index - 1, g);
+    }
+    if (x_gradient.data)
+      data_gradient({Activation::identity, {}}, g, layers[0].weight, {}, part(x_gradient), none, begin, use_blas);
+  }
+};
+
+// Groups of rows that sum up small weight gradients of their own, so that no layer's gradient leaves the cache. How
+// many there are depends on the shapes alone.
+int64_t groups_of(const BackwardPass& pass) {
+  // A sum stays in the second-level cache beside the rows, and is there long enough.
+  constexpr int64_t kLeastRows = 512, kMostGroups = 32, kMostBytes = 200 << 10, kBytesOfRow = 64;
+  const int64_t rows = pass.grad.rows;
+  if (pass.use_blas || rows < 2 * kLeastRows) return 0;
+  for (size_t index = pass.lowest; index <= pass.top; ++index) {
+    const LayerBackward& layer = pass.layers[index];
+    if (!layer.weight_gradient.data) continue;
+    const int64_t bytes = layer.weight.rows * layer.weight.cols * size_of(layer.weight.scalar);
+    if (bytes > std::min(kMostBytes, kBytesOfRow * rows)) return 0;
+    if (layer.input.col_stride != 1 || (index == pass.top && pass.is_identity(index) && pass.grad.col_stride != 1))
+      return 0;
+  }
+  return std::min(rows / kLeastRows, kMostGroups);
+}
+
+void backward_in_groups(const BackwardPass& pass, int64_t groups, int64_t block, int64_t widest) {
+  constexpr int64_t kRowsOfPart = 256;
+  const int64_t rows = pass.grad.rows, part_rows = blocks_of(kRowsOfPart, block) * block;
+  const int64_t group_rows = blocks_of((rows + groups - 1) / groups, block) * block;
+  const Scalar scalar = pass.grad.scalar;
+  groups = blocks_of(rows, group_rows);
+  Scratch scratch;
+  std::vector<Matrix> sums(pass.top + 1);  // of each layer, one row a group
+  for (size_t index = pass.lowest; index <= pass.top; ++index) {
+    const Matrix out = pass.layers[index].weight_gradient;
+    if (out.data) sums[index] = scratch.matrix(scalar, groups, out.rows * out.cols);
+  }
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t first_group, int64_t last_group) {
+    Scratch local;
+    const Matrix buffers[] = {local.matrix(scalar, part_rows, widest), local.matrix(scalar, part_rows, widest)};
+    for (int64_t group = first_group; group < last_group; ++group) {
+      const int64_t group_begin = group * group_rows, group_end = std::min(rows, group_begin + group_rows);
+      for (int64_t begin = group_begin; begin < group_end; begin += part_rows) {
+        const int64_t count = std::min(part_rows, group_end - begin);
+        const auto memory = [&](size_t index) {
+          const int64_t features = pass.layers[index].weight.rows;
+          return Matrix{buffers[index % 2].data, scalar, count, features, features, 1};
+        };
+        pass.run(begin, count, memory, [&](size_t index, Matrix g) {
+          const LayerBackward& layer = pass.layers[index];
+          if (!layer.weight_gradient.data) return;
+          const Matrix& out = layer.weight_gradient;
+          const Matrix sum{sums[index].row_block(group, 1).data, scalar, out.rows, out.cols, out.cols, 1};
+          multiply_here(g.transposed(), layer.input.row_block(begin, count), sum, begin > group_begin);
+        });
+      }
+    }
+  });
+  for (size_t index = pass.lowest; index <= pass.top; ++index) {
+    const Matrix out = pass.layers[index].weight_gradient;
+    if (out.data && out.rows * out.cols > 0)
+      pointwise().sum_rows(scalar, sums[index].data, out.data, groups, out.rows * out.cols);
+  }
+}
+
 }  // namespace
 
 Matrix matrix_of(const Tensor& tensor) {
@@ -439,7 +546,7 @@ void dense_forward(Matrix x, LayerForward* layers, size_t count) {
     layer.weight = converted(layer.weight, type, scratch);
     layer.bias = unit_stride(layer.bias, scratch);
     widest = std::max({widest, layer.weight.rows, layer.weight.cols});
-    flops = std::max(flops, 2.0 * x.rows * layer.weight.rows * layer.weight.cols);
+    flops = std::max(flops, layer_flops(x.rows, layer.weight));
   }
   const Division division = divide(x.rows, widest, 1, flops, type != x.scalar);
   for_row_parts(x.rows, division, [&](int64_t begin, int64_t rows) {
@@ -475,58 +582,46 @@ void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_g
     while (lowest < count && !layers[lowest].weight_gradient.data && !layers[lowest].bias_gradient.data) ++lowest;
   if (lowest == count) return;
 
-  // g is the gradient at the layer's pre-activation; the top's is absent if nothing but a sum reads it.
-  struct Work {
-    Matrix g;
-    ColumnSums sums;
-  };
   Scratch scratch;
-  std::vector<Work> work(count);
+  BackwardPass pass{grad, layers, lowest, top, x_gradient, std::vector<ColumnSums>(count), {}, false};
+  pass.none = ColumnSums({}, rows, block, scratch);
   double flops = 0.0;
   for (size_t index = lowest; index < count; ++index) {
     LayerBackward& layer = layers[index];
-    Matrix& g = work[index].g;
-    const int64_t features = layer.weight.rows;
-    const bool is_identity = layer.spec.activation == Activation::identity;
-    const bool gives_data_gradient = index > lowest || x_gradient.data;
-    if (index == top && is_identity)
-      g = grad;
-    else if (index < top || gives_data_gradient || layer.weight_gradient.data)
-      g = scratch.matrix(grad.scalar, rows, features);
-    g.scalar = grad.scalar;
-    work[index].sums = ColumnSums(layer.bias_gradient, rows, block, scratch);
-    layer.saved = is_identity ? Matrix() : row_major(layer.saved, scratch);
-    if (gives_data_gradient) {
+    pass.sums[index] = ColumnSums(layer.bias_gradient, rows, block, scratch);
+    layer.saved = pass.is_identity(index) ? Matrix() : row_major(layer.saved, scratch);
+    if (index > lowest || x_gradient.data) {
       layer.weight = converted(layer.weight, type, scratch);
-      flops = std::max(flops, 2.0 * rows * features * layer.weight.cols);
+      flops = std::max(flops, layer_flops(rows, layer.weight));
     }
   }
-
-  const ColumnSums none({}, rows, block, scratch);
   const Division division = divide(rows, widest, block, flops, type != grad.scalar);
-  for_row_parts(rows, division, [&](int64_t begin, int64_t part_rows) {
-    const auto part = [&](Matrix matrix) { return matrix.row_block(begin, part_rows); };
-    const bool is_identity = layers[top].spec.activation == Activation::identity;
-    if (!is_identity || work[top].sums.wanted()) {
-      Scratch copy;
-      const Matrix g = is_identity ? Matrix{nullptr, grad.scalar} : part(work[top].g);
-      activation_gradient(layers[top].spec, unit_stride(part(grad), copy), part(layers[top].saved), g, work[top].sums,
-                          begin);
+  pass.use_blas = division.use_blas;
+
+  const int64_t groups = type == grad.scalar ? groups_of(pass) : 0;
+  if (groups > 0) {
+    backward_in_groups(pass, groups, block, widest);
+  } else {
+    // The gradient at the top is kept only if somebody reads it; an identity's is `grad`.
+    std::vector<Matrix> gradients(count);
+    for (size_t index = lowest; index < count; ++index) {
+      const bool is_read = index < top || x_gradient.data || lowest < top || layers[index].weight_gradient.data;
+      if (is_read && !(index == top && pass.is_identity(index)))
+        gradients[index] = scratch.matrix(grad.scalar, rows, layers[index].weight.rows);
+      gradients[index].scalar = grad.scalar;
     }
-    for (size_t index = top; index > lowest; --index) {
-      const LayerBackward& below = layers[index - 1];
-      data_gradient(below.spec, part(work[index].g), layers[index].weight, part(below.saved), part(work[index - 1].g),
-                    work[index - 1].sums, begin, division.use_blas);
-    }
-    if (x_gradient.data)
-      data_gradient({Activation::identity, {}}, part(work[0].g), layers[0].weight, {}, part(x_gradient), none, begin,
-                    division.use_blas);
-  });
-  for (size_t index = lowest; index < count; ++index) {
-    const LayerBackward& layer = layers[index];
-    work[index].sums.finish();
-    if (layer.weight_gradient.data) weight_gradient(work[index].g, layer.input, layer.weight_gradient);
+    for_row_parts(rows, division, [&](int64_t begin, int64_t part_rows) {
+      pass.run(
+          begin, part_rows, [&](size_t index) { return gradients[index].row_block(begin, part_rows); },
+          [](size_t, Matrix) {});
+    });
+    for (size_t index = lowest; index < count; ++index)
+      if (layers[index].weight_gradient.data) {
+        const Matrix g = index == top && pass.is_identity(index) ? grad : gradients[index];
+        weight_gradient(g, layers[index].input, layers[index].weight_gradient);
+      }
   }
+  for (size_t index = lowest; index < count; ++index) pass.sums[index].finish();
 }
 
 }  // namespace aefast::cpu

@@ -69,12 +69,11 @@ AEFAST_HD void for_tile_rows(int64_t rows, const Body& body) {
 // b's rows are contiguous; kRows is small.
 template <int kRows, typename T>
 AEFAST_HD void few_rows(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, T* out, int64_t out_row,
-                        int64_t inner, int64_t cols) {
+                        int64_t inner, int64_t cols, bool add) {
   int64_t begin = 0;
   do {
     const int64_t terms = inner - begin < kTermsInPlace ? inner - begin : kTermsInPlace;
     const T *left = a + begin * a_col, *right = b + begin * b_row;
-    const bool add = begin > 0;
     int64_t col = 0;
     const auto columns = [&](auto vector, auto count) __attribute__((always_inline)) {
       constexpr int kVectors = decltype(count)::value, kWidth = kVectors * sizeof(vector) / sizeof(T);
@@ -89,6 +88,7 @@ AEFAST_HD void few_rows(const T* a, int64_t a_row, int64_t a_col, const T* b, in
     if constexpr (kVectorBytes > 16) columns(Vector<T, 16>(), std::integral_constant<int, 1>());
     columns(T(), std::integral_constant<int, 1>());
     begin += terms;
+    add = true;
   } while (begin < inner);
 }
 
@@ -116,7 +116,8 @@ AEFAST_HD void transpose(V* rows) {
 
 // out (kRows, kCols) of dot products of contiguous rows of a and b^T; kRows * kCols is a vector's lanes.
 template <int kRows, int kCols, typename T>
-AEFAST_HD void dots(const T* a, int64_t a_row, const T* b, int64_t b_col, T* out, int64_t out_row, int64_t inner) {
+AEFAST_HD void dots(const T* a, int64_t a_row, const T* b, int64_t b_col, T* out, int64_t out_row, int64_t inner,
+                    bool add) {
   using V = Vector<T, kRows * kCols * sizeof(T)>;
   constexpr int kLanes = kRows * kCols;
   V sums[kLanes] = {};
@@ -138,22 +139,24 @@ AEFAST_HD void dots(const T* a, int64_t a_row, const T* b, int64_t b_col, T* out
     for (int col = 0; col < kCols; ++col) {
       T sum = found[row * kCols + col];
       for (int64_t rest = term; rest < inner; ++rest) sum += a[row * a_row + rest] * b[col * b_col + rest];
-      out[row * out_row + col] = sum;
+      T& element = out[row * out_row + col];
+      element = add ? element + sum : sum;
     }
 }
 
 template <int kRows, typename T>
 AEFAST_HD void row_of_dots(const T* a, int64_t a_row, const T* b, int64_t b_col, T* out, int64_t out_row,
-                           int64_t inner, int64_t cols) {
+                           int64_t inner, int64_t cols, bool add) {
   constexpr int kCols = kVectorBytes / sizeof(T) / kRows;
   int64_t col = 0;
   for (; col + kCols <= cols; col += kCols)
-    dots<kRows, kCols>(a, a_row, b + col * b_col, b_col, out + col, out_row, inner);
+    dots<kRows, kCols>(a, a_row, b + col * b_col, b_col, out + col, out_row, inner, add);
   for (int row = 0; row < kRows; ++row)
     for (int64_t rest = col; rest < cols; ++rest) {
       T sum = T(0);
       for (int64_t term = 0; term < inner; ++term) sum += a[row * a_row + term] * b[rest * b_col + term];
-      out[row * out_row + rest] = sum;
+      T& element = out[row * out_row + rest];
+      element = add ? element + sum : sum;
     }
 }
 
@@ -215,7 +218,7 @@ void pack_tiles(const T* a, int64_t a_col, T* packed, int64_t rows, int64_t term
 // V is as wide as the columns fill.
 template <typename V, typename T>
 void many_rows(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, int64_t b_col, T* out,
-               int64_t out_row, int64_t rows, int64_t inner, int64_t cols, T* workspace) {
+               int64_t out_row, int64_t rows, int64_t inner, int64_t cols, bool add_first, T* workspace) {
   constexpr int64_t kLanes = sizeof(V) / sizeof(T);
   alignas(kVectorBytes) T panel[kTerms * 2 * kLanes];
   const bool pack_a = packs_tiles(a_col, rows, inner);
@@ -229,7 +232,7 @@ void many_rows(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_r
     int64_t begin = 0;
     do {
       const int64_t terms = inner - begin < most_terms ? inner - begin : most_terms;
-      const bool add = begin > 0;
+      const bool add = add_first || begin > 0;
       const T* left = a + first * a_row + begin * a_col;
       if (pack_a) {
         pack_tiles(left, a_col, workspace, block, terms);
@@ -273,7 +276,7 @@ void many_rows(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_r
       }
       if (col < cols) {
         // Where nothing is added to out, the last vector may overlap the one before: it writes the same again.
-        if (inner <= most_terms && cols >= kLanes)
+        if (!add && inner <= most_terms && cols >= kLanes)
           columns(cols - kLanes, one, kLanes);
         else
           columns(col, one, cols - col);
@@ -285,22 +288,22 @@ void many_rows(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_r
 
 template <typename T>
 void product_of(ProductOperand left, ProductOperand right, T* out, int64_t out_row, int64_t rows, int64_t inner,
-                int64_t cols, T* workspace) {
+                int64_t cols, bool add, T* workspace) {
   const T* a = static_cast<const T*>(left.data);
   const T* b = static_cast<const T*>(right.data);
   const int64_t a_row = left.row_stride, a_col = left.col_stride, b_row = right.row_stride, b_col = right.col_stride;
   if (b_col == 1 && inner <= kMostTermsOfRow) {
     for (int64_t row = 0; row < rows; ++row)
-      few_rows<1>(a + row * a_row, a_row, a_col, b, b_row, out + row * out_row, out_row, inner, cols);
+      few_rows<1>(a + row * a_row, a_row, a_col, b, b_row, out + row * out_row, out_row, inner, cols, add);
     return;
   }
   if (rows <= kFewRows && (a_col == 1 || b_col == 1)) {
     const auto some = [&](int64_t row, auto count) {
       constexpr int kRows = decltype(count)::value;
       if (b_col == 1)
-        few_rows<kRows>(a + row * a_row, a_row, a_col, b, b_row, out + row * out_row, out_row, inner, cols);
+        few_rows<kRows>(a + row * a_row, a_row, a_col, b, b_row, out + row * out_row, out_row, inner, cols, add);
       else
-        row_of_dots<kRows>(a + row * a_row, a_row, b, b_col, out + row * out_row, out_row, inner, cols);
+        row_of_dots<kRows>(a + row * a_row, a_row, b, b_col, out + row * out_row, out_row, inner, cols, add);
     };
     constexpr int kLanes = kVectorBytes / sizeof(T), kMost = kLanes < 4 ? kLanes : 4;
     int64_t row = 0;
@@ -311,7 +314,7 @@ void product_of(ProductOperand left, ProductOperand right, T* out, int64_t out_r
   }
   const int64_t bytes = cols * static_cast<int64_t>(sizeof(T));
   const auto run = [&](auto vector) {
-    many_rows<decltype(vector)>(a, a_row, a_col, b, b_row, b_col, out, out_row, rows, inner, cols, workspace);
+    many_rows<decltype(vector)>(a, a_row, a_col, b, b_row, b_col, out, out_row, rows, inner, cols, add, workspace);
   };
   if (bytes >= kVectorBytes) return run(Vector<T>());
   if constexpr (kVectorBytes > 32)
@@ -320,11 +323,11 @@ void product_of(ProductOperand left, ProductOperand right, T* out, int64_t out_r
 }
 
 void product(Scalar scalar, ProductOperand a, ProductOperand b, void* out, int64_t out_stride, int64_t rows,
-             int64_t inner, int64_t cols, void* workspace) {
+             int64_t inner, int64_t cols, bool add, void* workspace) {
   if (scalar == Scalar::float64)
-    product_of(a, b, static_cast<double*>(out), out_stride, rows, inner, cols, static_cast<double*>(workspace));
+    product_of(a, b, static_cast<double*>(out), out_stride, rows, inner, cols, add, static_cast<double*>(workspace));
   else
-    product_of(a, b, static_cast<float*>(out), out_stride, rows, inner, cols, static_cast<float*>(workspace));
+    product_of(a, b, static_cast<float*>(out), out_stride, rows, inner, cols, add, static_cast<float*>(workspace));
 }
 
 size_t workspace_bytes(Scalar scalar, ProductOperand a, int64_t rows, int64_t inner) {

@@ -15,11 +15,11 @@ struct ProductOperand {
 };
 
 struct ProductKernels {
-  // out (rows, cols), rows `out_stride` apart, = a (rows, inner) b (inner, cols), in float32 or float64, on one
-  // thread. `workspace` is aligned to 64. Sums are taken over `inner` in an order that depends on nothing but the
+  // out (rows, cols), rows `out_stride` apart, = a (rows, inner) b (inner, cols), or += with `add`, in float32 or
+  // float64, on one thread. `workspace` is aligned to 64. Sums are taken over `inner` in an order that depends on nothing but the
   // shape and the strides.
   void (*product)(Scalar scalar, ProductOperand a, ProductOperand b, void* out, int64_t out_stride, int64_t rows,
-                  int64_t inner, int64_t cols, void* workspace);
+                  int64_t inner, int64_t cols, bool add, void* workspace);
   // The workspace that such a product needs.
   size_t (*workspace_bytes)(Scalar scalar, ProductOperand a, int64_t rows, int64_t inner);
 };
