@@ -79,6 +79,36 @@ def test_opcheck(backend, device, dtype):
     )
 
 
+@pytest.mark.parametrize("rows", [1024, 1500, 5003])
+@pytest.mark.parametrize("frozen", [None, 0, 1, 2])
+def test_long_batches_of_small_layers(poisoned_memory, instruction_set, rows, frozen):
+    """Groups of rows sum weight gradients of their own, and no layer's gradient is kept."""
+    generator = torch.Generator().manual_seed(5)
+    widths = (19, 40, 7, 33)
+    x = torch.randn(rows, widths[0], generator=generator)
+    weights = [torch.randn(n, k, generator=generator) * k**-0.5 for k, n in itertools.pairwise(widths)]
+    biases = [torch.randn(n, generator=generator) for n in widths[1:]]
+    sample = {"x": x, "weights": weights, "biases": biases, "activations": ["silu", "tanh", "identity"]}
+    if frozen is None:
+        numerics.check(OP, "cpu", sample, torch.float32)
+        return
+    for tensor in (weights[frozen], biases[frozen]):
+        tensor.requires_grad_()
+    with aefast.backend("cpu"):
+        out = AF.mlp(**sample)
+    upstream = torch.randn(out.shape, generator=generator)
+    found = torch.autograd.grad(out, (weights[frozen], biases[frozen]), upstream)
+    exact = mlp.reference(
+        x.double(), [w.double() for w in weights], [b.double() for b in biases], sample["activations"]
+    )
+    truth = torch.autograd.grad(exact, (weights[frozen], biases[frozen]), upstream.double())
+    for ours, theirs in zip(found, truth, strict=True):
+        # Sums of up to 5003 products, of rounding errors of half a spacing each.
+        torch.testing.assert_close(
+            ours, theirs, rtol=0, atol=8 * torch.finfo(torch.float32).eps * theirs.abs().max().item()
+        )
+
+
 def test_first_and_second_derivatives():
     numerics.require_backend("cpu", OP.name, "cpu", torch.float64)
     x, weights, biases = operands()
