@@ -29,7 +29,12 @@ def specification(activation: str, negative_slope: float, alpha: float) -> str:
     """What launchers take for an activation: its name, and behind a colon the one parameter it reads.
 
     Each argument of a call costs as much as a short call's work.
+
+    Raises:
+        ValueError: it is none of `ACTIVATIONS`.
     """
+    if activation not in ACTIVATION_CODE:
+        raise ValueError(f"unknown activation {activation!r}")
     if activation not in PARAMETER:
         return activation
     return f"{activation}:{alpha if activation == 'elu' else negative_slope!r}"

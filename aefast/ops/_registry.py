@@ -218,8 +218,8 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or _innermost_transform() is not None
 
 
-def choose(op: str, tensor: torch.Tensor) -> str:
-    """The backend that serves a call of `op` on tensors like `tensor`.
+def choose(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> str:
+    """The backend that serves a call of `op` on tensors like `tensor`, with `others` of its dtype and device.
 
     That is the one requested by name. Else it is the first in `BACKENDS` that can serve the call, but
     "eager" under torch.func's transforms and forward-mode differentiation and for sparse and nested
@@ -236,10 +236,15 @@ def choose(op: str, tensor: torch.Tensor) -> str:
         return name
     if is_transformed():
         reason = "torch.func transforms (vmap, jvp, grad, ...) and forward-mode differentiation"
-    elif tensor.layout is not torch.strided or tensor.is_nested:
-        reason = f"tensors of layout {tensor.layout}"
     else:
-        return name
+        unusual = [
+            one.layout
+            for one in (tensor, *others)
+            if one is not None and (one.layout is not torch.strided or one.is_nested)
+        ]
+        if not unusual:
+            return name
+        reason = f"tensors of layout {unusual[0]}"
     if request == "auto":
         return "eager"
     raise BackendError(f"backend {request!r} cannot serve {op}: {reason} need backend 'eager' or 'auto'")

@@ -222,7 +222,8 @@ def linear_act(
         BackendError: the backend asked for cannot serve the call.
     """
     plain = _registry.PLAIN
-    if type(x) in plain and type(weight) in plain and type(bias) in plain and x is not None and x.dim() == 2:
+    operands_are_plain = type(x) in plain and type(weight) in plain and type(bias) in plain
+    if operands_are_plain and x is not None and weight is not None and x.dim() == 2:
         chosen = _registry.unexamined("linear_act", x)
         if chosen is not None:
             try:
@@ -231,7 +232,7 @@ def linear_act(
                 _registry.logger.debug("linear_act: %s", error)
     x, weight, bias = _arguments.autocast(x, weight, bias)
     _check(x, weight, bias, activation, negative_slope, alpha)
-    backend = _registry.choose("linear_act", x)
+    backend = _registry.choose("linear_act", x, weight, bias)
     if backend == "eager":
         return reference(x, weight, bias, activation, negative_slope=negative_slope, alpha=alpha)
     flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

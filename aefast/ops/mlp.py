@@ -219,7 +219,7 @@ def mlp(
     _check(x, weights, biases, activations)
     for activation in activations:
         _arguments.check_activation_parameter(activation, negative_slope, alpha, "mlp")
-    backend = _registry.choose("mlp", x)
+    backend = _registry.choose("mlp", x, *weights, *biases)
     if backend == "eager":
         return reference(x, weights, biases, activations, negative_slope=negative_slope, alpha=alpha)
     flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

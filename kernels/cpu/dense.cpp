@@ -135,6 +135,8 @@ constexpr double kLeastFlopsOfThread = 1.5e5;
 // But not with so small a weight, of which all threads keep their own copy.
 constexpr int64_t kMostElementsOfOwn = 1 << 15;
 
+bool is_own(Scalar scalar) { return scalar == Scalar::float32 || scalar == Scalar::float64; }
+
 double flops_of(Matrix a, Matrix b) { return 2.0 * a.rows * a.cols * b.cols; }
 
 // Those of the layer's product, or as many as are left to product_kernels() if it is theirs anyway.
@@ -145,7 +147,10 @@ double layer_flops(int64_t rows, Matrix weight) {
 
 int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
-// out = a b, or += with `add`, on one thread, by product_kernels().
+// Whether product_kernels() take such an operand.
+bool is_own(Matrix m) { return is_own(m.scalar) && (m.row_stride == 1 || m.col_stride == 1); }
+
+// out = a b, or += with `add`, on one thread, by product_kernels(), which take both operands.
 void multiply_here(Matrix a, Matrix b, Matrix out, bool add = false) {
   // Kept, because a large block that is freed goes back to the system, and comes back page by page.
   static thread_local Workspace workspace;
@@ -174,9 +179,7 @@ void multiply_in_parts(Matrix a, Matrix b, Matrix out, int64_t workers) {
 
 // out = a b by the BLAS, or by product_kernels() on so many threads, each with columns of out of its own.
 void multiply(Matrix a, Matrix b, Matrix out, bool use_blas) {
-  const bool is_real = out.scalar == Scalar::float32 || out.scalar == Scalar::float64;
-  const auto is_readable = [](Matrix m) { return m.row_stride == 1 || m.col_stride == 1; };
-  if (use_blas || !is_real || !is_readable(a) || !is_readable(b)) {
+  if (use_blas || !is_own(a) || !is_own(b)) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(borrow(out).get(), borrow(a).get(), borrow(b).get()));
     return;
   }
@@ -202,13 +205,14 @@ void multiply_add(Matrix a, Matrix b, Matrix out) {
 
 // The element type in which products are formed. Where the processor has no matrix instructions for a
 // half type, torch's product of such matrices is a scalar loop, some 100 times slower than in float32.
-Scalar product_type(Scalar scalar) {
 #if defined(__x86_64__)
-  static const bool has_bfloat16 = __builtin_cpu_supports("avx512bf16");
+std::atomic<bool> has_bfloat16{__builtin_cpu_supports("avx512bf16") != 0};
 #else
-  static const bool has_bfloat16 = false;
+std::atomic<bool> has_bfloat16{false};
 #endif
-  if (scalar == Scalar::bfloat16 && !has_bfloat16) return Scalar::float32;
+
+Scalar product_type(Scalar scalar) {
+  if (scalar == Scalar::bfloat16 && !has_bfloat16.load(std::memory_order_relaxed)) return Scalar::float32;
   if (scalar == Scalar::float16) return Scalar::float32;
   return scalar;
 }
@@ -351,7 +355,7 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
     const int64_t workers = std::min(threads(), static_cast<int64_t>(flops / kLeastFlopsOfThread));
     constexpr int64_t kMostElementsOfParts = 1 << 16, kLeastTermsOfParts = 1024, kElementsOfTerm = 16;
     if (out.rows * out.cols <= std::min(kMostElementsOfParts, kElementsOfTerm * a.cols) &&
-        a.cols >= kLeastTermsOfParts && x.col_stride == 1)
+        a.cols >= kLeastTermsOfParts && is_own(a) && is_own(x))
       return multiply_in_parts(a, x, out, std::max<int64_t>(1, workers));
     // Threads share rows of out where there are enough: a thread that writes whole pages keeps them in its own cache.
     constexpr int64_t kLeastRows = 32;
@@ -438,7 +442,7 @@ int64_t groups_of(const BackwardPass& pass) {
   // A sum stays in the second-level cache beside the rows, and is there long enough.
   constexpr int64_t kLeastRows = 512, kMostGroups = 32, kMostBytes = 200 << 10, kBytesOfRow = 64;
   const int64_t rows = pass.grad.rows;
-  if (pass.use_blas || rows < 2 * kLeastRows) return 0;
+  if (pass.use_blas || !is_own(pass.grad.scalar) || rows < 2 * kLeastRows) return 0;
   for (size_t index = pass.lowest; index <= pass.top; ++index) {
     const LayerBackward& layer = pass.layers[index];
     if (!layer.weight_gradient.data) continue;
@@ -515,6 +519,8 @@ Tensor new_vector(const Tensor& like, int64_t size) {
 }
 
 void poison_outputs(bool poison) { poisoned = poison; }
+
+bool use_bfloat16_products(bool use) { return has_bfloat16.exchange(use); }
 
 ActivationSpec activation_spec(const std::string& specification) {
   ActivationSpec spec;

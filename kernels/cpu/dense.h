@@ -45,6 +45,10 @@ Tensor new_matrix(const Tensor& like, int64_t rows, int64_t cols);
 Tensor new_vector(const Tensor& like, int64_t size);
 void poison_outputs(bool poison);
 
+// Whether bfloat16 products are left to the BLAS as they are; returns what held before. For tests: at first they are if
+// the processor has instructions for them.
+bool use_bfloat16_products(bool use);
+
 ActivationSpec activation_spec(const std::string& specification);
 
 // That `tensor` is a (rows, cols) matrix of `like`'s dtype.

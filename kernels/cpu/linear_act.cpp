@@ -56,6 +56,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aefast_cpu, m) {
   m.def("supported_instruction_sets() -> str[]");
   m.def("use_instruction_set(str name) -> ()");
   m.def("poison_outputs(bool poison) -> ()");
+  m.def("use_bfloat16_products(bool use) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aefast_cpu, CPU, m) {
@@ -68,6 +69,7 @@ STABLE_TORCH_LIBRARY_IMPL(aefast_cpu, CompositeExplicitAutograd, m) {
   m.impl("supported_instruction_sets", TORCH_BOX(&supported_instruction_sets));
   m.impl("use_instruction_set", TORCH_BOX(&choose_instruction_set));
   m.impl("poison_outputs", TORCH_BOX(&poison_outputs));
+  m.impl("use_bfloat16_products", TORCH_BOX(&use_bfloat16_products));
 }
 
 }  // namespace aefast::cpu

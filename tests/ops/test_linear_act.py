@@ -238,6 +238,51 @@ def test_nan_and_infinity_propagate(activation, training):
     torch.testing.assert_close(found, expected.float(), equal_nan=True)
 
 
+@pytest.mark.parametrize("layout", ["one value", "one row", "transposed", "stepped"])
+@pytest.mark.parametrize("activation", ["identity", "tanh"])
+def test_upstream_strides_of_long_batches(poisoned_memory, instruction_set, activation, layout):
+    """Small layers of many rows sum their weight gradients in ways of their own."""
+    rows, features = 2048, 24
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(rows, 32, generator=generator)
+    weight = (torch.randn(features, 32, generator=generator) * 0.2).requires_grad_()
+    upstream = {
+        "one value": torch.randn(1, 1, generator=generator).expand(rows, features),
+        "one row": torch.randn(1, features, generator=generator).expand(rows, features),
+        "transposed": torch.randn(features, rows, generator=generator).t(),
+        "stepped": torch.randn(rows, 2 * features, generator=generator)[:, ::2],
+    }[layout]
+    with aefast.backend("cpu"):
+        out = AF.linear_act(x, weight, None, activation)
+    (found,) = torch.autograd.grad(out, weight, upstream)
+    exact = OP.reference(x.double(), weight.double(), None, activation)
+    (truth,) = torch.autograd.grad(exact, weight, upstream.double())
+    # Sums of 2048 products, of rounding errors of half a spacing each.
+    atol = 8 * torch.finfo(torch.float32).eps * truth.abs().max().item()
+    torch.testing.assert_close(found, truth, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+def test_bfloat16_products(poisoned_memory, activation):
+    """As on processors that multiply bfloat16; elsewhere torch's product of them is slow, but the same."""
+    numerics.require_backend("cpu", OP.name, "cpu", torch.bfloat16)
+    generator = torch.Generator().manual_seed(7)
+    had = torch.ops.aefast_cpu.use_bfloat16_products(True)
+    try:
+        for sample in OP.samples(CPU, torch.bfloat16):
+            numerics.check(OP, "cpu", {**sample, "activation": activation}, torch.bfloat16)
+        for rows in (64, 1024, 1500):
+            sample = {
+                "x": torch.randn(rows, 16, generator=generator).bfloat16(),
+                "weight": (torch.randn(8, 16, generator=generator) * 0.3).bfloat16(),
+                "bias": None,
+                "activation": activation,
+            }
+            numerics.check(OP, "cpu", sample, torch.bfloat16)
+    finally:
+        torch.ops.aefast_cpu.use_bfloat16_products(had)
+
+
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
 def test_small_layers_do_not_depend_on_threads(activation):
     """Neither the output nor a gradient; larger products are the BLAS's business."""
@@ -397,6 +442,9 @@ def test_what_launchers_would_let_through_is_refused(change, shape):
         ({"bias": torch.ones(4).double()}, "bias must have the dtype of x, float32, got float64"),
         ({"activation": "rellu"}, "activation must be one of .* got 'rellu'; did you mean 'relu'"),
         ({"activation": torch.relu}, "activation must be one of"),
+        ({"activation": "elu:0.5"}, "activation must be one of .* got 'elu:0.5'"),
+        ({"activation": b"relu"}, "activation must be one of .* got b'relu'"),
+        ({"weight": None}, "weight must be a torch.Tensor, got NoneType"),
         (
             {"activation": "leaky_relu", "negative_slope": -0.1},
             "negative_slope must be a finite number of at least 0, got -0.1",

@@ -189,6 +189,9 @@ def test_autocast():
         ({"activations": "relu"}, "activations must be a sequence"),
         ({"activations": ["relu"]}, "activations must have one entry for each of the 2 weights, got 1"),
         ({"activations": ["relu", "rely"]}, r"activations\[1\] must be one of .* did you mean 'relu'"),
+        ({"activations": ["relu", "elu:0.5"]}, r"activations\[1\] must be one of .* got 'elu:0.5'"),
+        ({"activations": ["relu,relu", "relu"]}, r"activations\[0\] must be one of .* got 'relu,relu'"),
+        ({"weights": [None, torch.ones(3, 4)]}, r"weights\[0\] must be a torch.Tensor, got NoneType"),
         ({"biases": [None]}, "biases must have one entry for each of the 2 weights, got 1"),
         (
             {"weights": [torch.ones(4, 5), torch.ones(3, 5)]},
