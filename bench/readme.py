@@ -41,6 +41,9 @@ def table(results: dict[str, Any]) -> str:
         figures = statistics.median(speedups), max(speedups), min(speedups)
         shown = " | ".join(f"{figure:.2f}×" for figure in figures)
         lines.append(f"| `{op}` | {activation} | {MODE_NAMES[mode]} | {len(speedups)} | {shown} |")
+    failing = [case["id"] for case in results["cases"] if case["failure"]]
+    if failing:
+        lines += ["", f"Wrong, and therefore not timed: {', '.join(failing)}."]
     return "\n".join(lines)
 
 

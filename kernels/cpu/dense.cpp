@@ -129,11 +129,10 @@ class Workspace {
 
 // Up to so many operations torch's BLAS spends much of its time beside them, and above it is at its full rate.
 constexpr double kMostFlopsOfOwn = 5e8;
-// A product of so many is worth a second thread.
-constexpr double kLeastFlopsOfThread = 1.5e5;
-
-// But not with so small a weight, of which all threads keep their own copy.
+// With so small a weight it never gains: parts of the batch go through product_kernels(), however many there are.
 constexpr int64_t kMostElementsOfOwn = 1 << 15;
+// A product of so many operations is worth a second thread.
+constexpr double kLeastFlopsOfThread = 1.5e5;
 
 bool is_own(Scalar scalar) { return scalar == Scalar::float32 || scalar == Scalar::float64; }
 
@@ -183,6 +182,7 @@ void multiply(Matrix a, Matrix b, Matrix out, bool use_blas) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(borrow(out).get(), borrow(a).get(), borrow(b).get()));
     return;
   }
+  // Few rows of many terms: b is all there is to read, and parts of it are whole rows.
   constexpr int64_t kColumns = 32, kMostRowsOfParts = 4, kLeastTermsOfParts = 256;
   const auto workers_of = [&](int64_t tasks) {
     return std::min({threads(), tasks, static_cast<int64_t>(flops_of(a, b) / kLeastFlopsOfThread)});
@@ -203,14 +203,15 @@ void multiply_add(Matrix a, Matrix b, Matrix out) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(sum.get(), sum.get(), borrow(a).get(), borrow(b).get(), 1.0, 1.0));
 }
 
-// The element type in which products are formed. Where the processor has no matrix instructions for a
-// half type, torch's product of such matrices is a scalar loop, some 100 times slower than in float32.
+// Whether the processor has matrix instructions for bfloat16.
 #if defined(__x86_64__)
 std::atomic<bool> has_bfloat16{__builtin_cpu_supports("avx512bf16") != 0};
 #else
 std::atomic<bool> has_bfloat16{false};
 #endif
 
+// The element type in which products are formed. Without matrix instructions for a half type torch's product of such
+// matrices is a scalar loop, some 100 times slower than in float32.
 Scalar product_type(Scalar scalar) {
   if (scalar == Scalar::bfloat16 && !has_bfloat16.load(std::memory_order_relaxed)) return Scalar::float32;
   if (scalar == Scalar::float16) return Scalar::float32;
@@ -353,6 +354,7 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
     const double flops = flops_of(a, x);
     if (flops > kMostFlopsOfOwn) return multiply(a, x, out, true);
     const int64_t workers = std::min(threads(), static_cast<int64_t>(flops / kLeastFlopsOfThread));
+    // The parts' sums should stay in the cache, and be written less often than the operands are read.
     constexpr int64_t kMostElementsOfParts = 1 << 16, kLeastTermsOfParts = 1024, kElementsOfTerm = 16;
     if (out.rows * out.cols <= std::min(kMostElementsOfParts, kElementsOfTerm * a.cols) &&
         a.cols >= kLeastTermsOfParts && is_own(a) && is_own(x))

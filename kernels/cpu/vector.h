@@ -98,7 +98,6 @@ AEFAST_HD Words operator<<(Words a, int b) { AEFAST_EACH(Words, a.lanes[i] << b)
 AEFAST_HD Words operator+(Words a, Words b) { AEFAST_EACH(Words, a.lanes[i] + b.lanes[i]); }
 AEFAST_HD Words operator&(Words a, uint32_t b) { AEFAST_EACH(Words, a.lanes[i] & b); }
 AEFAST_HD Words operator^(Words a, Words b) { AEFAST_EACH(Words, a.lanes[i] ^ b.lanes[i]); }
-AEFAST_HD Words operator~(Words a) { AEFAST_EACH(Words, ~a.lanes[i]); }
 
 // The greater and the lesser of x and a limit; NaN if x is.
 AEFAST_HD Floats at_least(Floats limit, Floats x) {
@@ -155,13 +154,10 @@ AEFAST_HD Exponential exponential(Floats x) {
   return {r + square * (high * square + low), floats((bits(shifted) << 23) + bits(Floats(1.0f)))};
 }
 
-constexpr float kLeastExponent = -88.0f;
+AEFAST_HD Floats value_of(Exponential e) { return e.scale + e.rest * e.scale; }
 
 // exp(-magnitude), 2 ulp; 0 from 87.7 on.
-AEFAST_HD Floats exp_of_negative(Floats magnitude) {
-  const Exponential e = exponential(-at_most(-kLeastExponent, magnitude));
-  return e.scale + e.rest * e.scale;
-}
+AEFAST_HD Floats exp_of_negative(Floats magnitude) { return value_of(exponential(-at_most(88.0f, magnitude))); }
 
 // For x <= 0, 2 ulp; any value for x > 0.
 AEFAST_HD Floats expm1_nonpositive(Floats x) {
@@ -173,7 +169,7 @@ AEFAST_HD Floats expm1_nonpositive(Floats x) {
 AEFAST_HD Floats tanh(Floats x) {
   // With e = exp(-2 |x|), (1 - e) / (1 + e): e is subtracted last where it is small, and first, exactly, elsewhere.
   const Exponential power = exponential(at_least(-25.0f, Floats(-2.0f) * magnitude(x)));
-  const Floats e = power.scale + power.rest * power.scale;
+  const Floats e = value_of(power);
   const Masks is_small = e < Floats(0.33f);
   const Floats difference = (Floats(1.0f) - power.scale) - power.scale * power.rest;
   const Floats quotient = select(is_small, Floats(2.0f) * e, difference) / (e + 1.0f);
@@ -212,8 +208,7 @@ AEFAST_HD Floats normal_cdf(Floats x, Floats& density_exp) {
   // where it is the greater part: the polynomial's rounding errors hardly reach the result.
   const Floats size = at_most(13.25f, magnitude(x));  // exp(-x^2 / 2) is 0 from there on
   const Floats u = size / (Floats(0.27f) * size + 1.0f);
-  const Exponential e = exponential(Floats(-0.5f) * (size * size));
-  density_exp = e.scale + e.rest * e.scale;
+  density_exp = value_of(exponential(Floats(-0.5f) * (size * size)));
   const Floats u2 = u * u;
   const Floats low = Floats(0.142285004f) * u + -0.398942292f;
   const Floats middle = Floats(1.58846425e-3f) * u + -0.0270575937f;
