@@ -47,7 +47,7 @@ lint: setup
 	$(BIN)/ruff format --check
 
 bench: setup
-	$(BIN)/aefast bench
+	$(BIN)/aefast bench --report bench/results
 
 clean:
 	rm -rf build dist aefast/lib *.egg-info

@@ -150,7 +150,10 @@ setup(
         "aefast.kernels.triton",
     ],
     package_dir={"aefast.kernels": "kernels", "aefast.bench": "bench"},
-    package_data={"aefast.kernels.triton": ["tuned/*.json"], "aefast.bench": ["results/*.json"]},
+    package_data={
+        "aefast.kernels.triton": ["tuned/*.json"],
+        "aefast.bench": ["results/*.json", "results/scaling/*.json"],
+    },
     ext_modules=[] if why_not_compiled() else [Extension("aefast.compiled", sources=[])],
     # MANIFEST.in puts the C++ sources into the source distribution; they stay out of the wheel.
     include_package_data=False,

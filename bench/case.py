@@ -1,197 +1,298 @@
-"""One case of the benchmark, its correctness gate, and its measurement."""
+"""The cases of the benchmark: an op at one shape, or a model's training step, ready to be checked and timed."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from aefast.bench import memory, timing
-from aefast.bench.ceilings import Ceilings
-from aefast.ops._registry import OPS
+from aefast.bench import timing, variants
+from aefast.bench.timing import Variant
+from aefast.bench.variants import COMPILED, Rival, is_ours
+from aefast.models import Model
+from aefast.ops._registry import OPS, Cost
+from aefast.train.step import EagerStep, TrainStep, make_optimizer
 
-MODES = ("fwd", "fwdbwd")
+DTYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+}
+# Pre-activations, of the order of 1, are uncertain by less; a sum of 4096 float32 products is by some 3e-6.
+KINK_WIDTH = 1e-5
+
+
+def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Those that cases are made in: half precision where there are matrix instructions for it."""
+    return (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,)
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op at one shape: ``make()`` gives a fresh set of inputs, ``variants`` take such a set.
+    """An op, its kind (such as its activation), and its shape, in words for the id and in numbers in `sizes`.
 
-    ``arguments(*inputs)`` are those of the op's function, from which its cost is known.
-
-    ``kinks(*inputs)``, where an activation has a kink, is true, broadcast to the output, for the outputs whose
-    gradient rounding decides: those that depend on a pre-activation beside the kink.
+    ``sizes`` has "batch" at least. ``is_compiled``: whether torch.compile takes part, which costs seconds a case.
     """
 
     op: str
-    id: str
-    labels: dict[str, Any]
-    make: Callable[[], list[Tensor]]
-    output_shape: tuple[int, ...]
-    arguments: Callable[..., dict[str, Any]]
-    variants: dict[str, Callable[..., Tensor]]
-    kinks: Callable[..., Tensor] | None = None
+    kind: str
+    dims: str
+    sizes: dict[str, int]
+    dtype: torch.dtype
+    device: torch.device
+    is_compiled: bool = field(default=False, kw_only=True)
+    rivals: Mapping[str, Rival] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}/{self.kind}-{self.dims}-{DTYPE_NAMES[self.dtype]}"
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def trial(self, mode: str) -> Trial:
+        raise NotImplementedError
+
+    def _rivals(self, mode: str) -> tuple[dict[str, Rival], dict[str, str]]:
+        """Those that take part, and why the others do not."""
+        reasons = {name: rival.missing(mode, self.device, self.dtype) for name, rival in self.rivals.items()}
+        present = {name: rival for name, rival in self.rivals.items() if reasons[name] is None}
+        return present, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 @dataclass(frozen=True)
-class Result:
-    """What was measured of a case in one mode; `failure` says why there are no timings.
+class Trial:
+    """A case in one mode.
 
-    ``floor``: the seconds that the device's ceilings leave no call below, bound by ``floor_kind``. ``peak_bytes``: of
-    tensors allocated during a call, for each variant.
+    ``truth`` are its results in float64, and ``found[name]`` those of each variant in ``timed``. ``missing`` says why
+    something does not take part.
     """
 
-    id: str
-    op: str
-    mode: str
-    labels: dict[str, Any]
-    errors: dict[str, float]
-    timings: dict[str, timing.Timing]
-    peak_bytes: dict[str, int]
-    floor: float
-    floor_kind: str
-    failure: str | None
-
-    @property
-    def speedup(self) -> float | None:
-        """Eager's median time over aefast's."""
-        if self.failure:
-            return None
-        return self.timings["eager"].median / self.timings["aefast"].median
-
-    @property
-    def speedup_interval(self) -> tuple[float, float] | None:
-        """As `interval`."""
-        if self.failure:
-            return None
-        return interval(self.timings["eager"].samples, self.timings["aefast"].samples)
-
-    @property
-    def floor_share(self) -> float | None:
-        """The share of its floor's speed that aefast's median call reaches."""
-        return None if self.failure else self.floor / self.timings["aefast"].median
-
-    @property
-    def overhead(self) -> float | None:
-        """Seconds by which aefast's median call is longer than eager's."""
-        if self.failure:
-            return None
-        return self.timings["aefast"].median - self.timings["eager"].median
+    truth: list[Tensor]
+    found: dict[str, list[Tensor]]
+    timed: dict[str, Variant]
+    missing: dict[str, str]
+    cost: Cost
 
 
-def interval(eager: Sequence[float], aefast: Sequence[float]) -> tuple[float, float]:
-    """Where the median of the rounds' ratios eager / aefast lies, at 95 % confidence."""
-    ratios = sorted(theirs / ours for theirs, ours in zip(eager, aefast, strict=True))
-    # How many of n draws lie below the median is a binomial variable, here by its normal approximation.
-    half, spread = len(ratios) / 2, 0.98 * len(ratios) ** 0.5
-    return ratios[max(0, math.floor(half - spread))], ratios[min(len(ratios) - 1, math.ceil(half + spread))]
+def collect(
+    runs: Mapping[str, Callable[[], list[Tensor]]], missing: dict[str, str]
+) -> dict[str, list[Tensor]]:
+    """The results of `runs`; code that is not ours and raises goes to `missing` with what it raised."""
+    found = {}
+    for name, run in runs.items():
+        try:
+            found[name] = run()
+        except Exception as error:
+            if is_ours(name) or name == "eager":
+                raise
+            missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    return found
 
 
 def training_inputs(
-    device: torch.device, *shapes: Sequence[int], scales: Sequence[float], dtype: torch.dtype = torch.float32
+    device: torch.device, dtype: torch.dtype, *shapes: Sequence[int], scales: Sequence[float]
 ) -> list[Tensor]:
     """Normal draws that require gradients, the n-th scaled by ``scales[n]``."""
     return [
-        (torch.randn(shape, device=device, dtype=dtype) * scale).requires_grad_()
+        (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
         for shape, scale in zip(shapes, scales, strict=True)
     ]
 
 
-def _forward(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
+def _forward(function: Callable[..., Any], inputs: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
     with torch.no_grad():
-        return [function(*inputs)]
+        return _as_list(function(*inputs))
 
 
 def _forward_backward(
-    function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor
+    function: Callable[..., Any], inputs: list[Tensor], upstream: list[Tensor]
 ) -> list[Tensor]:
-    out = function(*inputs)
-    return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
+    out = _as_list(function(*inputs))
+    return [*(one.detach() for one in out), *torch.autograd.grad(out, inputs, upstream)]
 
-
-# Pre-activations, of the order of 1, are uncertain by less; a sum of 4096 float32 products is by some 3e-6.
-KINK_WIDTH = 1e-5
 
 _RUN = {"fwd": _forward, "fwdbwd": _forward_backward}
 
 
-def _errors(found: list[Tensor], truth: list[Tensor]) -> list[float]:
-    """The largest error of each result, relative to that result's largest true value."""
-    errors = []
-    for ours, true in zip(found, truth, strict=True):
-        scale = true.abs().max().clamp_min(1e-300)
-        error = ((ours.double() - true).abs().max() / scale).item()
-        errors.append(float("inf") if error != error else error)
-    return errors
+def _as_list(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else list(out)
 
 
-def measure(case: Case, mode: str, seconds: float, ceilings: Ceilings) -> Result:
-    """Checks every variant against float64, then times them in turn and measures their memory.
+@dataclass(frozen=True)
+class OpCase(Case):
+    """An op at one shape, forward, and forward with backward.
 
-    A variant passes if the error of its output, and of each gradient, is at most twice eager's plus twice the
-    spacing of the dtype. Outputs at a kink get no gradient in that check.
+    ``make()`` gives a fresh set of inputs, all of which require gradients; ``aefast``, ``eager`` and what the rivals
+    load take such a set and return a tensor or several.
+
+    ``arguments(*inputs)`` are those of the op's function, from which its cost is known.
+
+    ``kinks(*inputs)``, where an activation has a kink, is true, broadcast to the output, for the outputs whose gradient
+    rounding decides: those that depend on a pre-activation beside the kink.
     """
-    inputs = case.make()
-    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
-    device, dtype = inputs[0].device, inputs[0].dtype
-    upstream = torch.randn(case.output_shape, device=device, dtype=dtype)
-    run = _RUN[mode]
-    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    gate_upstream = upstream
-    if case.kinks is not None:
+
+    make: Callable[[], list[Tensor]]
+    aefast: Callable[..., Any]
+    eager: Callable[..., Any]
+    arguments: Callable[..., dict[str, Any]]
+    kinks: Callable[..., Tensor] | None = None
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return ("fwd", "fwdbwd")
+
+    def trial(self, mode: str) -> Trial:
+        inputs = self.make()
+        run = _RUN[mode]
+        exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
         with torch.no_grad():
-            gate_upstream = upstream.masked_fill(case.kinks(*exact_inputs), 0.0)
-    truth = run(case.variants["eager"], exact_inputs, gate_upstream.double())
-    found = {
-        name: _errors(run(function, inputs, gate_upstream), truth) for name, function in case.variants.items()
-    }
-    errors = {name: max(values) for name, values in found.items()}
-    del truth, exact_inputs
-    noise = torch.finfo(dtype).eps
-    failing = [
-        name
-        for name, values in found.items()
-        if not all(ours <= 2 * eager + 2 * noise for ours, eager in zip(values, found["eager"], strict=True))
+            shapes = [one.shape for one in _as_list(self.eager(*inputs))]
+        upstream = [torch.randn(shape, device=self.device).to(self.dtype) for shape in shapes]
+        # Outputs at a kink get no gradient in the check.
+        checked = upstream
+        if self.kinks is not None:
+            with torch.no_grad():
+                masked = self.kinks(*exact_inputs)
+            checked = [one.masked_fill(masked, 0.0) for one in upstream]
+        truth = run(self.eager, exact_inputs, [one.double() for one in checked])
+
+        rivals, missing = self._rivals(mode)
+        ours = variants.backends(self.op, self.device, self.dtype)
+        functions = {name: self.aefast for name in ours} | {"eager": self.eager}
+        if self.is_compiled:
+            functions[COMPILED] = variants.compiled(self.eager, self.device)
+        functions |= {name: rival.load() for name, rival in rivals.items()}
+        contexts = {name: ours.get(name, contextlib.nullcontext) for name in functions}
+
+        def results(name: str) -> list[Tensor]:
+            with contexts[name]():
+                return run(functions[name], inputs, checked)
+
+        found = collect({name: lambda name=name: results(name) for name in functions}, missing)
+        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
+        sets = [inputs, *(self.make() for _ in range(timing.input_sets(nbytes) - 1))]
+
+        def timed(name: str) -> Variant:
+            function = functions[name]
+            return Variant(lambda index: run(function, sets[index % len(sets)], upstream), contexts[name])
+
+        cost = OPS[self.op].cost(mode == "fwdbwd", **self.arguments(*inputs))
+        return Trial(truth, found, {name: timed(name) for name in found}, missing, cost)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Something that trains: ``loss(batch)`` depends on `parameters`, and ``step(batch)`` updates them."""
+
+    parameters: list[nn.Parameter]
+    loss: Callable[[Tensor], Tensor]
+    step: Callable[[Tensor], object]
+
+    @classmethod
+    def of_loss(cls, parameters: Iterator[nn.Parameter], loss: Callable[[Tensor], Tensor]) -> Learner:
+        """One that takes steps as `TrainStep` does."""
+        kept = list(parameters)
+        optimizer = make_optimizer(kept, LEARNING_RATE)
+
+        def step(batch: Tensor) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            loss(batch).backward()
+            optimizer.step()
+
+        return cls(kept, loss, step)
+
+    def results(self, batch: Tensor) -> list[Tensor]:
+        """The loss and the gradient of each parameter."""
+        loss = self.loss(batch)
+        return [loss.detach(), *torch.autograd.grad(loss, self.parameters)]
+
+
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class TrainingCase(Case):
+    """A step on a model: forward, loss, backward and Adam's update, fused on all sides.
+
+    ``make_model()`` gives a model on the device with fresh weights. What a rival loads is a function of that model,
+    and gives a `Learner` with the same weights in the same order.
+    """
+
+    make_model: Callable[[], Model]
+    features: int
+    cost: Callable[[Model], Cost]
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return ("step",)
+
+    def trial(self, mode: str) -> Trial:
+        model = self.make_model()
+        exact = model.eager_twin().double()
+        batch = self._batch()
+        checked = _without_kinks(exact, batch)
+
+        rivals, missing = self._rivals(mode)
+        ours = variants.backends("mlp", self.device, self.dtype)
+        learners = {name: _fused(self.make_model, model) for name in ours} | {"eager": _eager(model)}
+        if self.is_compiled:
+            twin = model.eager_twin()
+            loss = variants.compiled(lambda batch: model.eager_loss(twin, batch), self.device)
+            learners[COMPILED] = Learner.of_loss(twin.parameters(), loss)
+        learners |= {name: rival.load()(model) for name, rival in rivals.items()}
+        contexts = {name: ours.get(name, contextlib.nullcontext) for name in learners}
+
+        def results(name: str) -> list[Tensor]:
+            with contexts[name]():
+                return learners[name].results(checked)
+
+        found = collect({name: lambda name=name: results(name) for name in learners}, missing)
+        loss = model.eager_loss(exact, checked.double())
+        truth = [loss.detach(), *torch.autograd.grad(loss, list(exact.parameters()))]
+        nbytes = batch.numel() * batch.element_size()
+        batches = [batch, *(self._batch() for _ in range(timing.input_sets(nbytes) - 1))]
+
+        def timed(name: str) -> Variant:
+            step = learners[name].step
+            return Variant(lambda index: step(batches[index % len(batches)]), contexts[name])
+
+        return Trial(truth, found, {name: timed(name) for name in found}, missing, self.cost(model))
+
+    def _batch(self) -> Tensor:
+        return torch.rand(self.sizes["batch"], self.features, device=self.device).to(self.dtype)
+
+
+def _fused(make_model: Callable[[], Model], like: Model) -> Learner:
+    model = make_model()
+    model.load_state_dict(like.state_dict())
+    step = TrainStep(model.train(), LEARNING_RATE)
+    return Learner(list(model.parameters()), lambda batch: model(batch).loss, step)
+
+
+def _eager(model: Model) -> Learner:
+    step = EagerStep(model, LEARNING_RATE)
+    return Learner(list(step.twin.parameters()), lambda batch: model.eager_loss(step.twin, batch), step)
+
+
+def _without_kinks(twin: nn.Module, batch: Tensor) -> Tensor:
+    """The samples of `batch` of which no pre-activation of `twin`, in float64, lies beside relu's kink."""
+    beside = torch.zeros(len(batch), dtype=torch.bool, device=batch.device)
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        beside.logical_or_((inputs[0].abs() < KINK_WIDTH).any(dim=1))
+
+    hooks = [
+        module.register_forward_pre_hook(note) for module in twin.modules() if isinstance(module, nn.ReLU)
     ]
-    timings, peak_bytes = {}, {}
-    if not failing:
-        sets = [inputs, *(case.make() for _ in range(timing.input_sets(nbytes) - 1))]
-
-        def call(function: Callable[..., Tensor]) -> Callable[[int], object]:
-            def once(index: int) -> None:
-                run(function, sets[index % len(sets)], upstream)
-                timing.synchronize(device)
-
-            return once
-
-        timings = timing.interleaved(
-            {name: call(function) for name, function in case.variants.items()}, seconds=seconds
-        )
-        peak_bytes = {
-            name: memory.peak_bytes(call(function), device) for name, function in case.variants.items()
-        }
-    failure = None
-    if failing:
-        failure = ", ".join(
-            f"{name}: errors {_listed(found[name])}, eager's {_listed(found['eager'])}" for name in failing
-        )
-    cost = OPS[case.op].cost(mode == "fwdbwd", **case.arguments(*inputs))
-    return Result(
-        f"{case.id}-{mode}",
-        case.op,
-        mode,
-        case.labels,
-        errors,
-        timings,
-        peak_bytes,
-        *ceilings.floor(cost),
-        failure,
-    )
-
-
-def _listed(errors: list[float]) -> str:
-    return ", ".join(f"{error:.1e}" for error in errors)
+    with torch.no_grad():
+        twin(batch.double())
+    for hook in hooks:
+        hook.remove()
+    return batch[~beside]

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import statistics
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 
 from aefast.errors import InputError
+
+if TYPE_CHECKING:
+    from aefast.bench.case import Case
+    from aefast.bench.ceilings import Ceilings
+    from aefast.bench.measure import Result
 
 
 def bench(
@@ -21,8 +28,20 @@ def bench(
     backend: Annotated[
         str, typer.Option(metavar="NAME", help="The backend behind aefast: auto, cuda, triton, cpu or eager.")
     ] = "auto",
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="Start no further case after this; the most telling come first."
+        ),
+    ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="PATH", help="Also write all samples to a JSON file.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Also write the JSON file of this device, a report, and its plots there."
+        ),
     ] = None,
     compare: Annotated[
         Path | None,
@@ -30,19 +49,25 @@ def bench(
             metavar="JSON", help="Name the cases that were faster, by 5 % or more, in this earlier run."
         ),
     ] = None,
+    static: Annotated[
+        bool,
+        typer.Option(
+            "--static",
+            help="Instead of measuring, estimate each GPU kernel's time on an H200 from its machine code.",
+        ),
+    ] = False,
 ) -> None:
-    """Measure aefast beside eager PyTorch, after checking both against float64.
+    """Measure aefast beside eager PyTorch, torch.compile and rival libraries, after checking all against float64.
 
     Variants take turns in one process on fresh inputs; figures are medians. Exits with 1 if a result is
     outside its tolerance; such a case gets no speed-up. So it does if --compare finds a regression.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    import aefast
-    from aefast.bench import ceilings, document
-    from aefast.bench.case import MODES, measure
+    from aefast.bench import document
     from aefast.bench.cases import CASES
 
+    if static:
+        _static(bool(ops))
+        return
     unknown = [op for op in ops or [] if op not in CASES]
     if unknown:
         raise InputError(f"bench: OP must be one of {', '.join(CASES)}, got {unknown[0]!r}")
@@ -52,24 +77,22 @@ def bench(
         raise InputError("bench: --device cuda needs a CUDA device, and torch finds none")
     if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
         raise InputError(f"bench: --json must be a file in an existing folder, got {json_path}")
+    if report is not None and not report.is_dir():
+        raise InputError(f"bench: --report must be an existing folder, got {report}")
+    if limit is not None and not limit > 0:
+        raise InputError(f"bench: --limit must be a positive number of seconds, got {limit}")
     earlier = None if compare is None else document.load(compare)
-    where = torch.device(device)
-    limits = ceilings.measure(where)
-    cases = [case for op in ops or CASES for case in CASES[op](where, quick)]
-    results = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with aefast.backend(backend), Progress(*columns, transient=True) as progress:
-        task = progress.add_task("measuring", total=len(cases) * len(MODES))
-        for case in cases:
-            for mode in MODES:
-                progress.update(task, description=f"{case.id}-{mode}")
-                torch.manual_seed(0)
-                results.append(measure(case, mode, 0.1 if quick else 0.2, limits))
-                progress.advance(task)
+
+    results, limits, not_run = _run(ops or list(CASES), torch.device(device), backend, quick, limit)
     _print_table(results, limits, f"aefast ({backend}) beside eager PyTorch {torch.__version__}", device)
-    made = document.make(results, limits, device, backend)
+    made = document.make(results, limits, device, backend, not_run)
     if json_path is not None:
         document.save(made, json_path)
+    if report is not None:
+        from aefast.bench import report as reports
+
+        for path in reports.write(made, report):
+            typer.echo(f"written: {path}")
     slower = [] if earlier is None else document.regressions(made, earlier)
     for line in slower:
         typer.echo(f"slower than in {compare}: {line}")
@@ -77,84 +100,164 @@ def bench(
         raise typer.Exit(1)
 
 
-def _print_table(results: list[Any], limits: Any, title: str, device: str) -> None:
+def _static(has_ops: bool) -> None:
+    from aefast.bench import static
+
+    if has_ops:
+        raise InputError("bench: --static estimates every kernel and takes no OP")
+    static.print_table(static.estimates())
+
+
+def _ordered(ops: list[str], device: torch.device, quick: bool) -> Iterator[Case]:
+    """The quick cases of all ops first, then the others."""
+    from aefast.bench.cases import CASES
+
+    first = {case.id: case for op in ops for case in CASES[op](device, True)}
+    if quick:
+        yield from first.values()
+        return
+    # Of both lists, the full one knows whether torch.compile takes part.
+    every = {case.id: case for op in ops for case in CASES[op](device, False)}
+    yield from (every.get(id, case) for id, case in first.items())
+    yield from (case for id, case in every.items() if id not in first)
+
+
+def _run(
+    ops: list[str], device: torch.device, backend: str, quick: bool, limit: float | None
+) -> tuple[list[Result], dict[str, Ceilings], list[str]]:
+    """The results, the ceilings by dtype, and the ids that the limit left out."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    import aefast
+    from aefast.bench import ceilings
+    from aefast.bench.case import DTYPE_NAMES, dtypes
+    from aefast.bench.measure import measure
+
+    start = time.perf_counter()
+    limits = {DTYPE_NAMES[dtype]: ceilings.measure(device, dtype) for dtype in dtypes(device)}
+    trials = [(case, mode) for case in _ordered(ops, device, quick) for mode in case.modes]
+    results, not_run = [], []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with aefast.backend(backend), Progress(*columns, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(trials))
+        for case, mode in trials:
+            if limit is not None and time.perf_counter() - start > limit:
+                not_run.append(f"{case.id}-{mode}")
+                continue
+            progress.update(task, description=f"{case.id}-{mode}")
+            torch.manual_seed(0)
+            seconds = 0.1 if quick else 0.2
+            results.append(measure(case, mode, seconds, limits[DTYPE_NAMES[case.dtype]]))
+            if case.is_compiled:
+                # Each case is compiled for its own shape; none of it serves another.
+                torch.compiler.reset()
+            progress.advance(task)
+    return results, limits, not_run
+
+
+def _print_table(results: list[Result], limits: dict[str, Ceilings], title: str, device: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from aefast.bench.document import device_name
 
-    console = Console(width=None if Console().is_terminal else 120)
+    others = [
+        name
+        for name in dict.fromkeys(name for result in results for name in result.timings)
+        if name not in ("aefast", "eager")
+    ]
+    ceilings = "; ".join(
+        f"{dtype} products at {one.flops / 1e9:,.0f} GFLOP/s, copies at {one.bytes / 1e9:,.0f} GB/s,"
+        f" {one.exps / 1e9:,.1f} Gexp/s"
+        for dtype, one in limits.items()
+    )
+    console = Console(width=None if Console().is_terminal else 140)
     table = Table(
         title=f"{title}\n{device_name(device)}",
-        caption=f"floor: the time that the device's own ceilings allow: copies at {limits.bytes / 1e9:.0f} GB/s,"
-        f" products at {limits.flops / 1e9:.0f} GFLOP/s, {limits.exps / 1e9:.1f} Gexp/s",
+        caption=f"speed-up: eager's time over aefast's, and for the columns after it each variant's time over aefast's."
+        f" floor: the time that the device's own ceilings allow: {ceilings}",
     )
     table.add_column("case", no_wrap=True)
-    for heading in ("eager", "aefast", "speed-up", "of floor", "error", "eager's"):
+    replayed = ["replayed"] if any(result.graph_timings for result in results) else []
+    for heading in ("eager", "aefast", "speed-up", *replayed, *others, "of floor", "error", "eager's"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         if result.failure:
-            table.add_row(result.id, "", "", "[red]wrong", "", *_errors(result))
+            blank = ["" for _ in [*replayed, *others]]
+            table.add_row(result.id, "", "", "[red]wrong", *blank, "", *_errors(result))
             continue
         eager, ours = result.timings["eager"].median, result.timings["aefast"].median
         table.add_row(
             result.id,
             _duration(eager),
             _duration(ours),
-            f"{result.speedup:.2f}×",
+            _times(result.speedup),
+            *(_times(result.replayed_speedup) for _ in replayed),
+            *(_times(result.speedup_over(name)) for name in others),
             f"{result.floor_share:.0%} {result.floor_kind}",
             *_errors(result),
         )
     console.print(table)
-    for line in summary(results):
-        console.print(line, highlight=False)
-    for result in results:
-        if result.failure:
-            console.print(f"[red]{result.id}: {result.failure}")
+    for line in [*summary(results), *missing(results)]:
+        console.print(line, highlight=False, markup=False)
 
 
-# Below this an eager call is mostly its own launching, and the difference in time is what counts.
+# An eager call that takes this long or longer is held to parity; of shorter ones the overhead counts.
 SHORT = 50e-6
 NARROW_INPUTS = 256
-# What a layer that already runs at its products' speed is to keep of eager's.
 PARITY = 0.97
+# Activations in which eager PyTorch makes passes of their own that cost more than their memory traffic.
+CURVED = ("gelu", "silu", "tanh")
 
 
 def summary(results: list[Any]) -> list[str]:
     """The worst ratio of long calls, the median gain of narrow layers, and the overhead on short calls."""
     lines = []
-    for op in dict.fromkeys(result.op for result in results):
-        for mode in ("fwd", "fwdbwd"):
-            chosen = [r for r in results if r.op == op and r.mode == mode and not r.failure]
-            long = [r for r in chosen if r.timings["eager"].median >= SHORT]
-            short = [r for r in chosen if r.timings["eager"].median < SHORT]
-            line = f"{op} {mode}:"
-            if long:
-                worst = min(long, key=lambda r: r.speedup)
-                median = statistics.median(r.speedup for r in long)
-                slower = sum(r.speedup_interval[1] < PARITY for r in long)
-                low, high = worst.speedup_interval
-                line += (
-                    f" {len(long)} cases of eager ≥ 50 µs, median {median:.2f}×,"
-                    f" {slower} below {PARITY}× with 95 % confidence,"
-                    f" worst {worst.speedup:.2f}× ({low:.2f} to {high:.2f}: {worst.labels['activation']},"
-                    f" batch {worst.labels['batch']}, {worst.labels['inputs']} → {worst.labels['features']});"
-                )
-            if short:
-                line += f" overhead on {len(short)} shorter ones: at most {max(r.overhead for r in short) * 1e6:.1f} µs"
-            lines.append(line)
-            for activation in ("gelu", "silu", "tanh"):
-                narrow = [
-                    r.speedup
-                    for r in long
-                    if r.labels["activation"] == activation and r.labels["inputs"] <= NARROW_INPUTS
-                ]
-                if narrow:
-                    lines.append(
-                        f"  {activation}, inputs ≤ {NARROW_INPUTS}: median {statistics.median(narrow):.2f}×"
-                        f" of {len(narrow)} cases"
-                    )
+    for op, mode in dict.fromkeys((result.op, result.mode) for result in results):
+        chosen = [r for r in results if (r.op, r.mode) == (op, mode) and not r.failure]
+        long = [r for r in chosen if r.timings["eager"].median >= SHORT]
+        short = [r for r in chosen if r.timings["eager"].median < SHORT]
+        line = f"{op} {mode}:"
+        if long:
+            worst = min(long, key=lambda r: r.speedup)
+            median = statistics.median(r.speedup for r in long)
+            slower = sum(r.speedup_interval[1] < PARITY for r in long)
+            low, high = worst.speedup_interval
+            line += (
+                f" {len(long)} cases of eager ≥ 50 µs, median {median:.2f}×,"
+                f" {slower} below {PARITY}× with 95 % confidence,"
+                f" worst {worst.speedup:.2f}× ({low:.2f} to {high:.2f}: {worst.id});"
+            )
+        if short:
+            line += f" overhead on {len(short)} shorter ones: at most {max(r.overhead for r in short) * 1e6:.1f} µs"
+        lines.append(line)
+        narrow = [r for r in long if r.kind in CURVED and r.sizes["inputs"] <= NARROW_INPUTS]
+        if narrow:
+            medians = [
+                f"{kind} {statistics.median(r.speedup for r in narrow if r.kind == kind):.2f}×"
+                for kind in dict.fromkeys(r.kind for r in narrow)
+            ]
+            lines.append(
+                f"  inputs ≤ {NARROW_INPUTS}: {', '.join(medians)};"
+                f" together median {statistics.median(r.speedup for r in narrow):.2f}× of {len(narrow)} cases"
+            )
     return lines
+
+
+def missing(results: list[Any]) -> list[str]:
+    """A line for each variant that did not take part, and why; a case in brackets is the first it is missing from."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for name, reason in result.missing.items():
+            found.setdefault((name, reason), []).append(result.id)
+    return [
+        f"missing: {name} from {len(ids)} cases ({ids[0]}{', …' if len(ids) > 1 else ''}): {reason}"
+        for (name, reason), ids in found.items()
+    ]
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}×"
 
 
 def _duration(seconds: float) -> str:

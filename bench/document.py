@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,22 @@ from typing import Any
 import torch
 
 import aefast
-from aefast.bench.case import Result, interval
 from aefast.bench.ceilings import Ceilings
+from aefast.bench.measure import Result, interval
+from aefast.bench.timing import Timing
 from aefast.errors import InputError
 
 SCHEMA = 1
 
 
-def make(results: list[Result], ceilings: Ceilings, device: str, backend: str) -> dict[str, Any]:
+def make(
+    results: list[Result],
+    ceilings: dict[str, Ceilings],
+    device: str,
+    backend: str,
+    not_run: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The document of a run; `ceilings` by dtype, `not_run` the ids that a limit of time left out."""
     commit, dirty = _commit()
     return {
         "schema": SCHEMA,
@@ -33,33 +43,46 @@ def make(results: list[Result], ceilings: Ceilings, device: str, backend: str) -
         },
         "commit": commit,
         "dirty": dirty,
-        "ceilings": {f"{kind}_per_s": rate for kind, rate in asdict(ceilings).items()},
+        "ceilings": {
+            dtype: {f"{kind}_per_s": rate for kind, rate in asdict(one).items()}
+            for dtype, one in ceilings.items()
+        },
+        "not_run": list(not_run),
         "cases": [_case(result) for result in results],
     }
 
 
 def _case(result: Result) -> dict[str, Any]:
+    variants = {
+        name: {**_timing(timing), "peak_bytes": result.peak_bytes[name]}
+        for name, timing in result.timings.items()
+    }
+    for name, timing in result.graph_timings.items():
+        variants[name]["graph"] = _timing(timing)
     return {
         "id": result.id,
         "op": result.op,
-        "dtype": "float32",
+        "kind": result.kind,
+        "dtype": result.dtype,
         "mode": result.mode,
-        "labels": result.labels,
+        "sizes": result.sizes,
         "error": result.errors,
         "failure": result.failure,
+        "missing": result.missing,
+        "cost": asdict(result.cost),
         "floor_ms": result.floor * 1e3,
         "floor_kind": result.floor_kind,
-        "variants": {
-            name: {
-                "median_ms": timing.median * 1e3,
-                "p20_ms": timing.quantile(0.2) * 1e3,
-                "p80_ms": timing.quantile(0.8) * 1e3,
-                # Five digits are more than any clock tells.
-                "samples_ms": [float(f"{sample * 1e3:.5g}") for sample in timing.samples],
-                "peak_bytes": result.peak_bytes[name],
-            }
-            for name, timing in result.timings.items()
-        },
+        "variants": variants,
+    }
+
+
+def _timing(timing: Timing) -> dict[str, Any]:
+    return {
+        "median_ms": timing.median * 1e3,
+        "p20_ms": timing.quantile(0.2) * 1e3,
+        "p80_ms": timing.quantile(0.8) * 1e3,
+        # Five digits are more than any clock tells.
+        "samples_ms": [float(f"{sample * 1e3:.5g}") for sample in timing.samples],
     }
 
 
@@ -75,6 +98,12 @@ def device_name(device: str) -> str:
             (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
         )
     return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def file_stem(name: str) -> str:
+    """What the files of a device of that name are called: letters and digits in lower case, and hyphens."""
+    plain = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", name.lower())
+    return "-".join(re.findall(r"[a-z0-9.]+", plain))
 
 
 def _commit() -> tuple[str | None, bool | None]:
@@ -143,7 +172,7 @@ def regressions(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
             lines.append(f"{case['id']}: fails: {case['failure']}")
             continue
         speedup, was = _speedup(case), _speedup(earlier)
-        if speedup <= (1 - REGRESSION) * was and _interval(case)[1] < _interval(earlier)[0]:
+        if speedup <= (1 - REGRESSION) * was and speedup_interval(case)[1] < speedup_interval(earlier)[0]:
             lines.append(f"{case['id']}: {speedup:.2f}×, was {was:.2f}×")
     return lines
 
@@ -152,5 +181,5 @@ def _speedup(case: dict[str, Any]) -> float:
     return case["variants"]["eager"]["median_ms"] / case["variants"]["aefast"]["median_ms"]
 
 
-def _interval(case: dict[str, Any]) -> tuple[float, float]:
+def speedup_interval(case: dict[str, Any]) -> tuple[float, float]:
     return interval(case["variants"]["eager"]["samples_ms"], case["variants"]["aefast"]["samples_ms"])

@@ -14,33 +14,33 @@ from aefast.bench import document
 from aefast.bench.cli import SHORT
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-MODE_NAMES = {"fwd": "forward", "fwdbwd": "forward + backward"}
+MODE_NAMES = {"fwd": "forward", "fwdbwd": "forward + backward", "step": "training step"}
 
 
 def table(results: dict[str, Any]) -> str:
-    """A row for each op, activation and mode, over the calls that take eager `SHORT` or longer."""
+    """A row for each op, kind, dtype and mode, over the calls that take eager `SHORT` or longer."""
     commit = (results["commit"] or "unknown")[:10] + (" with changes" if results["dirty"] else "")
     lines = [
-        f"{results['device']['name']}; torch {results['versions']['torch']}, float32, commit {commit}. Speed-up over"
+        f"{results['device']['name']}; torch {results['versions']['torch']}, commit {commit}. Speed-up over"
         f" eager PyTorch, for calls of which eager takes {SHORT * 1e6:.0f} µs or more:",
         "",
-        "| op | activation | mode | cases | median | best | worst |",
-        "|---|---|---|---|---|---|---|",
+        "| op | kind | dtype | mode | cases | median | best | worst |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    rows: dict[tuple[str, str, str], list[float]] = {}
+    rows: dict[tuple[str, str, str, str], list[float]] = {}
     for case in results["cases"]:
-        speedups = rows.setdefault((case["op"], case["labels"]["activation"], case["mode"]), [])
+        speedups = rows.setdefault((case["op"], case["kind"], case["dtype"], case["mode"]), [])
         if case["failure"]:
             continue
         eager, ours = (case["variants"][name]["median_ms"] for name in ("eager", "aefast"))
         if eager >= SHORT * 1e3:
             speedups.append(eager / ours)
-    for (op, activation, mode), speedups in rows.items():
+    for (op, kind, dtype, mode), speedups in rows.items():
         if not speedups:
             continue
         figures = statistics.median(speedups), max(speedups), min(speedups)
         shown = " | ".join(f"{figure:.2f}×" for figure in figures)
-        lines.append(f"| `{op}` | {activation} | {MODE_NAMES[mode]} | {len(speedups)} | {shown} |")
+        lines.append(f"| `{op}` | {kind} | {dtype} | {MODE_NAMES[mode]} | {len(speedups)} | {shown} |")
     failing = [case["id"] for case in results["cases"] if case["failure"]]
     if failing:
         lines += ["", f"Wrong, and therefore not timed: {', '.join(failing)}."]

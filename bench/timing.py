@@ -1,13 +1,18 @@
-"""Timing of variants that take turns in one process."""
+"""Timing of variants that take turns in one process: a wall clock on the CPU, events and graph replays on CUDA."""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+# A run of calls lasts this long, or one call: the clock's own cost, and on CUDA the way to the first kernel, do not
+# count in it.
+RUN_SECONDS = {"cpu": 200e-6, "cuda": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -25,50 +30,144 @@ class Timing:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Code to be timed. ``call(index)`` is its index-th repetition, by which it can pick fresh inputs; it need not wait
+    for the device. All its calls are made within ``context()``."""
+
+    call: Callable[[int], object]
+    context: Callable[[], contextlib.AbstractContextManager[object]] = field(default=contextlib.nullcontext)
+
+
 def interleaved(
-    variants: Mapping[str, Callable[[int], object]], *, seconds: float = 0.3, least: int = 5, most: int = 200
+    variants: Mapping[str, Variant],
+    device: torch.device,
+    *,
+    seconds: float = 0.3,
+    least: int = 5,
+    most: int = 200,
 ) -> dict[str, Timing]:
     """Times the variants in turn, each round in the opposite order of the one before.
 
     Args:
-        variants: name → call. A call gets the number of its repetition, by which it can pick fresh inputs.
+        variants: by name.
+        device: where they run.
         seconds: how long all repetitions together should take.
         least: repetitions of each variant, however long they take.
         most: repetitions of each variant at the most.
 
-    Short calls are timed in runs of several, so that the clock's own cost does not count; garbage
-    collection and lazy initialisation fall into the two rounds of warm-up.
+    Short calls are timed in runs of several. Garbage collection and lazy initialisation fall into the two rounds of
+    warm-up.
     """
-    names = list(variants)
+    run = _run_on_cuda if device.type == "cuda" else _run_on_cpu
     slowest = 0.0
     for index in range(2):
-        for name in names:
-            start = time.perf_counter()
-            variants[name](index)
-            slowest = max(slowest, time.perf_counter() - start) if index else 0.0
-    # A run lasts 200 µs or one call.
-    calls = max(1, int(200e-6 / max(slowest, 1e-7)))
+        slowest = 0.0
+        for variant in variants.values():
+            with variant.context():
+                slowest = max(slowest, run(variant.call, index, 1))
+    calls = max(1, int(RUN_SECONDS[device.type] / max(slowest, 1e-7)))
+    return _rounds(
+        {
+            name: lambda first, variant=variant: _in_context(variant, run, first, calls)
+            for name, variant in variants.items()
+        },
+        calls,
+        seconds,
+        least,
+        most,
+    )
+
+
+def _in_context(variant: Variant, run: Callable[..., float], first: int, calls: int) -> float:
+    with variant.context():
+        return run(variant.call, first, calls)
+
+
+def _rounds(
+    runs: Mapping[str, Callable[[int], float]], calls: int, seconds: float, least: int, most: int
+) -> dict[str, Timing]:
+    """``runs[name](first)`` are the seconds of `calls` calls, of which the first has that number."""
+    names = list(runs)
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     repetition = 0
     while repetition < least or (time.perf_counter() < end and repetition < most):
         for name in names if repetition % 2 == 0 else reversed(names):
-            call = variants[name]
-            start = time.perf_counter()
-            for index in range(calls):
-                call(repetition * calls + index)
-            samples[name].append((time.perf_counter() - start) / calls)
+            samples[name].append(runs[name](repetition * calls) / calls)
         repetition += 1
     return {name: Timing(times) for name, times in samples.items()}
 
 
+def _run_on_cpu(call: Callable[[int], object], first: int, calls: int) -> float:
+    start = time.perf_counter()
+    for index in range(first, first + calls):
+        call(index)
+    return time.perf_counter() - start
+
+
+def _run_on_cuda(call: Callable[[int], object], first: int, calls: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for index in range(first, first + calls):
+        call(index)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+# Calls recorded into a graph, so that the launch of the graph itself counts little.
+GRAPH_CALLS = 20
+
+
+def graph_replays(
+    variants: Mapping[str, Variant], *, seconds: float = 0.2, least: int = 5, most: int = 100
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """The same calls without the host: each variant's `GRAPH_CALLS` calls as one CUDA graph, replayed in turn.
+
+    Returns:
+        The timings, and for each variant that cannot be captured the reason.
+    """
+    graphs, refused = {}, {}
+    for name, variant in variants.items():
+        try:
+            with variant.context():
+                graphs[name] = _captured(variant.call)
+        except RuntimeError as error:
+            refused[name] = str(error).strip().splitlines()[0]
+            torch.cuda.synchronize()
+    runs = {
+        name: lambda first, graph=graph: _run_on_cuda(lambda index: graph.replay(), 0, 1)
+        for name, graph in graphs.items()
+    }
+    for run in runs.values():
+        run(0)
+    return _rounds(runs, GRAPH_CALLS, seconds, least, most), refused
+
+
+def _captured(call: Callable[[int], object]) -> torch.cuda.CUDAGraph:
+    # Libraries initialise in the warm-up, on a stream of its own as capture asks for.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for index in range(3):
+            call(index)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(GRAPH_CALLS):
+            call(index)
+    return graph
+
+
 # Inputs are rotated through sets that together exceed this, so that no call finds its own in the cache.
 LAST_LEVEL_CACHE_BYTES = 64 << 20
+MOST_SETS = 64
 
 
 def input_sets(nbytes: int) -> int:
-    """How many sets of inputs of `nbytes` bytes to rotate through, 2 to 16."""
-    return min(16, max(2, LAST_LEVEL_CACHE_BYTES // max(1, nbytes)))
+    """How many sets of inputs of `nbytes` bytes to rotate through, 2 to `MOST_SETS`."""
+    return min(MOST_SETS, max(2, LAST_LEVEL_CACHE_BYTES // max(1, nbytes)))
 
 
 def synchronize(device: torch.device) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from aefast.models import Model
 
 
-def make_optimizer(model: torch.nn.Module, lr: float) -> torch.optim.Adam:
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Adam:
     """Adam with its update fused into one kernel over all parameters."""
-    return torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    return torch.optim.Adam(parameters, lr=lr, fused=True)
 
 
 class TrainStep:
@@ -24,7 +26,7 @@ class TrainStep:
 
     def __init__(self, model: Model, lr: float) -> None:
         self.model = model
-        self.optimizer = make_optimizer(model, lr)
+        self.optimizer = make_optimizer(model.parameters(), lr)
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Train on a batch (B, features); the loss terms before the update, detached scalars by name."""
@@ -46,7 +48,7 @@ class EagerStep:
     def __init__(self, model: Model, lr: float) -> None:
         self.model = model
         self.twin = model.eager_twin()
-        self.optimizer = make_optimizer(self.twin, lr)
+        self.optimizer = make_optimizer(self.twin.parameters(), lr)
 
     def __call__(self, batch: torch.Tensor) -> None:
         """Train on a batch (B, features)."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 import aefast.functional as AF
-from aefast.bench.case import KINK_WIDTH, Case, training_inputs
+from aefast.bench.case import KINK_WIDTH, OpCase, dtypes, training_inputs
+from aefast.bench.variants import Rival
 
 BATCHES = (1, 16, 128, 1024, 4096, 16384)
 # (inputs, features): bottlenecks, square layers, and the ends of the usual image and gene-expression models.
@@ -26,42 +28,79 @@ WIDTHS = (
 QUICK_BATCHES = (1, 128, 4096)
 QUICK_WIDTHS = ((8, 8), (64, 784), (256, 256), (784, 512))
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
-# The largest layer at the largest batch would alone take longer than all the rest.
+# On a CPU the largest layer at the largest batch would alone take longer than all the rest.
 MOST_FLOPS = 6e10
+# (batch, activation) with torch.compile; quickly at the widest of the quick layers only.
+COMPILED = {(batch, activation) for batch in (128, 4096) for activation in ("relu", "gelu")}
+QUICK_COMPILED = {(4096, "gelu", 784)}
 
 EAGER = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    for inputs, features in QUICK_WIDTHS if quick else WIDTHS:
-        for batch in QUICK_BATCHES if quick else BATCHES:
-            if 2.0 * batch * inputs * features > MOST_FLOPS:
-                continue
-            for activation in ACTIVATIONS:
-                yield case(batch, inputs, features, activation, device)
+def cases(device: torch.device, quick: bool) -> Iterator[OpCase]:
+    for dtype in dtypes(device):
+        for inputs, features in QUICK_WIDTHS if quick else WIDTHS:
+            for batch in QUICK_BATCHES if quick else BATCHES:
+                if device.type == "cpu" and 2.0 * batch * inputs * features > MOST_FLOPS:
+                    continue
+                for activation in ACTIVATIONS:
+                    compiled = (
+                        (batch, activation, inputs) in QUICK_COMPILED
+                        if quick
+                        else (batch, activation) in COMPILED
+                    )
+                    yield case(batch, inputs, features, activation, dtype, device, compiled)
 
 
-def case(batch: int, inputs: int, features: int, activation: str, device: torch.device) -> Case:
+def case(
+    batch: int,
+    inputs: int,
+    features: int,
+    activation: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    is_compiled: bool = False,
+) -> OpCase:
     activate = EAGER[activation]
 
-    def aefast(x, weight, bias):
+    def aefast(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return AF.linear_act(x, weight, bias, activation)
 
-    def eager(x, weight, bias):
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return activate(F.linear(x, weight, bias))
 
-    def kinks(x, weight, bias):
+    def quack() -> Callable[..., Tensor]:
+        from quack.gemm_interface import gemm_act
+
+        def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return gemm_act(x, weight.T, bias=bias, activation=activation, store_preact=False)[1]
+
+        return product
+
+    def kinks(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, weight, bias).abs() < KINK_WIDTH
 
-    return Case(
-        op="linear_act",
-        id=f"linear_act/{activation}-b{batch}-{inputs}x{features}-fp32",
-        labels={"activation": activation, "batch": batch, "inputs": inputs, "features": features},
+    return OpCase(
+        "linear_act",
+        activation,
+        f"b{batch}-{inputs}x{features}",
+        {"batch": batch, "inputs": inputs, "features": features},
+        dtype,
+        device,
         make=lambda: training_inputs(
-            device, (batch, inputs), (features, inputs), (features,), scales=(1.0, inputs**-0.5, 1.0)
+            device, dtype, (batch, inputs), (features, inputs), (features,), scales=(1.0, inputs**-0.5, 1.0)
         ),
-        output_shape=(batch, features),
+        aefast=aefast,
+        eager=eager,
         arguments=lambda x, weight, bias: {"x": x, "weight": weight, "bias": bias, "activation": activation},
-        variants={"aefast": aefast, "eager": eager},
         kinks=kinks if activation == "relu" else None,
+        is_compiled=is_compiled,
+        # Its gelu is the tanh approximation, and a layer with its activation alone has no backward.
+        rivals={"quack": Rival("quack", quack, ("fwd",), _quack_refuses)} if activation == "relu" else {},
     )
+
+
+def _quack_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return "quack needs a CUDA device of compute capability 9.0 or later"
+    return "quack has no float32 products" if dtype is torch.float32 else None

@@ -6,18 +6,25 @@ which arguments 16 divides (pointers; sizes and strides in elements), warps and 
 Budgets. No spill and no stack, ever. `registers` keeps `programs_per_sm` programs resident in an SM's 65536.
 `load_bits`: the widest global load must be at least this wide; a TMA load counts as 128. `matrix`: the
 tensor cores' instruction of the target must be there.
+
+`workload` is one launch at a stated shape, for the estimate of bench/static.py; tiles that differ from others in
+nothing but their size have none.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import triton
 
+from ..activation import EXPS, STORES_DERIVATIVE
+from ..workload import BATCH, FEATURES, Workload
 from . import linear_act as dense
 from .tuning import BLOCK_K, TILES_FMA, TILES_ODD, TILES_TENSOR, Tile
 
 TARGETS = (80, 90, 100)  # compute capabilities
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+LARGE, SMALL, WIDE = Tile(128, 128, 8, 3), Tile(64, 64, 4, 4), Tile(128, 256, 8, 3)
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Signature:
     programs_per_sm: int
     load_bits: int
     matrix: bool = False
+    workload: Workload | None = None
     options: dict = field(default_factory=lambda: dict(dense.COMPILE))
 
     @property
@@ -52,6 +60,40 @@ def signature(name, kernel, types, constants, unaligned=(), *, warps=4, stages=3
         raise ValueError(f"{name}: no type for {sorted(missing)}")
     return Signature(
         name, kernel, types, constants, frozenset(aligned - set(unaligned)), warps, stages, **budget
+    )
+
+
+def gemm_workload(tile, dtype, kind, activation, loads, precision):
+    """One product of a layer of BATCH rows, with FEATURES features, or where tiles are narrow those of one tile.
+    Odd rows are one element short."""
+    size = TORCH_DTYPES[dtype].itemsize
+    features = tile.block_n if tile.block_n <= 64 else FEATURES
+    M, N, K = (features, FEATURES, BATCH) if kind == "wgrad" else (BATCH, features, FEATURES)
+    K -= loads == "odd"
+    splits, k_per_split = dense.split_count(M, N, K, size) if kind == "wgrad" else (1, K)
+    # Results of the product's shape, and what else its epilogue reads there.
+    outputs = 2 if kind in ("derivative", "dgrad") else 1
+    parameters = N if kind in ("forward", "derivative") else 0
+    least = (M * K + K * N + outputs * M * N + parameters) * size
+    moved = least
+    if kind == "dgrad":
+        moved += 4 * triton.cdiv(M, dense.SUM_ROWS.value) * N
+    if kind == "wgrad":
+        moved += 4 * splits * M * N - size * M * N
+    block_k = BLOCK_K[size]
+    described = (tile.block_m + tile.block_n) * block_k * size
+    return Workload(
+        shape=f"{M}×{N}×{K}",
+        dtype="tf32" if precision == "tf32" else dtype,
+        programs=triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n) * splits,
+        warps=tile.warps,
+        elements=M * N,
+        bytes=least,
+        flops=2 * M * N * K,
+        exps=M * N * EXPS[activation] if parameters else 0,
+        passes=triton.cdiv(k_per_split, block_k),
+        descriptor_bytes=described if loads == "descriptors" else 0,
+        distinct_bytes=moved,
     )
 
 
@@ -108,6 +150,7 @@ def gemm(
     }
     odd = ("M", "N", "K", "stride_am", "stride_bk", "stride_bn") if loads == "odd" else ()
     fma = dtype == "fp32" and precision == "ieee"
+    is_stated = fma or loads == "odd" or tile in (LARGE, SMALL, WIDE)
     return signature(
         f"gemm {kind} {activation} {dtype}{'-' + precision if dtype == 'fp32' else ''} {tile} {loads}",
         dense.gemm_kernel,
@@ -120,43 +163,51 @@ def gemm(
         programs_per_sm=programs_per_sm,
         load_bits=8 * element if loads == "odd" else 128,
         matrix=not fma,
+        workload=gemm_workload(tile, dtype, kind, activation, loads, precision) if is_stated else None,
     )
 
 
 def gemms():
     """Every tile with the heaviest forward and backward epilogue, and of the rest what differs in kind."""
-    large, small = Tile(128, 128, 8, 3), Tile(64, 64, 4, 4)
     for tile in TILES_TENSOR:
         # Four 64x64 tiles on an SM at once, one of 128x256.
         resident = {64 * 32: 4, 64 * 64: 3, 128 * 32: 3, 128 * 64: 2}.get(tile.block_m * tile.block_n, 1)
         for kind, activation in (("derivative", "gelu"), ("dgrad", "tanh")):
             yield gemm(tile, "bf16", kind, activation, targets=(90, 100), programs_per_sm=resident)
-            if kind == "derivative" or tile in (large, small):
+            if kind == "derivative" or tile in (LARGE, SMALL):
                 yield gemm(
                     tile, "bf16", kind, activation, targets=(80,), loads="pointers", programs_per_sm=resident
                 )
-    for tile in (small, large):
+    for tile in (SMALL, LARGE):
         yield gemm(tile, "bf16", "wgrad", "identity", targets=(90, 100))
         yield gemm(tile, "bf16", "wgrad", "identity", targets=(80,), loads="pointers")
-    yield gemm(large, "fp16", "derivative", "silu", targets=(90,), loads="pointers")
-    yield gemm(large, "fp16", "derivative", "gelu_tanh", targets=(90,))
+    yield gemm(LARGE, "fp16", "derivative", "silu", targets=(90,), loads="pointers")
+    yield gemm(LARGE, "fp16", "derivative", "gelu_tanh", targets=(90,))
     for tile in TILES_ODD:
         yield gemm(tile, "fp16", "derivative", "gelu", targets=(80, 90), loads="odd")
         yield gemm(tile, "fp16", "dgrad", "tanh", targets=(80, 90), loads="odd")
     for activation in ("relu", "elu", "softplus"):
-        yield gemm(large, "fp16", "forward", activation, targets=(90,))
-    for tile in (small, large, Tile(128, 256, 8, 3)):
+        yield gemm(LARGE, "fp16", "forward", activation, targets=(90,))
+    for tile in (SMALL, LARGE, WIDE):
         yield gemm(tile, "fp32", "derivative", "gelu", targets=(90, 100), precision="tf32")
-    yield gemm(large, "fp32", "derivative", "gelu", targets=(80,), precision="tf32", loads="pointers")
-    yield gemm(large, "fp32", "dgrad", "tanh", targets=(90,), precision="tf32")
+    yield gemm(LARGE, "fp32", "derivative", "gelu", targets=(80,), precision="tf32", loads="pointers")
+    yield gemm(LARGE, "fp32", "dgrad", "tanh", targets=(90,), precision="tf32")
     for tile in TILES_FMA:
         yield gemm(tile, "fp32", "derivative", "gelu", targets=(80,), loads="pointers")
         yield gemm(tile, "fp32", "dgrad", "tanh", targets=(90,))
 
 
+def streaming(shape, dtype, programs, elements, least, **rest):
+    """The workload of a kernel that reads and writes everything once, in programs of four warps."""
+    return Workload(shape, dtype, programs, 4, elements, least, **rest)
+
+
 def pointwise():
+    shape, count = f"{BATCH}×{FEATURES}", BATCH * FEATURES
+    rows = dense.SUM_ROWS.value
     for dtype, targets, resident in (("bf16", TARGETS, 6), ("fp32", (90,), 8), ("fp64", (90,), 4)):
-        pointer, block = f"*{dtype}", 4096 // TORCH_DTYPES[dtype].itemsize
+        size = TORCH_DTYPES[dtype].itemsize
+        pointer, block, columns = f"*{dtype}", 4096 // size, 128 // size
         wide = "*fp64" if dtype == "fp64" else "*fp32"
         for activation, derivative in (("gelu", pointer), ("tanh", None)):
             yield signature(
@@ -168,6 +219,14 @@ def pointwise():
                 targets=targets,
                 programs_per_sm=resident,
                 load_bits=128,
+                workload=streaming(
+                    shape,
+                    dtype,
+                    count // block,
+                    count,
+                    (2 + (derivative is not None)) * count * size,
+                    exps=count * EXPS[activation],
+                ),
             )
         for activation in ("softplus", "silu"):
             yield signature(
@@ -185,32 +244,60 @@ def pointwise():
                 {
                     **dense.constants(activation),
                     "stride_gn": 1,
-                    "ROWS": dense.SUM_ROWS.value,
-                    "COLUMNS": 128 // TORCH_DTYPES[dtype].itemsize,
+                    "ROWS": rows,
+                    "COLUMNS": columns,
                 },
                 targets=targets,
                 programs_per_sm=4,
                 load_bits=128,
+                workload=streaming(
+                    shape,
+                    dtype,
+                    BATCH // rows * (FEATURES // columns),
+                    count,
+                    (3 * count + FEATURES) * size,
+                    exps=0 if activation in STORES_DERIVATIVE else count,
+                ),
             )
-    for wide in ("fp32", "fp64"):
+    blocks, columns = BATCH // rows, 64
+    for wide, size in (("fp32", 4), ("fp64", 8)):
         yield signature(
             f"column_sum {wide}",
             dense.column_sum_kernel,
             {"partials": f"*{wide}", "out": f"*{wide}", "R": "i32", "N": "i32"},
-            {"COLUMNS": 64},
+            {"COLUMNS": columns},
             targets=TARGETS if wide == "fp32" else (90,),
             programs_per_sm=2,
             load_bits=128,
+            workload=streaming(
+                f"{blocks}×{FEATURES}",
+                wide,
+                triton.cdiv(blocks, dense.SUM_FAN_IN.value) * (FEATURES // columns),
+                blocks * FEATURES,
+                (blocks + 1) * FEATURES * size,
+                passes=min(blocks, dense.SUM_FAN_IN.value) // dense.SUM_STEP.value,
+                pass_bytes=dense.SUM_STEP.value * columns * size,
+            ),
         )
+    splits, block, products = 4, 1024, FEATURES * FEATURES
     yield signature(
         "split_sum bf16",
         dense.split_sum_kernel,
         {"partials": "*fp32", "out": "*bf16", "splits": "i32", "n": "i32"},
-        {"BLOCK": 1024},
+        {"BLOCK": block},
         unaligned=("splits",),
         targets=TARGETS,
         programs_per_sm=8,
         load_bits=128,
+        workload=streaming(
+            f"{splits}×{FEATURES}×{FEATURES}",
+            "bf16",
+            products // block,
+            splits * products,
+            (4 * splits + 2) * products,
+            passes=splits,
+            pass_bytes=4 * block,
+        ),
     )
 
 

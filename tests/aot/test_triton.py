@@ -1,14 +1,15 @@
 """Every Triton kernel compiles for sm_80, sm_90 and sm_100 within the budgets of kernels/triton/aot.py."""
 
-import importlib.util
+import importlib
 import inspect
 import json
 import os
 import pkgutil
-import sys
 from pathlib import Path
 
 import pytest
+
+from aefast.bench import sass
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
@@ -17,16 +18,6 @@ package = importlib.import_module("aefast.kernels.triton")
 aot = importlib.import_module("aefast.kernels.triton.aot")
 tuning = importlib.import_module("aefast.kernels.triton.tuning")
 
-
-def sibling(name):
-    """A module beside this one; --import-mode=importlib puts no test folder on sys.path."""
-    spec = importlib.util.spec_from_file_location(f"aot_{name}", Path(__file__).parent / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-sass = sibling("sass")
 pytestmark = pytest.mark.aot
 
 SIGNATURES = aot.signatures()
@@ -45,8 +36,8 @@ def own_cache(tmp_path, monkeypatch):
         for capability in signature.targets
     ],
 )
-def test_budget(signature, capability, tmp_path, aot_row):
-    code = sass.compile_signature(signature, capability, tmp_path)
+def test_budget(signature, capability, aot_row):
+    code = sass.disassembled(sass.compiled(signature, capability))
     matrix = code.matrix(capability)
     aot_row(
         (

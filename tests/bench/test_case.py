@@ -3,12 +3,18 @@ import dataclasses
 import pytest
 import torch
 
-from aefast.bench import cli
-from aefast.bench.case import MODES, Case, Result, measure
-from aefast.bench.cases import CASES
+from aefast.bench import case as case_module
+from aefast.bench import cases, cli
+from aefast.bench.case import Learner, OpCase
+from aefast.bench.cases import CASES, train
 from aefast.bench.cases import linear_act as linear_act_cases
+from aefast.bench.cases import mlp as mlp_cases
 from aefast.bench.ceilings import Ceilings
+from aefast.bench.measure import Result, measure
 from aefast.bench.timing import Timing
+from aefast.bench.variants import Rival, backends, needs_cuda
+from aefast.ops import _registry
+from aefast.ops._registry import Cost
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(bytes=1e10, flops=1e11, exps=1e9)
@@ -19,42 +25,72 @@ def same_draws():
     torch.manual_seed(0)
 
 
-def a_case(activation="tanh", batch=16):
-    return linear_act_cases.case(batch, 8, 4, activation, CPU)
+def a_case(activation="tanh", batch=16) -> OpCase:
+    return linear_act_cases.case(batch, 8, 4, activation, torch.float32, CPU)
 
 
-def with_variant(case: Case, name: str, function) -> Case:
-    return dataclasses.replace(case, variants={**case.variants, name: function})
+def measured(case, mode, seconds=0.01) -> Result:
+    return measure(case, mode, seconds, CEILINGS)
 
 
-def result(eager: list[float], aefast: list[float], failure: str | None = None, **labels) -> Result:
-    labels = {"activation": "gelu", "batch": 8, "inputs": 64, "features": 64, **labels}
-    timings = {"eager": Timing(eager), "aefast": Timing(aefast)}
-    peak_bytes = {"eager": 8, "aefast": 4}
+def result(eager: list[float], aefast: list[float], failure: str | None = None, **given) -> Result:
+    kind = given.pop("kind", "gelu")
+    sizes = {"batch": 8, "inputs": 64, "features": 64, **given}
+    timings = {} if failure else {"eager": Timing(eager), "aefast": Timing(aefast)}
     return Result(
-        "linear_act/x-fwd", "linear_act", "fwd", labels, {}, timings, peak_bytes, 1e-6, "bytes", failure
+        f"linear_act/{kind}-b{sizes['batch']}-fp32-fwd",
+        "linear_act",
+        kind,
+        "fp32",
+        "fwd",
+        sizes,
+        {},
+        timings,
+        {"eager": 8, "aefast": 4},
+        Cost(1, 1, 1),
+        1e-6,
+        "bytes",
+        failure,
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("op", CASES)
-def test_every_op_is_measured_in_every_mode(op, mode):
-    case = next(iter(CASES[op](CPU, True)))
-    found = measure(case, mode, seconds=0.01, ceilings=CEILINGS)
-    assert found.failure is None
-    assert found.speedup > 0
-    assert set(found.timings) == set(found.errors) == {"aefast", "eager"}
-    assert found.id == f"{case.id}-{mode}"
-    assert found.floor > 0
-    assert found.floor_kind in ("bytes", "flops", "exps")
+def test_every_op_is_measured_in_every_mode(op):
+    case = dataclasses.replace(next(iter(CASES[op](CPU, True))), is_compiled=False)
+    assert case.modes
+    for mode in case.modes:
+        found = measured(case, mode)
+        assert found.failure is None
+        assert found.speedup > 0
+        assert {"aefast", "eager"} <= set(found.timings) == set(found.errors) == set(found.peak_bytes)
+        assert found.id == f"{case.id}-{mode}"
+        assert found.floor > 0
+        assert found.floor_kind in ("bytes", "flops", "exps")
 
 
-@pytest.mark.parametrize("mode", MODES)
+def test_every_op_has_cases():
+    assert {*_registry.OPS, "train"} == set(CASES)
+
+
+def test_ids_are_unique_and_quick_cases_are_among_all():
+    for op, make in CASES.items():
+        every = [case.id for case in make(CPU, False)]
+        assert len(every) == len(set(every))
+        assert {case.id for case in make(CPU, True)} <= set(every), op
+    assert "train/autoencoder-784-512-16-b256-fp32" in {case.id for case in CASES["train"](CPU, True)}
+
+
+def test_half_precision_where_it_has_instructions():
+    dtypes = {case.dtype for case in CASES["linear_act"](torch.device("cuda"), True)}
+    assert dtypes == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.parametrize("mode", ["fwd", "fwdbwd"])
 def test_a_wrong_result_is_not_timed(mode):
     case = a_case()
-    case = with_variant(case, "aefast", lambda *inputs: case.variants["eager"](*inputs) * (1 + 1e-5))
-    found = measure(case, mode, seconds=0.01, ceilings=CEILINGS)
-    assert found.failure.startswith("aefast: errors 1")
+    case = dataclasses.replace(case, aefast=lambda *inputs: case.eager(*inputs) * (1 + 1e-5))
+    found = measured(case, mode)
+    assert found.failure.startswith("aefast is wrong: errors 1")
     assert (found.timings, found.speedup, found.overhead, found.speedup_interval) == ({}, None, None, None)
 
 
@@ -69,44 +105,149 @@ def test_a_wrong_gradient_is_not_timed():
         def backward(ctx, grad):
             return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
 
-    case = with_variant(a_case(), "aefast", Detached.apply)
-    assert measure(case, "fwd", seconds=0.01, ceilings=CEILINGS).failure is None
-    assert measure(case, "fwdbwd", seconds=0.01, ceilings=CEILINGS).failure is not None
+    case = dataclasses.replace(a_case(), aefast=Detached.apply)
+    assert measured(case, "fwd").failure is None
+    assert measured(case, "fwdbwd").failure is not None
 
 
 def test_nan_is_wrong():
-    case = with_variant(a_case(), "aefast", lambda x, weight, bias: (x @ weight.t()) * float("nan"))
-    assert "inf" in measure(case, "fwd", seconds=0.01, ceilings=CEILINGS).failure
+    case = dataclasses.replace(a_case(), aefast=lambda x, weight, bias: (x @ weight.t()) * float("nan"))
+    assert "inf" in measured(case, "fwd").failure
 
 
-@pytest.mark.parametrize(("op", "batch"), [("linear_act", 16), ("mlp", 16)])
-def test_rounding_at_a_kink_is_nobodys_error(op, batch):
+def test_another_shape_is_wrong():
+    case = dataclasses.replace(a_case(), aefast=lambda x, weight, bias: x[:, :1] @ weight[:1, :1])
+    assert "inf" in measured(case, "fwd").failure
+
+
+@pytest.mark.parametrize(
+    "case",
+    [a_case("relu"), mlp_cases.case(16, (8, 4, 4), "relu", torch.float32, CPU)],
+    ids=lambda case: case.op,
+)
+def test_rounding_at_a_kink_is_nobodys_error(case):
     """A variant that is off by less than rounding passes although it takes the kink's other side."""
-    if op == "linear_act":
-        case = a_case("relu", batch)
-    else:
-        from aefast.bench.cases import mlp
-
-        case = mlp.case(batch, (8, 4, 4), "relu", CPU)
     make = case.make
 
     def at_the_kink():
         inputs = make()
         with torch.no_grad():
-            first = inputs[0]
-            first[0].zero_()
+            inputs[0][0].zero_()
             for bias in (tensor for tensor in inputs if tensor.dim() == 1):
                 bias.zero_()
         return inputs
 
     def shifted(x, *parameters):
-        return case.variants["eager"](x + 1e-8, *parameters)
+        return case.eager(x + 1e-8, *parameters)
 
-    case = dataclasses.replace(case, make=at_the_kink)
-    case = with_variant(case, "aefast", shifted)
-    assert measure(case, "fwdbwd", seconds=0.01, ceilings=CEILINGS).failure is None
+    case = dataclasses.replace(case, make=at_the_kink, aefast=shifted)
+    assert measured(case, "fwdbwd").failure is None
     blind = dataclasses.replace(case, kinks=None)
-    assert measure(blind, "fwdbwd", seconds=0.01, ceilings=CEILINGS).failure is not None
+    assert measured(blind, "fwdbwd").failure is not None
+
+
+def with_rivals(case, **rivals):
+    return dataclasses.replace(case, rivals=rivals)
+
+
+def test_a_rival_takes_part():
+    case = a_case()
+    found = measured(with_rivals(case, torch=Rival("torch", lambda: case.eager)), "fwdbwd")
+    assert set(found.timings) == {"aefast", "eager", "torch"}
+    assert found.missing == {}
+    assert found.speedup_over("torch") > 0
+
+
+@pytest.mark.parametrize(
+    ("rival", "reason"),
+    [
+        (Rival("no_such_package", lambda: None), "no_such_package is not installed"),
+        (Rival("torch", lambda: None, ("fwdbwd",)), "torch has no fwd"),
+        (Rival("torch", lambda: None, refuses=needs_cuda), "it needs a CUDA device"),
+        (Rival("torch", lambda: lambda x, w, b: x @ x), "RuntimeError: mat1 and mat2"),
+        (Rival("torch", lambda: lambda x, w, b: torch.tanh(x @ w.t())), "wrong: errors "),
+    ],
+)
+def test_a_missing_rival_says_why(rival, reason):
+    found = measured(with_rivals(a_case(), rival=rival), "fwd")
+    assert found.failure is None
+    assert set(found.timings) == {"aefast", "eager"}
+    assert found.missing["rival"].startswith(reason)
+
+
+def test_a_sloppy_rival_is_timed_and_its_error_told():
+    case = a_case()
+    rival = Rival("torch", lambda: lambda *inputs: case.eager(*inputs) * (1 + 1e-5))
+    found = measured(with_rivals(case, rival=rival), "fwd")
+    assert "rival" in found.timings
+    assert found.errors["rival"] > 5e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [a_case(), train.autoencoder(8, 16, 8, 2, torch.float32, CPU)])
+def test_compiled_code_takes_part(case):
+    found = measured(dataclasses.replace(case, is_compiled=True), case.modes[-1])
+    assert found.missing.get("pythae", "") in ("", "pythae is not installed")
+    assert "compile" in found.timings
+
+
+def test_a_backend_of_its_own_is_a_variant_of_its_own(monkeypatch):
+    assert list(backends("linear_act", CPU, torch.float32)) == ["aefast"]
+    second = dataclasses.replace(_registry._BY_NAME["cpu"], name="second")
+    monkeypatch.setattr(_registry, "BACKENDS", (*_registry.BACKENDS[:3], second, _registry.BACKENDS[3]))
+    monkeypatch.setitem(_registry._BY_NAME, "second", second)
+    assert list(backends("linear_act", CPU, torch.float32)) == ["aefast", "aefast[second]"]
+    with _registry.backend("cpu"):
+        assert list(backends("linear_act", CPU, torch.float32)) == ["aefast"]
+
+
+def test_variants_run_on_their_backend():
+    seen = []
+    case = a_case()
+
+    def aefast(*inputs):
+        seen.append(_registry.requested())
+        return case.aefast(*inputs)
+
+    with _registry.backend("cpu"):
+        measured(dataclasses.replace(case, aefast=aefast), "fwd")
+    assert set(seen) == {"cpu"}
+
+
+def test_training_is_checked_by_its_gradients(monkeypatch):
+    case = train.autoencoder(64, 16, 8, 2, torch.float32, CPU)
+    found = measured(case, "step")
+    assert found.failure is None
+    assert found.errors["aefast"] < 1e-5
+
+    fused = case_module._fused
+
+    def wrong(make_model, like):
+        learner = fused(make_model, like)
+        return dataclasses.replace(learner, loss=lambda batch: learner.loss(batch) * (1 + 1e-5))
+
+    monkeypatch.setattr(case_module, "_fused", wrong)
+    assert measured(case, "step").failure.startswith("aefast is wrong")
+
+
+def test_learner_steps():
+    layer = torch.nn.Linear(3, 3)
+    before = layer.weight.detach().clone()
+    learner = Learner.of_loss(layer.parameters(), lambda batch: layer(batch).square().mean())
+    loss, *gradients = learner.results(torch.ones(2, 3))
+    assert [one.shape for one in gradients] == [(3, 3), (3,)]
+    learner.step(torch.ones(2, 3))
+    # Adam's first step has the length of the learning rate in every coordinate.
+    assert torch.allclose(before - layer.weight, 1e-3 * gradients[0].sign(), atol=1e-6)
+    assert loss > 0
+
+
+def test_cost_of_a_step():
+    cost = train.step_cost(10, (3, 2, 3), torch.float32)
+    parameters = 3 * 2 + 2 + 2 * 3 + 3
+    assert cost.flops == 2 * 10 * (3 * (6 + 6) - 6)
+    assert cost.bytes == 4 * (2 * 30 + 2 * (20 + 30) + 10 * parameters)
+    assert cost.exps == 30
 
 
 def test_interval_of_paired_rounds():
@@ -121,12 +262,28 @@ def test_interval_of_paired_rounds():
 
 
 def test_summary():
-    slow = result([1e-3] * 50, [1.25e-3] * 50, activation="relu", batch=1)
+    slow = result([1e-3] * 50, [1.25e-3] * 50, kind="relu", batch=1)
     fast = result([1e-3] * 50, [0.5e-3] * 50)
     short = result([10e-6] * 50, [13e-6] * 50)
     lines = cli.summary([slow, fast, short, result([1.0], [1e-9], failure="wrong")])
-    assert lines[0] == (
+    assert lines == [
         "linear_act fwd: 2 cases of eager ≥ 50 µs, median 1.40×, 1 below 0.97× with 95 % confidence,"
-        " worst 0.80× (0.80 to 0.80: relu, batch 1, 64 → 64); overhead on 1 shorter ones: at most 3.0 µs"
-    )
-    assert lines[1] == "  gelu, inputs ≤ 256: median 2.00× of 1 cases"
+        " worst 0.80× (0.80 to 0.80: linear_act/relu-b1-fp32-fwd); overhead on 1 shorter ones: at most 3.0 µs",
+        "  inputs ≤ 256: gelu 2.00×; together median 2.00× of 1 cases",
+    ]
+
+
+def test_what_is_missing_is_told_once_a_reason():
+    one = dataclasses.replace(result([1.0], [1.0]), missing={"quack": "it is not installed"})
+    two = dataclasses.replace(one, id="linear_act/b")
+    assert cli.missing([one, two, result([1.0], [1.0])]) == [
+        "missing: quack from 2 cases (linear_act/gelu-b8-fp32-fwd, …): it is not installed"
+    ]
+
+
+def test_a_file_of_cases_is_all_that_an_op_needs(tmp_path, monkeypatch):
+    (tmp_path / "new_op.py").write_text("def cases(device, quick):\n    yield 'a case'\n")
+    monkeypatch.setattr(cases, "__path__", [*cases.__path__, str(tmp_path)])
+    found = cases.find()
+    assert list(found["new_op"](CPU, True)) == ["a case"]
+    assert set(found) == {*CASES, "new_op"}

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from aefast import _library
 from aefast.bench import ceilings, memory
 from aefast.bench.ceilings import Ceilings
 from aefast.ops._registry import OPS, Cost
@@ -21,10 +22,10 @@ def test_floor_is_that_of_the_busiest(kind):
 
 def test_measured_ceilings():
     found = ceilings.measure(CPU, seconds=0.05)
-    # Any machine of this century, and none yet.
-    assert 1e8 < found.bytes < 1e13
-    assert 1e9 < found.flops < 1e15
-    assert 1e7 < found.exps < 1e13
+    # Any machine of this century, however busy, and none yet.
+    assert 1e7 < found.bytes < 1e13
+    assert 1e8 < found.flops < 1e15
+    assert 1e5 < found.exps < 1e13
 
 
 def test_cost_of_a_dense_layer():
@@ -64,6 +65,7 @@ def test_peak_memory_counts_what_is_held_at_once():
 
 
 def test_peak_memory_sees_the_kernels_own():
+    assert _library.load("cpu") is None
     x, weight = torch.ones(64, 512), torch.ones(512, 512)
     ours = memory.peak_bytes(lambda index: torch.ops.aefast.linear_act(x, weight, None, "relu", "cpu"), CPU)
     assert ours >= 64 * 512 * 4

@@ -6,22 +6,35 @@ import pytest
 import torch
 
 from aefast.bench import document, readme
-from aefast.bench.case import Result
 from aefast.bench.ceilings import Ceilings
+from aefast.bench.measure import Result
 from aefast.bench.timing import Timing
 from aefast.errors import InputError
+from aefast.ops._registry import Cost
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def made(speedup: float = 1.0, failure: str | None = None, spread: float = 0.0) -> dict:
+def made(speedup: float = 1.0, failure: str | None = None, spread: float = 0.0, **given) -> dict:
     eager = [1e-3 * (1 + spread * (index % 2)) for index in range(40)]
     timings = {} if failure else {"eager": Timing(eager), "aefast": Timing([1e-3 / speedup] * 40)}
-    peak_bytes = {} if failure else {"eager": 8, "aefast": 4}
-    labels = {"activation": "gelu", "batch": 8, "inputs": 4, "features": 2}
-    errors = {"aefast": 1e-7, "eager": 2e-7}
-    result = Result("op/x-fwd", "op", "fwd", labels, errors, timings, peak_bytes, 5e-4, "flops", failure)
-    return document.make([result], Ceilings(1.0, 2.0, 3.0), "cpu", "auto")
+    result = Result(
+        id="op/x-fwd",
+        op="op",
+        kind="gelu",
+        dtype="fp32",
+        mode="fwd",
+        sizes={"batch": 8, "inputs": 4, "features": 2},
+        errors={"aefast": 1e-7, "eager": 2e-7},
+        timings=timings,
+        peak_bytes={name: 8 if name == "eager" else 4 for name in timings},
+        cost=Cost(100, 200, 300),
+        floor=5e-4,
+        floor_kind="flops",
+        failure=failure,
+        **given,
+    )
+    return document.make([result], {"fp32": Ceilings(1.0, 2.0, 3.0)}, "cpu", "auto")
 
 
 def test_fields(tmp_path):
@@ -29,23 +42,46 @@ def test_fields(tmp_path):
     document.save(made(2.0), path)
     found = document.load(path)
     assert found == made(2.0)
-    assert set(found) == {"schema", "device", "backend", "versions", "commit", "dirty", "ceilings", "cases"}
+    assert {
+        "schema",
+        "device",
+        "backend",
+        "versions",
+        "commit",
+        "dirty",
+        "ceilings",
+        "not_run",
+        "cases",
+    } == set(found)
+    assert found["ceilings"] == {"fp32": {"bytes_per_s": 1.0, "flops_per_s": 2.0, "exps_per_s": 3.0}}
     (case,) = found["cases"]
     variant = case.pop("variants")["aefast"]
     assert case == {
         "id": "op/x-fwd",
         "op": "op",
-        "dtype": "float32",
+        "kind": "gelu",
+        "dtype": "fp32",
         "mode": "fwd",
-        "labels": {"activation": "gelu", "batch": 8, "inputs": 4, "features": 2},
+        "sizes": {"batch": 8, "inputs": 4, "features": 2},
         "error": {"aefast": 1e-7, "eager": 2e-7},
         "failure": None,
+        "missing": {},
+        "cost": {"bytes": 100, "flops": 200, "exps": 300},
         "floor_ms": 0.5,
         "floor_kind": "flops",
     }
     assert variant["samples_ms"] == [0.5] * 40
     assert [variant[key] for key in ("median_ms", "p20_ms", "p80_ms", "peak_bytes")] == [0.5, 0.5, 0.5, 4]
+    assert "graph" not in variant
     assert sum(line.startswith('{"id"') for line in path.read_text().splitlines()) == 1
+
+
+def test_graph_replays_stand_beside_the_calls():
+    (case,) = made(graph_timings={"aefast": Timing([1e-4] * 5)}, missing={"eager as a graph": "refused"})[
+        "cases"
+    ]
+    assert case["variants"]["aefast"]["graph"]["median_ms"] == pytest.approx(0.1)
+    assert case["missing"] == {"eager as a graph": "refused"}
 
 
 def test_commit_is_that_of_the_checkout():
@@ -96,7 +132,7 @@ def test_readme_table():
     results = made(2.0)
     results["cases"] += made(4.0)["cases"] + made(failure="wrong")["cases"]
     row, _, failing = readme.table(results).splitlines()[-3:]
-    assert row == "| `op` | gelu | forward | 2 | 3.00× | 4.00× | 2.00× |"
+    assert row == "| `op` | gelu | fp32 | forward | 2 | 3.00× | 4.00× | 2.00× |"
     assert failing == "Wrong, and therefore not timed: op/x-fwd."
 
 
@@ -104,3 +140,16 @@ def test_device_name_says_threads_and_instructions():
     name = document.device_name("cpu")
     assert name.endswith(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     assert json.dumps(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("Intel(R) Xeon(R) Processor, 2 threads, AVX512", "intel-xeon-2-threads-avx512"),
+        ("AMD EPYC 7763 64-Core Processor, 4 threads, AVX2", "amd-epyc-7763-64-core-4-threads-avx2"),
+        ("NVIDIA H200", "nvidia-h200"),
+        ("Intel(R) Core(TM) i7 CPU @ 3.0GHz, 2 threads, DEFAULT", "intel-core-i7-3.0ghz-2-threads-default"),
+    ],
+)
+def test_file_stem(name, stem):
+    assert document.file_stem(name) == stem

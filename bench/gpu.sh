@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# bench/gpu.sh OUTDIR [SECONDS]
+#
+# On a GPU machine with torch, triton and nvcc, and no network: builds the libraries for its GPU, runs the GPU tests,
+# and measures, most telling cases first, all within SECONDS (540 unless given). Whatever fails on the way, OUTDIR gets
+# a log of every step, summary.txt with their outcomes, and what was measured: JSON, report and plots. The exit status
+# is 0 if every step passed.
+#
+#   PYTHON   the interpreter that has torch; python3 unless set
+#   WHEELS   a folder of wheels for what it lacks of typer, rich, safetensors, matplotlib, pytest, hypothesis
+#   DEVICE   cuda unless set; cpu tries the script out where there is no GPU
+set -uo pipefail
+
+if [[ $# -lt 1 || $# -gt 2 || ! ${2:-540} =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: bench/gpu.sh OUTDIR [SECONDS]" >&2
+  exit 2
+fi
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "$1" || exit 2
+OUT=$(cd "$1" && pwd)
+LIMIT=${2:-540}
+PYTHON=${PYTHON:-python3}
+DEVICE=${DEVICE:-cuda}
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+cd "$ROOT"
+
+remaining() { echo $((LIMIT - SECONDS)); }
+
+failed=0
+: >"$OUT/summary.txt"
+# step NAME SECONDS COMMAND...: runs it for at most that long, its output in NAME.log.
+step() {
+  local name=$1 most=$2 start=$SECONDS status
+  shift 2
+  if ((most <= 0)); then
+    status="not run: no time left"
+    failed=1
+  else
+    timeout --kill-after=10 "$most" "$@" >"$OUT/$name.log" 2>&1
+    case $? in
+      0) status=passed ;;
+      124 | 137) status="stopped after $most s" && failed=1 ;;
+      *) status="FAILED: $(grep -v '^[[:space:]]*$' "$OUT/$name.log" | tail -n 1)" && failed=1 ;;
+    esac
+  fi
+  printf '%-12s %4d s  %s\n' "$name" $((SECONDS - start)) "$status" | tee -a "$OUT/summary.txt"
+}
+
+environment() {
+  uname -a
+  nvidia-smi || [[ $DEVICE != cuda ]] || return 1
+  nvcc --version || [[ $DEVICE != cuda ]] || return 1
+  if [[ -n ${WHEELS:-} ]]; then
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --upgrade --target "$WORK/site" "$WHEELS"/*.whl || return 1
+  fi
+  "$PYTHON" - "$DEVICE" <<'PYTHON_END'
+import importlib, sys
+import torch
+print("python", sys.version)
+for name in ("torch", "triton", "numpy", "typer", "rich", "safetensors", "matplotlib", "pytest", "hypothesis"):
+    try:
+        print(name, getattr(importlib.import_module(name), "__version__", "present"))
+    except ImportError as error:
+        print(name, "missing:", error)
+if sys.argv[1] == "cuda":
+    print(torch.cuda.get_device_properties(0))
+PYTHON_END
+}
+
+# The package without an installer: its parts linked to where setup.py would put them.
+build() {
+  local torch architecture=native
+  torch=$("$PYTHON" -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parent)') || return 1
+  if [[ $DEVICE == cuda ]]; then
+    architecture=$("$PYTHON" -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))') || return 1
+    if ((architecture == 90)); then architecture=90a; fi
+  else
+    export AEFAST_BUILD_CUDA=0
+  fi
+  mkdir -p "$WORK/site/aefast/lib"
+  find "$ROOT/aefast" -mindepth 1 -maxdepth 1 ! -name lib -exec ln -s -t "$WORK/site/aefast" {} +
+  ln -s -t "$WORK/site/aefast" "$ROOT/kernels" "$ROOT/bench"
+  cmake -S "$ROOT" -B "$WORK/build" -DCMAKE_BUILD_TYPE=Release -DTORCH_INCLUDE_DIR="$torch/include" \
+    -DTORCH_LIB_DIR="$torch/lib" -DAEFAST_OUTPUT_DIR="$WORK/site/aefast/lib" \
+    -DAEFAST_CUDA_ARCHITECTURES="$architecture-real" &&
+    cmake --build "$WORK/build" --parallel
+}
+
+export PYTHON DEVICE ROOT WORK WHEELS=${WHEELS:-}
+export PYTHONPATH="$WORK/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TERM=dumb COLUMNS=180
+export -f environment build
+
+# The tests may take two fifths of what the build leaves, so that there are figures whatever they do.
+step environment "$(remaining)" bash -c environment
+step build "$(remaining)" bash -c build
+step info "$(remaining)" "$PYTHON" -m aefast.cli info
+tests=(-m gpu)
+if [[ $DEVICE != cuda ]]; then tests=(tests/bench/test_ceilings.py); fi
+step tests $(($(remaining) * 2 / 5)) "$PYTHON" -m pytest -q -p no:cacheprovider "${tests[@]}"
+# At the end a case under way is finished, and the report is drawn, with the estimates from the machine code.
+spare=$(($(remaining) / 3))
+if ((spare > 100)); then spare=100; fi
+step benchmark "$(remaining)" "$PYTHON" -m aefast.cli bench --device "$DEVICE" --report "$OUT" \
+  --limit $(($(remaining) - spare))
+exit $failed

@@ -1,0 +1,200 @@
+"""`aefast bench`: exit codes, files, what a broken kernel gets, and the commands around it."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from aefast import cli
+from aefast.bench import cases as all_cases
+from aefast.bench import document, report
+from aefast.bench.cases import linear_act as linear_act_cases
+from aefast.bench.cases import mlp as mlp_cases
+from aefast.ops import _registry
+from support.processes import environment, run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Two cases of each of two ops, one of them quick."""
+
+    def layers(device, quick):
+        for batch in (8,) if quick else (4, 8):
+            yield linear_act_cases.case(batch, 8, 4, "tanh", torch.float32, device)
+
+    def stacks(device, quick):
+        for batch in (8,) if quick else (8, 16):
+            yield mlp_cases.case(batch, (8, 4, 8), "gelu", torch.float32, device)
+
+    monkeypatch.setattr(all_cases, "CASES", {"linear_act": layers, "mlp": stacks})
+
+
+@pytest.fixture
+def no_estimate(monkeypatch):
+    monkeypatch.setattr(report, "_static", lambda: "The estimate.")
+
+
+def bench(*arguments):
+    return cli.main(["bench", *map(str, arguments)])
+
+
+def test_quick_cases_come_first(few, tmp_path):
+    path = tmp_path / "results.json"
+    assert bench("--json", path) == 0
+    ids = [case["id"] for case in document.load(path)["cases"]]
+    assert ids == [
+        f"{case}-fp32-{mode}"
+        for case in (
+            "linear_act/tanh-b8-8x4",
+            "mlp/gelu-b8-8x4x8",
+            "linear_act/tanh-b4-8x4",
+            "mlp/gelu-b16-8x4x8",
+        )
+        for mode in ("fwd", "fwdbwd")
+    ]
+
+
+def test_a_limit_of_time_names_what_it_left_out(few, tmp_path, monkeypatch):
+    from aefast.bench import ceilings
+
+    path = tmp_path / "results.json"
+    monkeypatch.setattr(ceilings, "measure", lambda *given: ceilings.Ceilings(1e10, 1e10, 1e10))
+    assert bench("--json", path, "--limit", "1e-9") == 0
+    found = document.load(path)
+    assert found["cases"] == []
+    assert len(found["not_run"]) == 8
+
+
+@pytest.mark.parametrize("launcher", ["linear_act", "linear_act_backward"])
+def test_a_broken_kernel_gets_no_speedup(launcher, few, tmp_path, monkeypatch, capsys):
+    kernels = _registry.kernels("cpu", "linear_act")
+    working = getattr(kernels, launcher)
+
+    def broken(*arguments):
+        results = working(*arguments)
+        # One element of the result, by as little as a dropped term of a sum may change it.
+        results[0].view(-1)[0] += 1e-3
+        return results
+
+    monkeypatch.setattr(kernels, launcher, broken)
+    path = tmp_path / "results.json"
+    assert bench("linear_act", "--quick", "--json", path) == 1
+    found = {case["mode"]: case for case in document.load(path)["cases"]}
+    assert found["fwdbwd"]["failure"].startswith("aefast is wrong: errors")
+    assert found["fwdbwd"]["variants"] == {}
+    assert (found["fwd"]["failure"] is None) == (launcher == "linear_act_backward")
+    assert "wrong" in capsys.readouterr().out
+
+
+def test_report(few, no_estimate, tmp_path, capsys):
+    assert bench("--report", tmp_path) == 0
+    stem = document.file_stem(document.device_name("cpu"))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        f"{stem}{end}" for end in (".json", ".md", "-speedup.png", "-scaling.png", "-roofline.png")
+    }
+    assert all(
+        (tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith("png")
+    )
+    page = (tmp_path / f"{stem}.md").read_text()
+    assert page.startswith(f"# aefast on {document.device_name('cpu')}\n")
+    for text in ("`linear_act/tanh-b8-8x4-fp32-fwd`", f"]({stem}-roofline.png)", "The estimate.", "fp32"):
+        assert text in page
+    assert f"written: {tmp_path / stem}.md" in capsys.readouterr().out
+
+
+def test_report_tells_losses_and_what_is_missing(no_estimate):
+    made = json.loads((ROOT / "bench/results/intel-xeon-2-threads-avx512.json").read_text())
+    case = next(case for case in made["cases"] if case["variants"]["eager"]["median_ms"] > 0.05)
+    slow = {
+        **case["variants"]["eager"],
+        "samples_ms": [2 * s for s in case["variants"]["eager"]["samples_ms"]],
+    }
+    slow["median_ms"] *= 2
+    case["variants"] = {**case["variants"], "aefast": slow}
+    made["cases"] = [
+        {**case, "missing": {"quack": "quack is not installed"}},
+        {**case, "id": "op/wrong", "failure": "aefast is wrong", "variants": {}},
+    ]
+    made["not_run"] = ["op/late-fwd"]
+    page = report.markdown(made, {"speedup": "x.png"}, "x.json")
+    assert f"| `{case['id']}` | 0.50× | 0.50 to 0.50 |" in page
+    assert "- quack, from 1 cases of this run: quack is not installed" in page
+    assert "- 1 cases, for want of time: from `op/late-fwd` on" in page
+    assert "Wrong, and therefore not timed: op/wrong." in page
+
+
+def test_comparison_names_what_became_slower(few, tmp_path, capsys):
+    path = tmp_path / "before.json"
+    assert bench("--quick", "--json", path) == 0
+    before = document.load(path)
+    for case in before["cases"]:
+        for name in ("median_ms", "samples_ms"):
+            value = case["variants"]["eager"][name]
+            case["variants"]["eager"][name] = (
+                value * 10 if name == "median_ms" else [10 * one for one in value]
+            )
+    document.save(before, path)
+    assert bench("--quick", "--compare", path) == 1
+    assert f"slower than in {path}: linear_act/tanh-b8-8x4-fp32-fwd: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "OP must be one of"),
+        (["--device", "tpu"], "--device must be cpu or cuda"),
+        (["--json", "/no/such/folder/x.json"], "--json must be a file in an existing folder"),
+        (["--report", "/no/such/folder"], "--report must be an existing folder"),
+        (["--limit", "0"], "--limit must be a positive number of seconds"),
+        (["--limit", "nan"], "--limit must be a positive number of seconds"),
+        (["--compare", "/no/such/file"], "cannot read results from"),
+        (["--backend", "nonsense", "--quick"], "backend must be one of"),
+        (["linear_act", "--static"], "--static estimates every kernel and takes no OP"),
+    ],
+)
+def test_bad_input_is_one_line_and_two(few, arguments, message, capsys):
+    assert bench(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_pytest_benchmark_runs_the_cases():
+    found = run(
+        [sys.executable, "-m", "pytest", "-q", "bench", "-k", "linear_act and relu-b1-8x8 and fwdbwd"],
+        cwd=ROOT,
+        env=environment(),
+    )
+    assert found.returncode == 0, found.stdout
+    assert "2 passed, 1 skipped" in found.stdout
+    assert "benchmark 'linear_act/relu-b1-8x8-fp32-fwdbwd': 2 tests" in found.stdout
+
+
+def test_gpu_script_leaves_logs_whatever_fails(tmp_path):
+    """Where there is no GPU, the steps that need one fail, and the later ones are tried all the same."""
+    if torch.cuda.is_available() or shutil.which("nvidia-smi"):
+        pytest.skip("there is a GPU, and the script would measure it")
+    found = run(
+        [ROOT / "bench/gpu.sh", tmp_path / "out", "100"], env=environment(PYTHON=sys.executable), cwd=tmp_path
+    )
+    assert found.returncode == 1, found.stdout
+    outcomes = dict(
+        line.split(maxsplit=1) for line in (tmp_path / "out/summary.txt").read_text().splitlines()
+    )
+    assert list(outcomes) == ["environment", "build", "info", "tests", "benchmark"]
+    assert "FAILED" in outcomes["environment"] and "FAILED" in outcomes["build"]
+    assert "passed" in outcomes["info"]
+    assert outcomes["benchmark"].endswith("--device cuda needs a CUDA device, and torch finds none")
+    assert {path.stem for path in (tmp_path / "out").glob("*.log")} == set(outcomes)
+
+
+@pytest.mark.parametrize("arguments", [[], ["out", "0"], ["out", "x"], ["out", "1", "2"]])
+def test_gpu_script_usage(arguments, tmp_path):
+    found = run([ROOT / "bench/gpu.sh", *arguments], cwd=tmp_path)
+    assert (found.returncode, found.stdout) == (2, "usage: bench/gpu.sh OUTDIR [SECONDS]\n")
