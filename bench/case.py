@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +121,12 @@ def _forward_backward(
 _RUN = {"fwd": _forward, "fwdbwd": _forward_backward}
 
 
+def _shifted(timed: Callable[[str, int], Variant], names: Iterable[str], sets: int) -> dict[str, Variant]:
+    """Each variant is at another of the `sets` of inputs: none finds in the cache what the one before it has read."""
+    every = list(names)
+    return {name: timed(name, place * sets // len(every)) for place, name in enumerate(every)}
+
+
 def _as_list(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else list(out)
 
@@ -179,12 +185,14 @@ class OpCase(Case):
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
         sets = [inputs, *(self.make() for _ in range(timing.input_sets(nbytes) - 1))]
 
-        def timed(name: str) -> Variant:
+        def timed(name: str, shift: int) -> Variant:
             function = functions[name]
-            return Variant(lambda index: run(function, sets[index % len(sets)], upstream), contexts[name])
+            return Variant(
+                lambda index: run(function, sets[(index + shift) % len(sets)], upstream), contexts[name]
+            )
 
         cost = OPS[self.op].cost(mode == "fwdbwd", **self.arguments(*inputs))
-        return Trial(truth, found, {name: timed(name) for name in found}, missing, cost)
+        return Trial(truth, found, _shifted(timed, found, len(sets)), missing, cost)
 
 
 @dataclass(frozen=True)
@@ -259,11 +267,11 @@ class TrainingCase(Case):
         nbytes = batch.numel() * batch.element_size()
         batches = [batch, *(self._batch() for _ in range(timing.input_sets(nbytes) - 1))]
 
-        def timed(name: str) -> Variant:
+        def timed(name: str, shift: int) -> Variant:
             step = learners[name].step
-            return Variant(lambda index: step(batches[index % len(batches)]), contexts[name])
+            return Variant(lambda index: step(batches[(index + shift) % len(batches)]), contexts[name])
 
-        return Trial(truth, found, {name: timed(name) for name in found}, missing, self.cost(model))
+        return Trial(truth, found, _shifted(timed, found, len(batches)), missing, self.cost(model))
 
     def _batch(self) -> Tensor:
         return torch.rand(self.sizes["batch"], self.features, device=self.device).to(self.dtype)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aefast.bench import case as case_module
-from aefast.bench import cases, cli
+from aefast.bench import cases, cli, timing
 from aefast.bench.case import Learner, OpCase
 from aefast.bench.cases import CASES, train
 from aefast.bench.cases import linear_act as linear_act_cases
@@ -212,6 +212,31 @@ def test_variants_run_on_their_backend():
     with _registry.backend("cpu"):
         measured(dataclasses.replace(case, aefast=aefast), "fwd")
     assert set(seen) == {"cpu"}
+
+
+def test_variants_do_not_share_inputs_in_a_round(monkeypatch):
+    """What the first of a round has read into the cache would be at hand for the second."""
+    monkeypatch.setattr(timing, "MOST_SETS", 6)
+    seen = {}
+    case = a_case()
+
+    def noting(name):
+        def function(*inputs):
+            seen.setdefault(name, []).append(inputs[0].data_ptr())
+            return case.eager(*inputs)
+
+        return function
+
+    case = dataclasses.replace(
+        case, aefast=noting("aefast"), rivals={"rival": Rival("torch", lambda: noting("rival"))}
+    )
+    timed = case.trial("fwd").timed
+    seen.clear()
+    for index in range(12):
+        for name in ("aefast", "rival"):
+            timed[name].call(index)
+    assert len(set(seen["aefast"])) == 6
+    assert seen["aefast"][4:] + seen["aefast"][:4] == seen["rival"]
 
 
 def test_training_is_checked_by_its_gradients(monkeypatch):
