@@ -231,7 +231,7 @@ def summary(results: list[Any]) -> list[str]:
         if short:
             line += f" overhead on {len(short)} shorter ones: at most {max(r.overhead for r in short) * 1e6:.1f} µs"
         lines.append(line)
-        narrow = [r for r in long if r.kind in CURVED and r.sizes["inputs"] <= NARROW_INPUTS]
+        narrow = [r for r in long if _is_narrow(r)]
         if narrow:
             medians = [
                 f"{kind} {statistics.median(r.speedup for r in narrow if r.kind == kind):.2f}×"
@@ -241,7 +241,17 @@ def summary(results: list[Any]) -> list[str]:
                 f"  inputs ≤ {NARROW_INPUTS}: {', '.join(medians)};"
                 f" together median {statistics.median(r.speedup for r in narrow):.2f}× of {len(narrow)} cases"
             )
+    narrow = [r for r in results if not r.failure and r.timings["eager"].median >= SHORT and _is_narrow(r)]
+    if len({(r.op, r.mode) for r in narrow}) > 1:
+        lines.append(
+            f"{', '.join(CURVED)} at inputs ≤ {NARROW_INPUTS}, all ops and modes: median"
+            f" {statistics.median(r.speedup for r in narrow):.2f}× of {len(narrow)} cases"
+        )
     return lines
+
+
+def _is_narrow(result: Any) -> bool:
+    return result.kind in CURVED and result.sizes["inputs"] <= NARROW_INPUTS
 
 
 def missing(results: list[Any]) -> list[str]:

@@ -296,6 +296,10 @@ def test_summary():
         " worst 0.80× (0.80 to 0.80: linear_act/relu-b1-fp32-fwd); overhead on 1 shorter ones: at most 3.0 µs",
         "  inputs ≤ 256: gelu 2.00×; together median 2.00× of 1 cases",
     ]
+    stack = dataclasses.replace(fast, op="mlp", timings={**fast.timings, "aefast": Timing([0.25e-3] * 50)})
+    assert cli.summary([fast, stack])[-1] == (
+        "gelu, silu, tanh at inputs ≤ 256, all ops and modes: median 3.00× of 2 cases"
+    )
 
 
 def test_what_is_missing_is_told_once_a_reason():
