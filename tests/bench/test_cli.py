@@ -119,7 +119,7 @@ def test_report_tells_losses_and_what_is_missing(no_estimate):
     case["variants"] = {**case["variants"], "aefast": slow}
     made["cases"] = [
         {**case, "missing": {"quack": "quack is not installed"}},
-        {**case, "id": "op/wrong", "failure": "aefast is wrong", "variants": {}},
+        {**case, "id": "op/wrong", "failure": "aefast is wrong", "variants": {}, "missing": {}},
     ]
     made["not_run"] = ["op/late-fwd"]
     page = report.markdown(made, {"speedup": "x.png"}, "x.json")
