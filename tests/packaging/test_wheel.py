@@ -28,12 +28,12 @@ CXX_LIBRARY = {28: (3, 4, 24), 31: (3, 4, 28), 34: (3, 4, 29), 35: (3, 4, 30), 3
 
 
 def installed_sources(sources):
-    """Where the files of the packages are to be in the wheel."""
+    """Where the files of the packages are to be in the wheel; what pytest runs in bench/ is for a checkout."""
     return {
         f"{target}/{file.relative_to(sources / folder).as_posix()}"
         for folder, target in PACKAGES.items()
         for file in (sources / folder).rglob("*")
-        if file.suffix in (".py", ".json")
+        if file.suffix in (".py", ".json") and (sources / "bench" / "pytest") not in file.parents
     }
 
 
