@@ -35,7 +35,24 @@ AEFAST_HD T select(bool condition, T a, T b) {
 
 AEFAST_HD float expm1_nonpositive(float x) { return ::expm1f(x); }
 AEFAST_HD float tanh(float x) { return ::tanhf(x); }
-AEFAST_HD float softplus(float x, float threshold) { return x > threshold ? x : ::log1pf(::expf(x)); }
+// x / y to two spacings of the result, for y of ordinary size.
+AEFAST_HD float quick_quotient(float x, float y) {
+#if defined(__CUDA_ARCH__)
+  return ::__fdividef(x, y);
+#else
+  return x / y;
+#endif
+}
+
+// log(1 + exp(x)), x itself above the threshold, to two spacings; without log1p's branches.
+AEFAST_HD float softplus(float x, float threshold) {
+  const float e = ::expf(-::fabsf(x));
+  // log(1 + e) = 2 atanh(s), and (atanh(s) / s - 1) / s^2 on s <= 1/3 is a polynomial in s^2.
+  const float s = quick_quotient(e, e + 2.0f), square = s * s;
+  const float low = ::fmaf(2.00124545e-1f, square, 3.33331574e-1f), high = ::fmaf(1.40891710e-1f, square, 1.39803049e-1f);
+  const float log1p = 2.0f * ::fmaf(s * square, ::fmaf(high, square * square, low), s);
+  return x > threshold ? x : (x < 0.0f ? 0.0f : x) + log1p;
+}
 
 // sigmoid(x), and in `complement` 1 - sigmoid(x) without cancellation.
 AEFAST_HD float sigmoid_and_complement(float x, float& complement) {
@@ -45,15 +62,19 @@ AEFAST_HD float sigmoid_and_complement(float x, float& complement) {
   return x < 0.0f ? small : large;
 }
 
-// Phi(x), the distribution function of N(0, 1), and in `density_exp` exp(-x^2 / 2), of which the density is a
-// multiple.
+// Phi(x), the distribution function of N(0, 1), to 1e-7 absolute, and in `density_exp` exp(-x^2 / 2), of which the
+// density is a multiple. The standard library's takes twice the instructions, with an exponential of its own.
 AEFAST_HD float normal_cdf(float x, float& density_exp) {
   density_exp = ::expf(-0.5f * x * x);
-#if defined(__CUDA_ARCH__)
-  return ::normcdff(x);
-#else
-  return 0.5f * ::erfcf(-0.70710678f * x);
-#endif
+  // (1 - Phi(|x|)) / density_exp is a polynomial in u = |x| / (1 + 0.27 |x|). Its constant is exact, and u small where
+  // it is the greater part: the polynomial's rounding errors hardly reach the result. From 13.25 on density_exp is 0.
+  const float magnitude = ::fabsf(x), size = magnitude > 13.25f ? 13.25f : magnitude;
+  const float u = quick_quotient(size, ::fmaf(0.27f, size, 1.0f)), u2 = u * u;
+  const float low = ::fmaf(0.142285004f, u, -0.398942292f);
+  const float middle = ::fmaf(1.58846425e-3f, u, -0.0270575937f);
+  const float high = ::fmaf(-5.07874865e-5f, u, 3.30206472e-4f);
+  const float tail = density_exp * ::fmaf(u, ::fmaf(::fmaf(high, u2, middle), u2, low), 0.5f);
+  return x < 0.0f ? tail : 1.0f - tail;
 }
 
 AEFAST_HD double expm1_nonpositive(double x) { return ::expm1(x); }
