@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aefast.bench import timing, variants
 from aefast.bench.timing import Variant
-from aefast.bench.variants import COMPILED, Rival, is_ours
+from aefast.bench.variants import COMPILED, Rival
 from aefast.models import Model
 from aefast.ops._registry import OPS, Cost
 from aefast.train.step import EagerStep, TrainStep, make_optimizer
@@ -71,7 +71,8 @@ class Trial:
     """A case in one mode.
 
     ``truth`` are its results in float64, and ``found[name]`` those of each variant in ``timed``. ``missing`` says why
-    something does not take part.
+    something does not take part. ``has_flips``: whether rounding to half precision puts pre-activations on the other
+    side of a kink, so that single gradients differ by their whole size and only their norm can be held to anything.
     """
 
     truth: list[Tensor]
@@ -79,21 +80,26 @@ class Trial:
     timed: dict[str, Variant]
     missing: dict[str, str]
     cost: Cost
+    has_flips: bool = False
 
 
 def collect(
     runs: Mapping[str, Callable[[], list[Tensor]]], missing: dict[str, str]
 ) -> dict[str, list[Tensor]]:
-    """The results of `runs`; code that is not ours and raises goes to `missing` with what it raised."""
+    """The results of `runs`; what raises goes to `missing` instead, with what it raised."""
     found = {}
     for name, run in runs.items():
         try:
             found[name] = run()
         except Exception as error:
-            if is_ours(name) or name == "eager":
-                raise
-            missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            missing[name] = told(error)
     return found
+
+
+def told(error: Exception) -> str:
+    """Its type, and the first line of its message."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def training_inputs(
@@ -136,7 +142,8 @@ class OpCase(Case):
     """An op at one shape, forward, and forward with backward.
 
     ``make()`` gives a fresh set of inputs, all of which require gradients; ``aefast``, ``eager`` and what the rivals
-    load take such a set and return a tensor or several.
+    load take such a set and return a tensor or several. ``eager_forward``, where it is given, is the faster code that
+    may be written when no gradient is wanted.
 
     ``arguments(*inputs)`` are those of the op's function, from which its cost is known.
 
@@ -148,6 +155,7 @@ class OpCase(Case):
     aefast: Callable[..., Any]
     eager: Callable[..., Any]
     arguments: Callable[..., dict[str, Any]]
+    eager_forward: Callable[..., Any] | None = None
     kinks: Callable[..., Tensor] | None = None
 
     @property
@@ -171,7 +179,8 @@ class OpCase(Case):
 
         rivals, missing = self._rivals(mode)
         ours = variants.backends(self.op, self.device, self.dtype)
-        functions = {name: self.aefast for name in ours} | {"eager": self.eager}
+        eager = self.eager_forward if mode == "fwd" and self.eager_forward else self.eager
+        functions = {name: self.aefast for name in ours} | {"eager": eager}
         if self.is_compiled:
             functions[COMPILED] = variants.compiled(self.eager, self.device)
         functions |= {name: rival.load() for name, rival in rivals.items()}
@@ -182,17 +191,21 @@ class OpCase(Case):
                 return run(functions[name], inputs, checked)
 
         found = collect({name: lambda name=name: results(name) for name in functions}, missing)
-        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
-        sets = [inputs, *(self.make() for _ in range(timing.input_sets(nbytes) - 1))]
+
+        def fresh() -> tuple[list[Tensor], list[Tensor]]:
+            return self.make(), [torch.randn_like(one) for one in upstream]
+
+        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *upstream))
+        count = max(len(found), timing.input_sets(nbytes))
+        sets = [(inputs, upstream), *(fresh() for _ in range(count - 1))]
 
         def timed(name: str, shift: int) -> Variant:
             function = functions[name]
-            return Variant(
-                lambda index: run(function, sets[(index + shift) % len(sets)], upstream), contexts[name]
-            )
+            return Variant(lambda index: run(function, *sets[(index + shift) % len(sets)]), contexts[name])
 
         cost = OPS[self.op].cost(mode == "fwdbwd", **self.arguments(*inputs))
-        return Trial(truth, found, _shifted(timed, found, len(sets)), missing, cost)
+        has_flips = self.kinks is not None and torch.finfo(self.dtype).eps > 1e-6
+        return Trial(truth, found, _shifted(timed, found, len(sets)), missing, cost, has_flips)
 
 
 @dataclass(frozen=True)
@@ -217,9 +230,17 @@ class Learner:
         return cls(kept, loss, step)
 
     def results(self, batch: Tensor) -> list[Tensor]:
-        """The loss and the gradient of each parameter."""
-        loss = self.loss(batch)
-        return [loss.detach(), *torch.autograd.grad(loss, self.parameters)]
+        """The loss and the gradient of each parameter, from a step.
+
+        Raises:
+            RuntimeError: the step has left all parameters as they were.
+        """
+        loss = self.loss(batch).detach()
+        before = [parameter.detach().clone() for parameter in self.parameters]
+        self.step(batch)
+        if all(torch.equal(old, new) for old, new in zip(before, self.parameters, strict=True)):
+            raise RuntimeError("the step updates no parameter")
+        return [loss, *(parameter.grad.clone() for parameter in self.parameters)]
 
 
 LEARNING_RATE = 1e-3
@@ -244,8 +265,8 @@ class TrainingCase(Case):
     def trial(self, mode: str) -> Trial:
         model = self.make_model()
         exact = model.eager_twin().double()
-        batch = self._batch()
-        checked = _without_kinks(exact, batch)
+        size = self.sizes["batch"]
+        checked = _without_kinks(exact, torch.cat([self._batch(), self._batch()]))[:size]
 
         rivals, missing = self._rivals(mode)
         ours = variants.backends("mlp", self.device, self.dtype)
@@ -264,14 +285,16 @@ class TrainingCase(Case):
         found = collect({name: lambda name=name: results(name) for name in learners}, missing)
         loss = model.eager_loss(exact, checked.double())
         truth = [loss.detach(), *torch.autograd.grad(loss, list(exact.parameters()))]
-        nbytes = batch.numel() * batch.element_size()
-        batches = [batch, *(self._batch() for _ in range(timing.input_sets(nbytes) - 1))]
+        count = max(len(found), timing.input_sets(checked.numel() * checked.element_size()))
+        batches = [self._batch() for _ in range(count)]
 
         def timed(name: str, shift: int) -> Variant:
             step = learners[name].step
             return Variant(lambda index: step(batches[(index + shift) % len(batches)]), contexts[name])
 
-        return Trial(truth, found, _shifted(timed, found, len(batches)), missing, self.cost(model))
+        has_flips = torch.finfo(self.dtype).eps > 1e-6
+        timed_learners = _shifted(timed, found, len(batches))
+        return Trial(truth, found, timed_learners, missing, self.cost(model), has_flips)
 
     def _batch(self) -> Tensor:
         return torch.rand(self.sizes["batch"], self.features, device=self.device).to(self.dtype)

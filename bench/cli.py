@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import signal
 import statistics
 import time
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from aefast.errors import InputError
+from aefast.errors import AefastError, InputError
 
 if TYPE_CHECKING:
     from aefast.bench.case import Case
@@ -81,22 +84,36 @@ def bench(
         raise InputError(f"bench: --report must be an existing folder, got {report}")
     if limit is not None and not limit > 0:
         raise InputError(f"bench: --limit must be a positive number of seconds, got {limit}")
-    earlier = None if compare is None else document.load(compare)
-
-    results, limits, not_run = _run(ops or list(CASES), torch.device(device), backend, quick, limit)
-    _print_table(results, limits, f"aefast ({backend}) beside eager PyTorch {torch.__version__}", device)
-    made = document.make(results, limits, device, backend, not_run)
-    if json_path is not None:
-        document.save(made, json_path)
     if report is not None:
         from aefast.bench import report as reports
 
+        reports.require_plots()
+        paths = [report / f"{document.file_stem(document.device_name(device))}.json"]
+    else:
+        paths = []
+    paths += [] if json_path is None else [json_path]
+    earlier = None if compare is None else document.load_results(compare)
+    if earlier is not None:
+        document.check_comparable(earlier, device, backend)
+
+    run = _Run(device, backend)
+    try:
+        run.measure(_ordered(ops or list(CASES), torch.device(device), quick), 0.1 if quick else 0.2, limit)
+    finally:
+        # What was measured is kept, whatever ends the run.
+        made = document.make(run.results, run.ceilings, device, backend, run.not_run)
+        for path in paths:
+            document.save(made, path)
+    _print_table(
+        run.results, run.ceilings, f"aefast ({backend}) beside eager PyTorch {torch.__version__}", device
+    )
+    if report is not None:
         for path in reports.write(made, report):
             typer.echo(f"written: {path}")
     slower = [] if earlier is None else document.regressions(made, earlier)
     for line in slower:
         typer.echo(f"slower than in {compare}: {line}")
-    if slower or any(result.failure for result in results):
+    if slower or any(result.failure for result in run.results):
         raise typer.Exit(1)
 
 
@@ -108,51 +125,82 @@ def _static(has_ops: bool) -> None:
     static.print_table(static.estimates())
 
 
-def _ordered(ops: list[str], device: torch.device, quick: bool) -> Iterator[Case]:
-    """The quick cases of all ops first, then the others."""
+def _ordered(ops: list[str], device: torch.device, quick: bool) -> list[Case]:
+    """The quick cases, of all ops in turn, and then the others."""
     from aefast.bench.cases import CASES
 
-    first = {case.id: case for op in ops for case in CASES[op](device, True)}
+    in_turn = itertools.zip_longest(*(CASES[op](device, True) for op in ops))
+    first = {case.id: case for cases in in_turn for case in cases if case is not None}
     if quick:
-        yield from first.values()
-        return
+        return list(first.values())
     # Of both lists, the full one knows whether torch.compile takes part.
     every = {case.id: case for op in ops for case in CASES[op](device, False)}
-    yield from (every.get(id, case) for id, case in first.items())
-    yield from (case for id, case in every.items() if id not in first)
+    rest = [case for id, case in every.items() if id not in first]
+    return [every.get(id, case) for id, case in first.items()] + rest
 
 
-def _run(
-    ops: list[str], device: torch.device, backend: str, quick: bool, limit: float | None
-) -> tuple[list[Result], dict[str, Ceilings], list[str]]:
-    """The results, the ceilings by dtype, and the ids that the limit left out."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+class _Run:
+    """A run under way: its results, the ceilings by dtype, and the ids that a limit of time left out."""
 
-    import aefast
-    from aefast.bench import ceilings
-    from aefast.bench.case import DTYPE_NAMES, dtypes
-    from aefast.bench.measure import measure
+    def __init__(self, device: str, backend: str) -> None:
+        self.device = torch.device(device)
+        self.backend = backend
+        self.results: list[Result] = []
+        self.ceilings: dict[str, Ceilings] = {}
+        self.not_run: list[str] = []
 
-    start = time.perf_counter()
-    limits = {DTYPE_NAMES[dtype]: ceilings.measure(device, dtype) for dtype in dtypes(device)}
-    trials = [(case, mode) for case in _ordered(ops, device, quick) for mode in case.modes]
-    results, not_run = [], []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with aefast.backend(backend), Progress(*columns, transient=True) as progress:
-        task = progress.add_task("measuring", total=len(trials))
-        for case, mode in trials:
-            if limit is not None and time.perf_counter() - start > limit:
-                not_run.append(f"{case.id}-{mode}")
-                continue
-            progress.update(task, description=f"{case.id}-{mode}")
-            torch.manual_seed(0)
-            seconds = 0.1 if quick else 0.2
-            results.append(measure(case, mode, seconds, limits[DTYPE_NAMES[case.dtype]]))
+    def measure(self, cases: list[Case], seconds: float, limit: float | None) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        import aefast
+        from aefast.bench import ceilings
+        from aefast.bench.case import DTYPE_NAMES, dtypes
+
+        start = time.perf_counter()
+        trials = [(case, mode) for case in cases for mode in case.modes]
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with _terminable(), aefast.backend(self.backend), Progress(*columns, transient=True) as progress:
+            for dtype in dtypes(self.device):
+                self.ceilings[DTYPE_NAMES[dtype]] = ceilings.measure(self.device, dtype)
+            task = progress.add_task("measuring", total=len(trials))
+            for case, mode in trials:
+                if limit is not None and time.perf_counter() - start > limit:
+                    self.not_run.append(f"{case.id}-{mode}")
+                    continue
+                progress.update(task, description=f"{case.id}-{mode}")
+                self.results.append(self._measured(case, mode, seconds))
+                progress.advance(task)
+
+    def _measured(self, case: Case, mode: str, seconds: float) -> Result:
+        from aefast.bench import measure
+        from aefast.bench.case import DTYPE_NAMES
+
+        torch.manual_seed(0)
+        try:
+            return measure.measure(case, mode, seconds, self.ceilings[DTYPE_NAMES[case.dtype]])
+        except AefastError:
+            # A backend that was asked for by name and does not serve here serves no other case either.
+            raise
+        except Exception as error:
+            return measure.failed(case, mode, error)
+        finally:
             if case.is_compiled:
                 # Each case is compiled for its own shape; none of it serves another.
                 torch.compiler.reset()
-            progress.advance(task)
-    return results, limits, not_run
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within it SIGTERM ends the process by way of an exception, as an interrupt from the keyboard does."""
+
+    def end(signal_number: int, frame: object) -> None:
+        raise SystemExit(128 + signal_number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print_table(results: list[Result], limits: dict[str, Ceilings], title: str, device: str) -> None:
@@ -275,4 +323,5 @@ def _duration(seconds: float) -> str:
 
 
 def _errors(result: Any) -> tuple[str, str]:
-    return f"{result.errors['aefast']:.1e}", f"{result.errors['eager']:.1e}"
+    shown = (result.errors.get(name) for name in ("aefast", "eager"))
+    return tuple("" if error is None else f"{error:.1e}" for error in shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -21,6 +22,11 @@ from aefast.bench.timing import Timing
 from aefast.errors import InputError
 
 SCHEMA = 1
+FIELDS = ("device", "backend", "versions", "commit", "dirty", "ceilings", "not_run", "cases")
+CASE_FIELDS = (
+    *("id", "op", "kind", "dtype", "mode", "sizes", "error", "failure", "missing", "cost"),
+    *("floor_ms", "floor_kind", "variants"),
+)
 
 
 def make(
@@ -66,7 +72,7 @@ def _case(result: Result) -> dict[str, Any]:
         "dtype": result.dtype,
         "mode": result.mode,
         "sizes": result.sizes,
-        "error": result.errors,
+        "error": {name: error if math.isfinite(error) else None for name, error in result.errors.items()},
         "failure": result.failure,
         "missing": result.missing,
         "cost": asdict(result.cost),
@@ -107,7 +113,11 @@ def file_stem(name: str) -> str:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit that the code is at and whether it was changed since; None outside a checkout."""
+    """The commit that the code is at and whether it was changed since.
+
+    Outside a checkout that is what AEFAST_COMMIT says, for copies sent elsewhere, and whether it was changed unknown.
+    """
+    stated = os.environ.get("AEFAST_COMMIT"), None
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -119,10 +129,10 @@ def _commit() -> tuple[str | None, bool | None]:
     try:
         # An installed package may lie inside somebody else's checkout.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None, None
+            return stated
         return git("rev-parse", "HEAD"), git("status", "--porcelain") != ""
     except (OSError, subprocess.CalledProcessError):
-        return None, None
+        return stated
 
 
 def save(document: dict[str, Any], path: Path) -> None:
@@ -146,6 +156,41 @@ def load(path: Path) -> dict[str, Any]:
     return document
 
 
+def load_results(path: Path) -> dict[str, Any]:
+    """The document of a run of the benchmark in a file, with every field that this version writes.
+
+    Raises:
+        InputError: there is no such file, or no such document in it.
+    """
+    document = load(path)
+    lacking = [field for field in FIELDS if field not in document]
+    if not lacking:
+        lacking = [
+            f"cases[{index}].{field}"
+            for index, case in enumerate(document["cases"])
+            for field in CASE_FIELDS
+            if field not in case
+        ]
+    if lacking:
+        raise InputError(f"bench: {path} lacks {lacking[0]}; it is of another version of aefast")
+    return document
+
+
+def check_comparable(earlier: dict[str, Any], device: str, backend: str) -> None:
+    """Raises:
+    InputError: `earlier` was measured on another device, or of another backend.
+    """
+    name = device_name(device)
+    if earlier["device"]["name"] != name:
+        raise InputError(
+            f"bench: --compare needs results of the same device: {earlier['device']['name']} is not {name}"
+        )
+    if earlier["backend"] != backend:
+        raise InputError(
+            f"bench: --compare needs results of the same backend: {earlier['backend']} is not {backend}"
+        )
+
+
 REGRESSION = 0.05
 
 
@@ -154,14 +199,7 @@ def regressions(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
 
     The speed-up is compared, not the time, because eager took turns with it on the same machine in the same
     state. A fall that the spread of both runs' rounds explains at 95 % confidence does not count.
-
-    Raises:
-        InputError: the two were measured on different devices.
     """
-    if new["device"] != old["device"]:
-        raise InputError(
-            f"bench: --compare needs results of the same device: {old['device']['name']} is not {new['device']['name']}"
-        )
     before = {case["id"]: case for case in old["cases"]}
     lines = []
     for case in new["cases"]:

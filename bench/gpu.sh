@@ -9,6 +9,7 @@
 #   PYTHON   the interpreter that has torch; python3 unless set
 #   WHEELS   a folder of wheels for what it lacks of typer, rich, safetensors, matplotlib, pytest, hypothesis
 #   DEVICE   cuda unless set; cpu tries the script out where there is no GPU
+#   AEFAST_COMMIT   what the results name as the commit if this is no checkout
 set -uo pipefail
 
 if [[ $# -lt 1 || $# -gt 2 || ! ${2:-540} =~ ^[1-9][0-9]*$ ]]; then
@@ -72,15 +73,15 @@ PYTHON_END
 build() {
   local torch architecture=native
   torch=$("$PYTHON" -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parent)') || return 1
+  mkdir -p "$WORK/site/aefast/lib"
+  find "$ROOT/aefast" -mindepth 1 -maxdepth 1 ! -name lib -exec ln -s -t "$WORK/site/aefast" {} +
+  ln -s -t "$WORK/site/aefast" "$ROOT/kernels" "$ROOT/bench"
   if [[ $DEVICE == cuda ]]; then
     architecture=$("$PYTHON" -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))') || return 1
     if ((architecture == 90)); then architecture=90a; fi
   else
     export AEFAST_BUILD_CUDA=0
   fi
-  mkdir -p "$WORK/site/aefast/lib"
-  find "$ROOT/aefast" -mindepth 1 -maxdepth 1 ! -name lib -exec ln -s -t "$WORK/site/aefast" {} +
-  ln -s -t "$WORK/site/aefast" "$ROOT/kernels" "$ROOT/bench"
   cmake -S "$ROOT" -B "$WORK/build" -DCMAKE_BUILD_TYPE=Release -DTORCH_INCLUDE_DIR="$torch/include" \
     -DTORCH_LIB_DIR="$torch/lib" -DAEFAST_OUTPUT_DIR="$WORK/site/aefast/lib" \
     -DAEFAST_CUDA_ARCHITECTURES="$architecture-real" &&
@@ -94,10 +95,13 @@ export -f environment build
 # The tests may take two fifths of what the build leaves, so that there are figures whatever they do.
 step environment "$(remaining)" bash -c environment
 step build "$(remaining)" bash -c build
+# From here on nothing is imported from the repository's own folder, in which the package lacks parts.
+cd "$WORK"
 step info "$(remaining)" "$PYTHON" -m aefast.cli info
-tests=(-m gpu)
-if [[ $DEVICE != cuda ]]; then tests=(tests/bench/test_ceilings.py); fi
-step tests $(($(remaining) * 2 / 5)) "$PYTHON" -m pytest -q -p no:cacheprovider "${tests[@]}"
+tests=("$ROOT/tests" -m gpu)
+if [[ $DEVICE != cuda ]]; then tests=("$ROOT/tests/bench/test_ceilings.py"); fi
+step tests $(($(remaining) * 2 / 5)) "$PYTHON" -m pytest -q -p no:cacheprovider -c "$ROOT/pyproject.toml" \
+  --rootdir "$ROOT" "${tests[@]}"
 # At the end a case under way is finished, and the report is drawn, with the estimates from the machine code.
 spare=$(($(remaining) / 3))
 if ((spare > 100)); then spare=100; fi

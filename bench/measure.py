@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aefast.bench import memory, timing
-from aefast.bench.case import DTYPE_NAMES, Case, Trial
+from aefast.bench.case import DTYPE_NAMES, Case, Trial, told
 from aefast.bench.ceilings import Ceilings
 from aefast.bench.timing import Timing, Variant
 from aefast.bench.variants import is_ours
@@ -92,44 +92,58 @@ def interval(eager: Sequence[float], aefast: Sequence[float]) -> tuple[float, fl
     return ratios[max(0, math.floor(half - spread))], ratios[min(len(ratios) - 1, math.ceil(half + spread))]
 
 
-def relative_errors(found: list[Tensor], truth: list[Tensor]) -> list[float]:
-    """The largest error of each result, relative to that result's largest true value."""
+def relative_errors(found: list[Tensor], truth: list[Tensor], by_norm: bool = False) -> list[float]:
+    """The largest error of each result, relative to that result's largest true value; or the norms' ratio."""
     errors = []
     for ours, true in zip(found, truth, strict=True):
         if ours.shape != true.shape:
-            errors.append(float("inf"))
+            errors.append(math.inf)
             continue
-        scale = true.abs().max().clamp_min(1e-300)
-        error = ((ours.double() - true).abs().max() / scale).item()
-        errors.append(float("inf") if error != error else error)
+        difference = ours.double() - true
+        if by_norm:
+            error = (difference.norm() / true.norm().clamp_min(1e-300)).item()
+        else:
+            error = (difference.abs().max() / true.abs().max().clamp_min(1e-300)).item()
+        errors.append(math.inf if error != error else error)
     return errors
 
 
 def wrong(trial: Trial, dtype: torch.dtype) -> dict[str, str]:
     """The variants that do not compute what they should, and by how much they miss it.
 
-    aefast may err, in its output and in each gradient, by twice eager's error plus twice the spacing of the dtype.
-    Other code has to compute the same thing, to half of the dtype's digits: sums over a batch in one running total lose
-    that many.
+    aefast may err, in its output and in each gradient, by twice eager's error plus twice the spacing of the dtype, and
+    its results have eager's dtypes. Other code has to compute the same thing, to half of the dtype's digits: sums over
+    a batch in one running total lose that many.
     """
-    found = {name: relative_errors(results, trial.truth) for name, results in trial.found.items()}
+    if "eager" not in trial.found:
+        return {}
+    found = {
+        name: relative_errors(results, trial.truth, trial.has_flips) for name, results in trial.found.items()
+    }
+    dtypes = [one.dtype for one in trial.found["eager"]]
     noise = torch.finfo(dtype).eps
     reasons = {}
     for name, values in found.items():
-        bounds = [2 * eager + 2 * noise if is_ours(name) else noise**0.5 for eager in found["eager"]]
+        if name == "eager":
+            continue
+        bounds = [2 * eager + 2 * noise for eager in found["eager"]]
+        if not is_ours(name):
+            bounds = [max(bound, noise**0.5) for bound in bounds]
         if not all(error <= bound for error, bound in zip(values, bounds, strict=True)):
             reasons[name] = f"wrong: errors {_listed(values)}, eager's {_listed(found['eager'])}"
+        elif is_ours(name) and [one.dtype for one in trial.found[name]] != dtypes:
+            reasons[name] = f"wrong: results of {', '.join(str(one.dtype) for one in trial.found[name])}"
     return reasons
 
 
 def measure(case: Case, mode: str, seconds: float, ceilings: Ceilings) -> Result:
     """Checks every variant against float64, then times them in turn, `seconds` for each two, and measures their memory.
 
-    If aefast is `wrong`, nothing is timed; other code that is counts as missing.
+    If aefast is `wrong`, or it or eager raises, nothing is timed; other code that is or does counts as missing.
     """
     trial = case.trial(mode)
-    reasons = wrong(trial, case.dtype)
-    failing = {name: reason for name, reason in reasons.items() if is_ours(name)}
+    reasons = trial.missing | wrong(trial, case.dtype)
+    failing = {name: reason for name, reason in reasons.items() if is_ours(name) or name == "eager"}
     timed = {name: variant for name, variant in trial.timed.items() if name not in reasons}
     timings, graph_timings, peak_bytes, refused = {}, {}, {}, {}
     if not failing:
@@ -140,7 +154,7 @@ def measure(case: Case, mode: str, seconds: float, ceilings: Ceilings) -> Result
         }
         if case.device.type == "cuda" and timings["eager"].median < LAUNCH_BOUND:
             graph_timings, refused = timing.graph_replays(timed, seconds=seconds)
-    missing = trial.missing | {name: reason for name, reason in reasons.items() if name not in failing}
+    missing = {name: reason for name, reason in reasons.items() if name not in failing}
     missing |= {f"{name} as a graph": reason for name, reason in refused.items()}
     return Result(
         f"{case.id}-{mode}",
@@ -154,9 +168,28 @@ def measure(case: Case, mode: str, seconds: float, ceilings: Ceilings) -> Result
         peak_bytes,
         trial.cost,
         *ceilings.floor(trial.cost),
-        failure=", ".join(f"{name} is {reason}" for name, reason in failing.items()) or None,
+        failure=", ".join(f"{name}: {reason}" for name, reason in failing.items()) or None,
         missing=missing,
         graph_timings=graph_timings,
+    )
+
+
+def failed(case: Case, mode: str, error: Exception) -> Result:
+    """What there is to tell of a case that could not be measured."""
+    return Result(
+        f"{case.id}-{mode}",
+        case.op,
+        case.kind,
+        DTYPE_NAMES[case.dtype],
+        mode,
+        case.sizes,
+        {},
+        {},
+        {},
+        Cost(0, 0, 0),
+        0.0,
+        "bytes",
+        failure=told(error),
     )
 
 

@@ -49,7 +49,7 @@ def table(results: dict[str, Any]) -> str:
 
 def section(folder: Path) -> str:
     """The tables of all documents in `folder`, with the marks around them."""
-    tables = [table(document.load(path)) for path in sorted(folder.glob("*.json"))]
+    tables = [table(document.load_results(path)) for path in sorted(folder.glob("*.json"))]
     return "\n\n".join([BEGIN, *tables, END])
 
 

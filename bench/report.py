@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import statistics
 from collections.abc import Callable
@@ -15,12 +16,16 @@ EAGER_COLOUR, AEFAST_COLOUR = "tab:gray", "tab:blue"
 VARIANT_COLOURS = ("tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
-def write(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes the document, its plots and the page into `folder`, named after the device; their paths.
-
-    Raises:
-        InputError: matplotlib is not installed.
+def require_plots() -> None:
+    """Raises:
+    InputError: matplotlib is not installed.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError('bench: --report draws with matplotlib; pip install "aefast[bench]"')
+
+
+def write(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes the document, its plots and the page into `folder`, named after the device; their paths."""
     stem = document.file_stem(results["device"]["name"])
     data = folder / f"{stem}.json"
     document.save(results, data)
@@ -150,7 +155,8 @@ def _all_cases(results: dict[str, Any]) -> str:
     replayed = ["as graphs"] if has_graphs else []
     rows = []
     for case in results["cases"]:
-        errors = [f"{case['error'][name]:.1e}" for name in ("aefast", "eager")]
+        found = [case["error"].get(name) for name in ("aefast", "eager")]
+        errors = ["" if error is None else f"{error:.1e}" for error in found]
         if case["failure"]:
             blank = ["" for _ in [*replayed, *others]]
             rows.append([f"`{case['id']}`", "", "", "wrong", *blank, "", "", *errors])
@@ -198,11 +204,9 @@ def _static() -> str:
 
 
 def _draw(plot: Callable[[Any, dict[str, Any]], None], results: dict[str, Any], path: Path) -> None:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError('bench: --report draws with matplotlib; pip install "aefast[bench]"') from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     plot(figure, results)
@@ -234,7 +238,8 @@ def _speedup_plot(figure: Any, results: dict[str, Any]) -> None:
     axes.set_yticks(range(len(groups)), [f"{op} {kind}, {mode}" for op, kind, mode in groups])
     axes.invert_yaxis()
     axes.set_xlabel("speed-up of aefast (bar: median), calls of which eager takes 50 µs or more")
-    axes.legend(loc="lower right")
+    if named:
+        axes.legend(loc="lower right")
     axes.set_title(results["device"]["name"])
 
 
@@ -316,7 +321,10 @@ def _roofline_plot(figure: Any, results: dict[str, Any]) -> None:
 # Name → caption, and what draws it on a figure.
 PLOTS: dict[str, tuple[str, Callable[[Any, dict[str, Any]], None]]] = {
     "speedup": ("Speed-up of every case, by op, kind and mode", _speedup_plot),
-    "scaling": ("Time over the size of the batch, of each op's largest shape", _scaling_plot),
+    "scaling": (
+        "Time over the size of the batch, of the largest shape that each op was run at with most batches",
+        _scaling_plot,
+    ),
     "roofline": (
         "Operations a second over operations a byte, under the device's own ceilings",
         _roofline_plot,

@@ -160,7 +160,8 @@ def _captured(call: Callable[[int], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-# Inputs are rotated through sets that together exceed this, so that no call finds its own in the cache.
+# Inputs are rotated through sets that together exceed this: more than a core's own caches hold, and most that cores
+# share. The largest of servers hold more.
 LAST_LEVEL_CACHE_BYTES = 64 << 20
 MOST_SETS = 64
 

@@ -15,6 +15,7 @@ from aefast.bench.timing import Timing
 from aefast.bench.variants import Rival, backends, needs_cuda
 from aefast.ops import _registry
 from aefast.ops._registry import Cost
+from aefast.train.step import TrainStep
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(bytes=1e10, flops=1e11, exps=1e9)
@@ -90,7 +91,7 @@ def test_a_wrong_result_is_not_timed(mode):
     case = a_case()
     case = dataclasses.replace(case, aefast=lambda *inputs: case.eager(*inputs) * (1 + 1e-5))
     found = measured(case, mode)
-    assert found.failure.startswith("aefast is wrong: errors 1")
+    assert found.failure.startswith("aefast: wrong: errors 1")
     assert (found.timings, found.speedup, found.overhead, found.speedup_interval) == ({}, None, None, None)
 
 
@@ -252,7 +253,70 @@ def test_training_is_checked_by_its_gradients(monkeypatch):
         return dataclasses.replace(learner, loss=lambda batch: learner.loss(batch) * (1 + 1e-5))
 
     monkeypatch.setattr(case_module, "_fused", wrong)
-    assert measured(case, "step").failure.startswith("aefast is wrong")
+    # The loss is off, the gradients are those of the step.
+    assert measured(case, "step").failure.startswith("aefast: wrong")
+
+
+def test_a_step_that_does_nothing_is_no_step(monkeypatch):
+    monkeypatch.setattr(TrainStep, "__call__", lambda self, batch: None)
+    found = measured(train.autoencoder(64, 16, 8, 2, torch.float32, CPU), "step")
+    assert (found.failure, found.timings) == ("aefast: RuntimeError: the step updates no parameter", {})
+
+
+def test_a_step_with_wrong_gradients_is_wrong(monkeypatch):
+    step = TrainStep.__call__
+
+    def wrong(self, batch):
+        step(self, batch)
+        self.model.encoder.layers[0].weight.grad *= 1 + 1e-4
+
+    monkeypatch.setattr(TrainStep, "__call__", wrong)
+    found = measured(train.autoencoder(64, 16, 8, 2, torch.float32, CPU), "step")
+    assert found.failure.startswith("aefast: wrong")
+
+
+def a_half_precision_stack(aefast=None):
+    case = mlp_cases.case(256, (64, 32, 32, 64), "relu", torch.bfloat16, CPU)
+    return case if aefast is None else dataclasses.replace(case, aefast=aefast)
+
+
+def test_half_precision_at_kinks_is_held_by_norms():
+    """Rounding to bfloat16 puts units of the second layer on the other side of the kink, on all sides alike."""
+    assert measured(a_half_precision_stack(), "fwdbwd").failure is None
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.2
+
+    eager = a_half_precision_stack().eager
+    found = measured(a_half_precision_stack(lambda x, *rest: eager(Scaled.apply(x), *rest)), "fwdbwd")
+    assert found.failure.startswith("aefast: wrong")
+
+
+def test_results_have_the_dtype_of_eagers():
+    eager = a_half_precision_stack().eager
+    found = measured(a_half_precision_stack(lambda *inputs: eager(*inputs).float()), "fwd")
+    assert found.failure == "aefast: wrong: results of torch.float32"
+
+
+@pytest.mark.parametrize("activation", linear_act_cases.ACTIVATIONS)
+def test_eager_forward_is_the_same_function(activation):
+    for case in (a_case(activation), mlp_cases.case(16, (8, 4, 8), activation, torch.float32, CPU)):
+        inputs = [tensor.detach() for tensor in case.make()]
+        assert torch.equal(case.eager(*inputs), case.eager_forward(*inputs))
+
+
+def test_a_kernel_that_raises_fails_its_case():
+    def raising(*inputs):
+        raise RuntimeError("launch failed\nat length")
+
+    found = measured(dataclasses.replace(a_case(), aefast=raising), "fwd")
+    assert (found.failure, found.timings, found.speedup) == ("aefast: RuntimeError: launch failed", {}, None)
 
 
 def test_learner_steps():
@@ -261,7 +325,6 @@ def test_learner_steps():
     learner = Learner.of_loss(layer.parameters(), lambda batch: layer(batch).square().mean())
     loss, *gradients = learner.results(torch.ones(2, 3))
     assert [one.shape for one in gradients] == [(3, 3), (3,)]
-    learner.step(torch.ones(2, 3))
     # Adam's first step has the length of the learning rate in every coordinate.
     assert torch.allclose(before - layer.weight, 1e-3 * gradients[0].sign(), atol=1e-6)
     assert loss > 0

@@ -1,8 +1,13 @@
 """`aefast bench`: exit codes, files, what a broken kernel gets, and the commands around it."""
 
+import dataclasses
 import json
 import shutil
+import signal
+import site
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +75,40 @@ def test_a_limit_of_time_names_what_it_left_out(few, tmp_path, monkeypatch):
     assert len(found["not_run"]) == 8
 
 
+def test_a_case_that_cannot_be_measured_costs_no_other(few, tmp_path, monkeypatch, capsys):
+    def no_memory(device, quick):
+        case = linear_act_cases.case(8, 8, 4, "relu", torch.float32, device)
+
+        def make():
+            raise torch.OutOfMemoryError("no memory")
+
+        yield dataclasses.replace(case, make=make)
+
+    monkeypatch.setitem(all_cases.CASES, "linear_act", no_memory)
+    path = tmp_path / "results.json"
+    assert bench("--quick", "--json", path) == 1
+    failures = {case["id"]: case["failure"] for case in document.load_results(path)["cases"]}
+    assert failures == {
+        "linear_act/relu-b8-8x4-fp32-fwd": "OutOfMemoryError: no memory",
+        "linear_act/relu-b8-8x4-fp32-fwdbwd": "OutOfMemoryError: no memory",
+        "mlp/gelu-b8-8x4x8-fp32-fwd": None,
+        "mlp/gelu-b8-8x4x8-fp32-fwdbwd": None,
+    }
+
+
+def test_what_was_measured_survives_the_end_of_the_process(tmp_path):
+    path = tmp_path / "results.json"
+    command = [sys.executable, "-m", "aefast.cli", "bench", "linear_act", "--json", str(path)]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
+    try:
+        time.sleep(12)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+    finally:
+        process.kill()
+    assert document.load_results(path)["cases"]
+
+
 @pytest.mark.parametrize("launcher", ["linear_act", "linear_act_backward"])
 def test_a_broken_kernel_gets_no_speedup(launcher, few, tmp_path, monkeypatch, capsys):
     kernels = _registry.kernels("cpu", "linear_act")
@@ -85,7 +124,7 @@ def test_a_broken_kernel_gets_no_speedup(launcher, few, tmp_path, monkeypatch, c
     path = tmp_path / "results.json"
     assert bench("linear_act", "--quick", "--json", path) == 1
     found = {case["mode"]: case for case in document.load(path)["cases"]}
-    assert found["fwdbwd"]["failure"].startswith("aefast is wrong: errors")
+    assert found["fwdbwd"]["failure"].startswith("aefast: wrong: errors")
     assert found["fwdbwd"]["variants"] == {}
     assert (found["fwd"]["failure"] is None) == (launcher == "linear_act_backward")
     assert "wrong" in capsys.readouterr().out
@@ -145,6 +184,29 @@ def test_comparison_names_what_became_slower(few, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": {"name": "another"}}, "results of the same device: another is not"),
+        ({"backend": "cpu"}, "results of the same backend: cpu is not auto"),
+        ({"cases": [{"id": "x"}]}, "lacks cases[0].op"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_before_the_run(change, message, few, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("aefast.bench.measure.measure", lambda *given: pytest.fail("measured"))
+    path = tmp_path / "before.json"
+    document.save({**document.make([], {}, "cpu", "auto"), **change}, path)
+    assert bench("--quick", "--compare", path) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plots_that_cannot_be_drawn_are_told_before_the_run(few, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("aefast.bench.measure.measure", lambda *given: pytest.fail("measured"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert bench("--report", tmp_path) == 2
+    assert "--report draws with matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nonsense"], "OP must be one of"),
@@ -176,12 +238,29 @@ def test_pytest_benchmark_runs_the_cases():
     assert "benchmark 'linear_act/relu-b1-8x8-fp32-fwdbwd': 2 tests" in found.stdout
 
 
-def test_gpu_script_leaves_logs_whatever_fails(tmp_path):
+@pytest.fixture
+def python_without_aefast(tmp_path):
+    """An interpreter that sees this one's packages, but not the editable installation of this checkout."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for path in map(Path, site.getsitepackages()):
+        for entry in path.iterdir():
+            if not entry.name.startswith(("__editable__", "aefast")):
+                (packages / entry.name).symlink_to(entry)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{packages}" exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+def test_gpu_script_leaves_logs_whatever_fails(tmp_path, python_without_aefast):
     """Where there is no GPU, the steps that need one fail, and the later ones are tried all the same."""
     if torch.cuda.is_available() or shutil.which("nvidia-smi"):
         pytest.skip("there is a GPU, and the script would measure it")
     found = run(
-        [ROOT / "bench/gpu.sh", tmp_path / "out", "100"], env=environment(PYTHON=sys.executable), cwd=tmp_path
+        [ROOT / "bench/gpu.sh", tmp_path / "out", "100"],
+        env=environment(PYTHON=python_without_aefast),
+        cwd=tmp_path,
     )
     assert found.returncode == 1, found.stdout
     outcomes = dict(
