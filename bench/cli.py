@@ -100,7 +100,8 @@ def bench(
     try:
         run.measure(_ordered(ops or list(CASES), torch.device(device), quick), 0.1 if quick else 0.2, limit)
     finally:
-        # What was measured is kept, whatever ends the run.
+        # What was measured is kept, whatever ends the run; an op's cases stand together.
+        run.results.sort(key=lambda result: result.op)
         made = document.make(run.results, run.ceilings, device, backend, run.not_run)
         for path in paths:
             document.save(made, path)

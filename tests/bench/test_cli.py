@@ -18,6 +18,7 @@ from aefast.bench import cases as all_cases
 from aefast.bench import document, report
 from aefast.bench.cases import linear_act as linear_act_cases
 from aefast.bench.cases import mlp as mlp_cases
+from aefast.bench.cli import _ordered
 from aefast.ops import _registry
 from support.processes import environment, run
 
@@ -48,7 +49,12 @@ def bench(*arguments):
     return cli.main(["bench", *map(str, arguments)])
 
 
-def test_quick_cases_come_first(few, tmp_path):
+def test_quick_cases_of_all_ops_come_first(few, tmp_path):
+    ordered = _ordered(["linear_act", "mlp"], torch.device("cpu"), quick=False)
+    assert [(case.op, case.sizes["batch"]) for case in ordered] == [
+        *(("linear_act", 8), ("mlp", 8)),
+        *(("linear_act", 4), ("mlp", 16)),
+    ]
     path = tmp_path / "results.json"
     assert bench("--json", path) == 0
     ids = [case["id"] for case in document.load(path)["cases"]]
@@ -56,8 +62,8 @@ def test_quick_cases_come_first(few, tmp_path):
         f"{case}-fp32-{mode}"
         for case in (
             "linear_act/tanh-b8-8x4",
-            "mlp/gelu-b8-8x4x8",
             "linear_act/tanh-b4-8x4",
+            "mlp/gelu-b8-8x4x8",
             "mlp/gelu-b16-8x4x8",
         )
         for mode in ("fwd", "fwdbwd")
