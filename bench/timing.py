@@ -59,7 +59,7 @@ def interleaved(
     Short calls are timed in runs of several. Garbage collection and lazy initialisation fall into the two rounds of
     warm-up.
     """
-    run = _run_on_cuda if device.type == "cuda" else _run_on_cpu
+    run = RUN[device.type]
     slowest = 0.0
     for index in range(2):
         slowest = 0.0
@@ -115,6 +115,9 @@ def _run_on_cuda(call: Callable[[int], object], first: int, calls: int) -> float
     end.synchronize()
     return start.elapsed_time(end) * 1e-3
 
+
+# Device → the seconds of a run: ``run(call, first, calls)``.
+RUN = {"cpu": _run_on_cpu, "cuda": _run_on_cuda}
 
 # Calls recorded into a graph, so that the launch of the graph itself counts little.
 GRAPH_CALLS = 20
