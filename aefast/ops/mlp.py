@@ -41,7 +41,8 @@ _LAYERS = "Tensor x, Tensor[] weights, Tensor?[] biases"
 define(f"mlp({_LAYERS}, str activations, str backend) -> Tensor")
 # Every layer's output, then the derivatives of the layers whose activation stores one.
 define(f"mlp_saving({_LAYERS}, str activations, str backend) -> Tensor[]")
-# The gradients of x, the weights and the biases for which `needs` has a 1, and not a 0.
+# The gradients of x, the weights and the biases for which `needs` has a 1, and not a 0. `saved` is what mlp_saving
+# returns; of a last output that `_reads_output` says nothing reads, any tensor of its shape.
 define(
     "mlp_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] saved, str activations, str needs,"
     " str backend) -> Tensor[]"
@@ -92,6 +93,13 @@ def _needs(needs_input_grad: tuple[bool, ...]) -> str:
     return "".join("01"[need] for index, need in enumerate(needs_input_grad) if index != 1)
 
 
+@functools.cache
+def _reads_output(activations: str) -> bool:
+    """Whether the backward reads the last layer's output."""
+    last = activations.rpartition(",")[2].partition(":")[0]
+    return last != "identity" and last not in STORES_DERIVATIVE
+
+
 class _Mlp(torch.autograd.Function):
     """`call` is (activations, backend, launchers to call at once or None)."""
 
@@ -105,9 +113,13 @@ class _Mlp(torch.autograd.Function):
         else:
             with below_autograd():
                 saved = torch.ops.aefast.mlp_saving.default(x, weights, biases, activations, backend)
+        out = saved[layers - 1]
+        if not _reads_output(activations):
+            # Nobody else may want it by then, and it is often the largest of all.
+            del saved[layers - 1]
         ctx.save_for_backward(x, *parameters, *saved)
         ctx.call = call
-        return saved[layers - 1]
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -116,6 +128,9 @@ class _Mlp(torch.autograd.Function):
         layers = len(needs_input_grad) // 2 - 1
         x, *rest = ctx.saved_tensors
         weights, saved = rest[:layers], rest[2 * layers :]
+        if not _reads_output(activations):
+            # In its place anything of its shape will do.
+            saved.insert(layers - 1, grad)
         arguments = (grad, x, weights, saved, activations, _needs(needs_input_grad))
         if launchers is not None and _registry.may_launch(grad):
             try:
@@ -187,7 +202,8 @@ def mlp(
     """A whole dense stack: ``h = act_l(h @ weights[l].T + biases[l])`` over l, starting from x.
 
     The backward applies layer l's derivative and sums its bias gradient while layer l+1's data gradient is
-    in cache. What is saved for it: each layer's output, and for silu and the gelus the derivative.
+    in cache. What is saved for it: each layer's output, and for silu and the gelus the derivative; the last output only
+    where its activation's derivative is computed from it.
 
     Args:
         x: (*, K), float32, bfloat16, float16 or float64, any strides.

@@ -32,9 +32,13 @@ class TrainStep:
         """Train on a batch (B, features); the loss terms before the update, detached scalars by name."""
         self.optimizer.zero_grad(set_to_none=True)
         output = self.model(batch)
-        output.loss.backward()
+        loss = output.loss
+        terms = {name: term.detach() for name, term in output.terms.items()}
+        # With it the reconstruction would be kept through the backward.
+        del output
+        loss.backward()
         self.optimizer.step()
-        return {name: term.detach() for name, term in output.terms.items()}
+        return terms
 
 
 class EagerStep:

@@ -211,3 +211,24 @@ def test_bad_input_is_named(change, message):
     }
     with pytest.raises(InputError, match=message):
         AF.mlp(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("last", "is_saved"), [("identity", False), ("silu", False), ("gelu", False), ("tanh", True)]
+)
+def test_last_output_is_saved_where_it_is_read(last, is_saved):
+    weights = [torch.randn(5, 4), torch.randn(3, 5)]
+    operands = [tensor.requires_grad_() for tensor in (torch.randn(7, 4), *weights)]
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    )
+    with hooks:
+        out = AF.mlp(operands[0], operands[1:], [None, None], ["relu", last])
+    assert any(tensor.data_ptr() == out.data_ptr() for tensor in kept) == is_saved
+    exact = [tensor.detach().double().requires_grad_() for tensor in operands]
+    true = mlp._reference(exact[0], exact[1:], [None, None], f"relu,{last}")
+    upstream = torch.randn_like(out)
+    found = torch.autograd.grad(out, operands, upstream)
+    for gradient, expected in zip(found, torch.autograd.grad(true, exact, upstream.double()), strict=True):
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-5)

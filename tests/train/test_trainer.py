@@ -12,6 +12,7 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
+from aefast.bench import memory
 from aefast.data import Dataset
 from aefast.errors import InputError
 from aefast.models import Autoencoder, from_pretrained
@@ -19,6 +20,7 @@ from aefast.train import CheckpointError, TrainConfig, TrainingError, TrainStep
 from aefast.train import trainer as trainer_module
 from aefast.train.interrupt import Interrupt
 from aefast.train.metrics import MetricsLog, Window, read_metrics
+from aefast.train.step import EagerStep
 
 
 def metrics(directory):
@@ -528,3 +530,15 @@ def test_a_run_on_a_gpu_can_be_interrupted_and_goes_on(make_trainer, tmp_path, m
     for ours, theirs in zip(losses(tmp_path / "parts"), losses(tmp_path / "whole"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_takes_no_more_memory_than_eagers():
+    model = Autoencoder(input_size=784, hidden=(512,), latent=16)
+    batch = torch.rand(1024, 784)
+    peaks = []
+    for step in (TrainStep(model, 1e-3), EagerStep(model, 1e-3)):
+        step(batch)
+        step.optimizer.zero_grad(set_to_none=True)
+        peaks.append(memory.peak_bytes(lambda index, step=step: step(batch), torch.device("cpu")))
+    # Workspaces of the products, of a few rows, come and go beside the batch's own tensors.
+    assert peaks[0] <= 1.05 * peaks[1]
