@@ -28,10 +28,10 @@ demo: setup
 test: setup test-cpu test-interpret test-emulation test-aot
 
 test-cpu: setup
-	$(BIN)/python -m pytest -q --ignore=tests/aot --ignore=tests/cuda_emulation --ignore=tests/ops/test_triton_linear_act.py
+	$(BIN)/python -m pytest -q --ignore=tests/aot --ignore=tests/cuda_emulation --ignore-glob='tests/ops/test_triton_*'
 
 test-interpret: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/test_triton_linear_act.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/test_triton_*.py
 
 test-emulation: setup
 	$(BIN)/python -m pytest -q tests/cuda_emulation -m "not aot"
