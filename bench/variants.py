@@ -38,10 +38,6 @@ class Rival:
         return self.refuses(device, dtype)
 
 
-def needs_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None if device.type == "cuda" else "it needs a CUDA device"
-
-
 def backends(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """Variant → context: "aefast" as requested, and where that is "auto" each further backend with kernels that serve.
 
