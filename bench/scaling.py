@@ -376,6 +376,8 @@ def _process(
     finally:
         dist.destroy_process_group()
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    # All that is left is to tear the process down, in which a thread that PyTorch has not joined at times aborts it.
+    os._exit(0)
 
 
 def _train_in_group(
