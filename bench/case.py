@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,33 +59,34 @@ class Case:
     def trial(self, mode: str) -> Trial:
         raise NotImplementedError
 
-    def _rivals(self, mode: str) -> tuple[dict[str, Rival], dict[str, str]]:
-        """Those that take part, and why the others do not."""
+    def _loaded_rivals(self, mode: str) -> tuple[dict[str, Any], dict[str, str]]:
+        """What those load that take part, and why the others do not."""
         reasons = {name: rival.missing(mode, self.device, self.dtype) for name, rival in self.rivals.items()}
-        present = {name: rival for name, rival in self.rivals.items() if reasons[name] is None}
-        return present, {name: reason for name, reason in reasons.items() if reason is not None}
+        missing = {name: reason for name, reason in reasons.items() if reason is not None}
+        loads = {name: rival.load for name, rival in self.rivals.items() if name not in missing}
+        return collect(loads, missing), missing
 
 
 @dataclass(frozen=True)
 class Trial:
     """A case in one mode.
 
-    ``truth`` are its results in float64, and ``found[name]`` those of each variant in ``timed``. ``missing`` says why
-    something does not take part. ``has_flips``: whether rounding to half precision puts pre-activations on the other
-    side of a kink, so that single gradients differ by their whole size and only their norm can be held to anything.
+    ``truth`` are its results in float64, and ``found[name]`` those of each variant in ``timed``, whose calls go through
+    ``sets`` sets of inputs. ``missing`` says why something does not take part. ``has_flips``: whether rounding to half
+    precision puts pre-activations on the other side of a kink, so that single gradients differ by their whole size and
+    only their norm can be held to anything.
     """
 
     truth: list[Tensor]
     found: dict[str, list[Tensor]]
     timed: dict[str, Variant]
+    sets: int
     missing: dict[str, str]
     cost: Cost
     has_flips: bool = False
 
 
-def collect(
-    runs: Mapping[str, Callable[[], list[Tensor]]], missing: dict[str, str]
-) -> dict[str, list[Tensor]]:
+def collect(runs: Mapping[str, Callable[[], Any]], missing: dict[str, str]) -> dict[str, Any]:
     """The results of `runs`; what raises goes to `missing` instead, with what it raised."""
     found = {}
     for name, run in runs.items():
@@ -125,12 +126,6 @@ def _forward_backward(
 
 
 _RUN = {"fwd": _forward, "fwdbwd": _forward_backward}
-
-
-def _shifted(timed: Callable[[str, int], Variant], names: Iterable[str], sets: int) -> dict[str, Variant]:
-    """Each variant is at another of the `sets` of inputs: none finds in the cache what the one before it has read."""
-    every = list(names)
-    return {name: timed(name, place * sets // len(every)) for place, name in enumerate(every)}
 
 
 def _as_list(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
@@ -177,13 +172,13 @@ class OpCase(Case):
             checked = [one.masked_fill(masked, 0.0) for one in upstream]
         truth = run(self.eager, exact_inputs, [one.double() for one in checked])
 
-        rivals, missing = self._rivals(mode)
+        rivals, missing = self._loaded_rivals(mode)
         ours = variants.backends(self.op, self.device, self.dtype)
         eager = self.eager_forward if mode == "fwd" and self.eager_forward else self.eager
         functions = {name: self.aefast for name in ours} | {"eager": eager}
         if self.is_compiled:
             functions[COMPILED] = variants.compiled(self.eager, self.device)
-        functions |= {name: rival.load() for name, rival in rivals.items()}
+        functions |= rivals
         contexts = {name: ours.get(name, contextlib.nullcontext) for name in functions}
 
         def results(name: str) -> list[Tensor]:
@@ -199,13 +194,13 @@ class OpCase(Case):
         count = max(len(found), timing.input_sets(nbytes))
         sets = [(inputs, upstream), *(fresh() for _ in range(count - 1))]
 
-        def timed(name: str, shift: int) -> Variant:
+        def timed(name: str) -> Variant:
             function = functions[name]
-            return Variant(lambda index: run(function, *sets[(index + shift) % len(sets)]), contexts[name])
+            return Variant(lambda index: run(function, *sets[index % count]), contexts[name])
 
         cost = OPS[self.op].cost(mode == "fwdbwd", **self.arguments(*inputs))
         has_flips = self.kinks is not None and torch.finfo(self.dtype).eps > 1e-6
-        return Trial(truth, found, _shifted(timed, found, len(sets)), missing, cost, has_flips)
+        return Trial(truth, found, {name: timed(name) for name in found}, count, missing, cost, has_flips)
 
 
 @dataclass(frozen=True)
@@ -268,14 +263,14 @@ class TrainingCase(Case):
         size = self.sizes["batch"]
         checked = _without_kinks(exact, torch.cat([self._batch(), self._batch()]))[:size]
 
-        rivals, missing = self._rivals(mode)
+        rivals, missing = self._loaded_rivals(mode)
         ours = variants.backends("mlp", self.device, self.dtype)
         learners = {name: _fused(self.make_model, model) for name in ours} | {"eager": _eager(model)}
         if self.is_compiled:
             twin = model.eager_twin()
             loss = variants.compiled(lambda batch: model.eager_loss(twin, batch), self.device)
             learners[COMPILED] = Learner.of_loss(twin.parameters(), loss)
-        learners |= {name: rival.load()(model) for name, rival in rivals.items()}
+        learners |= collect({name: lambda make=make: make(model) for name, make in rivals.items()}, missing)
         contexts = {name: ours.get(name, contextlib.nullcontext) for name in learners}
 
         def results(name: str) -> list[Tensor]:
@@ -288,13 +283,13 @@ class TrainingCase(Case):
         count = max(len(found), timing.input_sets(checked.numel() * checked.element_size()))
         batches = [self._batch() for _ in range(count)]
 
-        def timed(name: str, shift: int) -> Variant:
+        def timed(name: str) -> Variant:
             step = learners[name].step
-            return Variant(lambda index: step(batches[(index + shift) % len(batches)]), contexts[name])
+            return Variant(lambda index: step(batches[index % count]), contexts[name])
 
         has_flips = torch.finfo(self.dtype).eps > 1e-6
-        timed_learners = _shifted(timed, found, len(batches))
-        return Trial(truth, found, timed_learners, missing, self.cost(model), has_flips)
+        all_timed = {name: timed(name) for name in found}
+        return Trial(truth, found, all_timed, count, missing, self.cost(model), has_flips)
 
     def _batch(self) -> Tensor:
         return torch.rand(self.sizes["batch"], self.features, device=self.device).to(self.dtype)

@@ -103,13 +103,17 @@ def bench(
         # What was measured is kept, whatever ends the run; an op's cases stand together.
         run.results.sort(key=lambda result: result.op)
         made = document.make(run.results, run.ceilings, device, backend, run.not_run)
-        for path in paths:
+        for path in paths if run.results or run.not_run else ():
             document.save(made, path)
     _print_table(
         run.results, run.ceilings, f"aefast ({backend}) beside eager PyTorch {torch.__version__}", device
     )
+    for (name, reason), ids in document.missing_variants(made["cases"]).items():
+        typer.echo(
+            f"missing: {name} from {len(ids)} cases ({ids[0]}{', …' if len(ids) > 1 else ''}): {reason}"
+        )
     if report is not None:
-        for path in reports.write(made, report):
+        for path in (*paths, *reports.write(made, report)):
             typer.echo(f"written: {path}")
     slower = [] if earlier is None else document.regressions(made, earlier)
     for line in slower:
@@ -247,7 +251,7 @@ def _print_table(results: list[Result], limits: dict[str, Ceilings], title: str,
             *_errors(result),
         )
     console.print(table)
-    for line in [*summary(results), *missing(results)]:
+    for line in summary(results):
         console.print(line, highlight=False, markup=False)
 
 
@@ -301,18 +305,6 @@ def summary(results: list[Any]) -> list[str]:
 
 def _is_narrow(result: Any) -> bool:
     return result.kind in CURVED and result.sizes["inputs"] <= NARROW_INPUTS
-
-
-def missing(results: list[Any]) -> list[str]:
-    """A line for each variant that did not take part, and why; a case in brackets is the first it is missing from."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for result in results:
-        for name, reason in result.missing.items():
-            found.setdefault((name, reason), []).append(result.id)
-    return [
-        f"missing: {name} from {len(ids)} cases ({ids[0]}{', …' if len(ids) > 1 else ''}): {reason}"
-        for (name, reason), ids in found.items()
-    ]
 
 
 def _times(ratio: float | None) -> str:

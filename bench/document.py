@@ -191,6 +191,15 @@ def check_comparable(earlier: dict[str, Any], device: str, backend: str) -> None
         )
 
 
+def missing_variants(cases: list[dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    """(variant, why it did not take part) → the ids of the cases without it."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for case in cases:
+        for name, reason in case["missing"].items():
+            found.setdefault((name, reason), []).append(case["id"])
+    return found
+
+
 REGRESSION = 0.05
 
 

@@ -147,22 +147,17 @@ def measure(case: Case, mode: str, seconds: float, ceilings: Ceilings) -> Result
     timed = {name: variant for name, variant in trial.timed.items() if name not in reasons}
     timings, graph_timings, peak_bytes, refused = {}, {}, {}, {}
     if not failing:
-        timings = timing.interleaved(timed, case.device, seconds=seconds * len(timed) / 2)
+        timings = timing.interleaved(timed, case.device, sets=trial.sets, seconds=seconds * len(timed) / 2)
         peak_bytes = {
             name: memory.peak_bytes(_once(variant, case.device), case.device)
             for name, variant in timed.items()
         }
         if case.device.type == "cuda" and timings["eager"].median < LAUNCH_BOUND:
-            graph_timings, refused = timing.graph_replays(timed, seconds=seconds)
+            graph_timings, refused = timing.graph_replays(timed, sets=trial.sets, seconds=seconds)
     missing = {name: reason for name, reason in reasons.items() if name not in failing}
     missing |= {f"{name} as a graph": reason for name, reason in refused.items()}
     return Result(
-        f"{case.id}-{mode}",
-        case.op,
-        case.kind,
-        DTYPE_NAMES[case.dtype],
-        mode,
-        case.sizes,
+        *_named(case, mode),
         {name: max(relative_errors(found, trial.truth)) for name, found in trial.found.items()},
         timings,
         peak_bytes,
@@ -174,15 +169,15 @@ def measure(case: Case, mode: str, seconds: float, ceilings: Ceilings) -> Result
     )
 
 
+def _named(case: Case, mode: str) -> tuple[str, str, str, str, str, dict[str, int]]:
+    """The first fields of its result."""
+    return f"{case.id}-{mode}", case.op, case.kind, DTYPE_NAMES[case.dtype], mode, case.sizes
+
+
 def failed(case: Case, mode: str, error: Exception) -> Result:
     """What there is to tell of a case that could not be measured."""
     return Result(
-        f"{case.id}-{mode}",
-        case.op,
-        case.kind,
-        DTYPE_NAMES[case.dtype],
-        mode,
-        case.sizes,
+        *_named(case, mode),
         {},
         {},
         {},

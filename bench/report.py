@@ -25,16 +25,14 @@ def require_plots() -> None:
 
 
 def write(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes the document, its plots and the page into `folder`, named after the device; their paths."""
+    """Writes the page and its plots beside the document in `folder`, named after the device; their paths."""
     stem = document.file_stem(results["device"]["name"])
-    data = folder / f"{stem}.json"
-    document.save(results, data)
     plots = {name: folder / f"{stem}-{name}.png" for name in PLOTS}
     for name, path in plots.items():
         _draw(PLOTS[name][1], results, path)
     page = folder / f"{stem}.md"
-    page.write_text(markdown(results, {name: path.name for name, path in plots.items()}, data.name))
-    return [data, page, *plots.values()]
+    page.write_text(markdown(results, {name: path.name for name, path in plots.items()}, f"{stem}.json"))
+    return [page, *plots.values()]
 
 
 def markdown(results: dict[str, Any], plots: dict[str, str], data: str) -> str:
@@ -137,11 +135,10 @@ def _losses(results: dict[str, Any]) -> str:
 
 
 def _missing(results: dict[str, Any]) -> str:
-    found: dict[tuple[str, str], int] = {}
-    for case in results["cases"]:
-        for name, reason in case["missing"].items():
-            found[name, reason] = found.get((name, reason), 0) + 1
-    lines = [f"- {name}, from {count} cases of this run: {reason}" for (name, reason), count in found.items()]
+    found = document.missing_variants(results["cases"])
+    lines = [
+        f"- {name}, from {len(ids)} cases of this run: {reason}" for (name, reason), ids in found.items()
+    ]
     if results["not_run"]:
         lines.append(
             f"- {len(results['not_run'])} cases, for want of time: from `{results['not_run'][0]}` on"

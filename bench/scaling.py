@@ -215,7 +215,7 @@ def measure_step(
     timings, peaks = {}, {}
     if _failure(errors) is None:
         calls = {name: lambda index, step=step: step(batches[index % sets]) for name, step in steps.items()}
-        timings, peaks = _measured(steps, calls, device, seconds=seconds, least=7)
+        timings, peaks = _measured(steps, calls, device, sets=sets, seconds=seconds, least=7)
     return _row(series, x, encoder, batch, batch, errors, timings, peaks)
 
 
@@ -235,7 +235,7 @@ def measure_epoch(path: Path, encoder: Sequence[int], batch: int, device: torch.
         return call
 
     calls = {name: epoch(step) for name, step in steps.items()}
-    timings, peaks = _measured(steps, calls, device, seconds=0.0, least=3)
+    timings, peaks = _measured(steps, calls, device, sets=1, seconds=0.0, least=3)
     return _row("samples", len(dataset), encoder, batch, len(dataset), {}, timings, peaks)
 
 
@@ -244,12 +244,13 @@ def _measured(
     calls: Mapping[str, Callable[[int], object]],
     device: torch.device,
     *,
+    sets: int,
     seconds: float,
     least: int,
 ) -> tuple[dict[str, Timing], dict[str, int]]:
     """Timings of calls, which take steps of the same name, and their peak memory."""
     variants = {name: Variant(call) for name, call in calls.items()}
-    timings = timing.interleaved(variants, device, seconds=seconds, least=least)
+    timings = timing.interleaved(variants, device, sets=sets, seconds=seconds, least=least)
     return timings, {name: _peak_bytes(steps[name], call, device) for name, call in calls.items()}
 
 

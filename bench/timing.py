@@ -43,6 +43,7 @@ def interleaved(
     variants: Mapping[str, Variant],
     device: torch.device,
     *,
+    sets: int = 1,
     seconds: float = 0.3,
     least: int = 5,
     most: int = 200,
@@ -52,6 +53,8 @@ def interleaved(
     Args:
         variants: by name.
         device: where they run.
+        sets: how many sets of inputs the calls pick from by ``index % sets``. In a round each variant begins at
+            another, so that none finds in the cache what the one before it has read.
         seconds: how long all repetitions together should take.
         least: repetitions of each variant, however long they take.
         most: repetitions of each variant at the most.
@@ -60,16 +63,19 @@ def interleaved(
     warm-up.
     """
     run = RUN[device.type]
+    shifts = _shifts(variants, sets)
     slowest = 0.0
     for index in range(2):
         slowest = 0.0
-        for variant in variants.values():
+        for name, variant in variants.items():
             with variant.context():
-                slowest = max(slowest, run(variant.call, index, 1))
+                slowest = max(slowest, run(variant.call, index + shifts[name], 1))
     calls = max(1, int(RUN_SECONDS[device.type] / max(slowest, 1e-7)))
     return _rounds(
         {
-            name: lambda first, variant=variant: _in_context(variant, run, first, calls)
+            name: lambda first, variant=variant, shift=shifts[name]: _in_context(
+                variant, run, first + shift, calls
+            )
             for name, variant in variants.items()
         },
         calls,
@@ -77,6 +83,10 @@ def interleaved(
         least,
         most,
     )
+
+
+def _shifts(variants: Mapping[str, Variant], sets: int) -> dict[str, int]:
+    return {name: place * sets // len(variants) for place, name in enumerate(variants)}
 
 
 def _in_context(variant: Variant, run: Callable[..., float], first: int, calls: int) -> float:
@@ -124,7 +134,12 @@ GRAPH_CALLS = 20
 
 
 def graph_replays(
-    variants: Mapping[str, Variant], *, seconds: float = 0.2, least: int = 5, most: int = 100
+    variants: Mapping[str, Variant],
+    *,
+    sets: int = 1,
+    seconds: float = 0.2,
+    least: int = 5,
+    most: int = 100,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """The same calls without the host: each variant's `GRAPH_CALLS` calls as one CUDA graph, replayed in turn.
 
@@ -132,10 +147,11 @@ def graph_replays(
         The timings, and for each variant that cannot be captured the reason.
     """
     graphs, refused = {}, {}
+    shifts = _shifts(variants, sets)
     for name, variant in variants.items():
         try:
             with variant.context():
-                graphs[name] = _captured(variant.call)
+                graphs[name] = _captured(variant.call, shifts[name])
         except RuntimeError as error:
             refused[name] = str(error).strip().splitlines()[0]
             torch.cuda.synchronize()
@@ -148,18 +164,18 @@ def graph_replays(
     return _rounds(runs, GRAPH_CALLS, seconds, least, most), refused
 
 
-def _captured(call: Callable[[int], object]) -> torch.cuda.CUDAGraph:
+def _captured(call: Callable[[int], object], first: int) -> torch.cuda.CUDAGraph:
     # Libraries initialise in the warm-up, on a stream of its own as capture asks for.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for index in range(3):
-            call(index)
+            call(first + index)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for index in range(GRAPH_CALLS):
-            call(index)
+            call(first + index)
     return graph
 
 

@@ -35,6 +35,7 @@ AEFAST_HD T select(bool condition, T a, T b) {
 
 AEFAST_HD float expm1_nonpositive(float x) { return ::expm1f(x); }
 AEFAST_HD float tanh(float x) { return ::tanhf(x); }
+
 // x / y to two spacings of the result, for y of ordinary size.
 AEFAST_HD float quick_quotient(float x, float y) {
 #if defined(__CUDA_ARCH__)

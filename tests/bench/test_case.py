@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 
 import pytest
 import torch
@@ -165,6 +166,10 @@ def test_a_rival_takes_part():
         (Rival("no_such_package", lambda: None), "no_such_package is not installed"),
         (Rival("torch", lambda: None, ("fwdbwd",)), "torch has no fwd"),
         (Rival("torch", lambda: None, refuses=lambda device, dtype: f"not on {device}"), "not on cpu"),
+        (
+            Rival("torch", lambda: importlib.import_module("torch.no_such_module")),
+            "ModuleNotFoundError: No module",
+        ),
         (Rival("torch", lambda: lambda x, w, b: x @ x), "RuntimeError: mat1 and mat2"),
         (Rival("torch", lambda: lambda x, w, b: torch.tanh(x @ w.t())), "wrong: errors "),
     ],
@@ -215,29 +220,21 @@ def test_variants_run_on_their_backend():
     assert set(seen) == {"cpu"}
 
 
-def test_variants_do_not_share_inputs_in_a_round(monkeypatch):
-    """What the first of a round has read into the cache would be at hand for the second."""
+def test_calls_go_through_all_sets_of_inputs(monkeypatch):
     monkeypatch.setattr(timing, "MOST_SETS", 6)
-    seen = {}
+    seen = []
     case = a_case()
 
-    def noting(name):
-        def function(*inputs):
-            seen.setdefault(name, []).append(inputs[0].data_ptr())
-            return case.eager(*inputs)
+    def noting(*inputs):
+        seen.append(inputs[0].data_ptr())
+        return case.eager(*inputs)
 
-        return function
-
-    case = dataclasses.replace(
-        case, aefast=noting("aefast"), rivals={"rival": Rival("torch", lambda: noting("rival"))}
-    )
-    timed = case.trial("fwd").timed
+    trial = dataclasses.replace(case, aefast=noting).trial("fwd")
     seen.clear()
     for index in range(12):
-        for name in ("aefast", "rival"):
-            timed[name].call(index)
-    assert len(set(seen["aefast"])) == 6
-    assert seen["aefast"][4:] + seen["aefast"][:4] == seen["rival"]
+        trial.timed["aefast"].call(index)
+    assert trial.sets == 6
+    assert len(set(seen[:6])) == 6 and seen[:6] == seen[6:]
 
 
 def test_training_is_checked_by_its_gradients(monkeypatch):
@@ -363,14 +360,6 @@ def test_summary():
     assert cli.summary([fast, stack])[-1] == (
         "gelu, silu, tanh at inputs ≤ 256, all ops and modes: median 3.00× of 2 cases"
     )
-
-
-def test_what_is_missing_is_told_once_a_reason():
-    one = dataclasses.replace(result([1.0], [1.0]), missing={"quack": "it is not installed"})
-    two = dataclasses.replace(one, id="linear_act/b")
-    assert cli.missing([one, two, result([1.0], [1.0])]) == [
-        "missing: quack from 2 cases (linear_act/gelu-b8-fp32-fwd, …): it is not installed"
-    ]
 
 
 def test_a_file_of_cases_is_all_that_an_op_needs(tmp_path, monkeypatch):

@@ -107,12 +107,19 @@ def test_what_was_measured_survives_the_end_of_the_process(tmp_path):
     command = [sys.executable, "-m", "aefast.cli", "bench", "linear_act", "--json", str(path)]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
     try:
-        time.sleep(12)
+        time.sleep(20)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 143
     finally:
         process.kill()
     assert document.load_results(path)["cases"]
+
+
+def test_a_run_that_measures_nothing_leaves_earlier_results(few, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("earlier")
+    assert bench("--quick", "--json", path, "--backend", "nonsense") == 2
+    assert path.read_text() == "earlier"
 
 
 @pytest.mark.parametrize("launcher", ["linear_act", "linear_act_backward"])

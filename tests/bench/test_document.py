@@ -91,6 +91,12 @@ def test_commit_is_that_of_the_checkout():
     assert made()["commit"] == head.stdout.strip()
 
 
+def test_missing_variants_are_grouped_by_reason():
+    reasons = {"quack": "it is not installed"}
+    cases = made(missing=reasons)["cases"] + made()["cases"] + made(missing=reasons, failure="wrong")["cases"]
+    assert document.missing_variants(cases) == {("quack", "it is not installed"): ["op/x-fwd", "op/x-fwd"]}
+
+
 def test_regressions():
     assert document.regressions(made(1.0), made(1.0)) == []
     assert document.regressions(made(0.96), made(1.0)) == []

@@ -49,6 +49,23 @@ def test_rounds_take_turns_in_both_orders():
     ]
 
 
+def test_variants_of_a_round_begin_at_different_sets():
+    seen = {}
+
+    def noting(name):
+        def call(index):
+            seen.setdefault(name, []).append(index % 6)
+            time.sleep(1e-3)
+
+        return Variant(call)
+
+    timing.interleaved({name: noting(name) for name in "abc"}, CPU, sets=6, seconds=0.0, least=6)
+    # Two rounds of warm-up before the six.
+    assert seen["a"] == [0, 1, 0, 1, 2, 3, 4, 5]
+    assert [(index + 2) % 6 for index in seen["a"]] == seen["b"]
+    assert [(index + 4) % 6 for index in seen["a"]] == seen["c"]
+
+
 def test_short_calls_are_timed_in_runs():
     seen = []
     found = timing.interleaved({"short": Variant(seen.append)}, CPU, seconds=0.0, least=5)
@@ -115,7 +132,7 @@ def test_replays_without_a_device(monkeypatch):
         def replay(self):
             time.sleep(4e-3)
 
-    def captured(call):
+    def captured(call, first):
         if call(0) == "waits":
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
         return Graph()
