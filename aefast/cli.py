@@ -6,17 +6,21 @@ their traceback. An interrupted command exits with 128 + the number of the signa
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aefast import __version__
 from aefast.bench.cli import bench
 from aefast.errors import AefastError, InputError
+
+if TYPE_CHECKING:
+    from aefast.models import Model, ModelConfig
 
 # typer exports the leaves of click's exceptions only; this is the base of all that concern the command line.
 _CommandLineError = typer.BadParameter.__mro__[2]
@@ -49,6 +53,8 @@ def _options(
 
 _RUN = "Run"
 _MODEL = "Model (options not given take the model's default)"
+_VAE = "Of --model vae"
+_NOISE = "Of --model denoising"
 
 _TRAIN_EPILOG = """
 [bold]Examples[/bold]
@@ -58,6 +64,10 @@ aefast train --data digits --out runs/digits
 aefast train --data patches --hidden 512,128 --latent 32 --epochs 5 --out runs/patches
 
 aefast train --data samples.npy --linear-decoder --activation gelu --out runs/mine
+
+aefast train --data digits --model vae --likelihood bernoulli --latent 8 --epochs 50 --out runs/vae
+
+aefast train --data patches --model denoising --noise gaussian --noise-std 0.2 --latent 64 --out runs/denoiser
 
 aefast train --data patches --epochs 20 --out runs/patches --resume
 """
@@ -85,13 +95,21 @@ def train(
         ),
     ],
     model: Annotated[
-        str, typer.Option(metavar="NAME", help="Which model to train.", rich_help_panel=_RUN)
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Which model to train: autoencoder, denoising, stochastic, vae.",
+            rich_help_panel=_RUN,
+        ),
     ] = "autoencoder",
     epochs: Annotated[int, typer.Option(help="Passes over the training samples.", rich_help_panel=_RUN)] = 10,
     batch_size: Annotated[int, typer.Option(help="Samples of a step.", rich_help_panel=_RUN)] = 256,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.", rich_help_panel=_RUN)] = 1e-3,
     seed: Annotated[
-        int, typer.Option(help="Seed of the initial weights and of the samples' order.", rich_help_panel=_RUN)
+        int,
+        typer.Option(
+            help="Seed of the initial weights, of the samples' order and of noise.", rich_help_panel=_RUN
+        ),
     ] = 0,
     device: Annotated[
         str,
@@ -178,6 +196,72 @@ def train(
             rich_help_panel=_MODEL,
         ),
     ] = None,
+    likelihood: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What a sample is given its latent: mse, a Gaussian of variance 1; gaussian, one whose variance is "
+            "learnt; bernoulli, for data in \\[0, 1]. \\[default: mse]",
+            rich_help_panel=_VAE,
+        ),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="Weight of the KL divergence. \\[default: 1]", rich_help_panel=_VAE),
+    ] = None,
+    kl_warmup_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--kl-warmup-steps",
+            "--kl-warmup",
+            help="Steps over which that weight grows from 0. \\[default: 0]",
+            rich_help_panel=_VAE,
+        ),
+    ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="gaussian, salt_and_pepper, masking or dropout. \\[default: gaussian]",
+            rich_help_panel=_NOISE,
+        ),
+    ] = None,
+    noise_mean: Annotated[
+        float | None, typer.Option(help="Mean of the gaussian. \\[default: 0]", rich_help_panel=_NOISE)
+    ] = None,
+    noise_std: Annotated[
+        float | None,
+        typer.Option(help="Standard deviation of the gaussian. \\[default: 0.1]", rich_help_panel=_NOISE),
+    ] = None,
+    noise_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Chance of a value to be hit by the other noises. \\[default: 0.1]", rich_help_panel=_NOISE
+        ),
+    ] = None,
+    noise_low: Annotated[
+        float | None,
+        typer.Option(help="What pepper sets a value to. \\[default: 0]", rich_help_panel=_NOISE),
+    ] = None,
+    noise_high: Annotated[
+        float | None,
+        typer.Option(help="What salt sets a value to. \\[default: 1]", rich_help_panel=_NOISE),
+    ] = None,
+    noise_block: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of the squares that masking sets to 0, in pixels. \\[default: 1]",
+            rich_help_panel=_NOISE,
+        ),
+    ] = None,
+    image_shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="C,H,W",
+            help="Shape of a sample, for such squares. \\[default: the data's]",
+            rich_help_panel=_NOISE,
+        ),
+    ] = None,
 ) -> int:
     """Train an autoencoder on real data and keep everything about it in one folder.
 
@@ -204,10 +288,21 @@ def train(
         "decoder_hidden": _widths(decoder_hidden, "decoder_hidden"),
         "linear_decoder": linear_decoder or None,
         "output_activation": output_activation,
+        "likelihood": likelihood,
+        "beta": beta,
+        "kl_warmup_steps": kl_warmup_steps,
+        "noise": noise,
+        "noise_mean": noise_mean,
+        "noise_std": noise_std,
+        "noise_p": noise_p,
+        "noise_low": noise_low,
+        "noise_high": noise_high,
+        "noise_block": noise_block,
+        "image_shape": _widths(image_shape, "image_shape"),
     }
     given = {name: value for name, value in options.items() if value is not None}
-    # The options are checked before the data is read, for which any input size will do.
-    model_class.config_class.from_dict({"input_size": 1, **given}, f"model {model_class.name}")
+    # The options are checked before the data is read, for which any shape will do.
+    _model_config(model_class, given, given.get("image_shape") or (1, 1, 1))
 
     console = Console()
 
@@ -216,11 +311,7 @@ def train(
 
     dataset = load(data, patch_size=patch_size)
     torch.manual_seed(seed)
-    network = model_class(
-        model_class.config_class.from_dict(
-            {"input_size": dataset.features, **given}, f"model {model_class.name}"
-        )
-    )
+    network = model_class(_model_config(model_class, given, dataset.sample_shape))
     trainer = Trainer(network, dataset, config, out, console=console)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     say(
@@ -239,9 +330,34 @@ def train(
         say(f"resume with: {_resume_command()}")
         return 128 + result.interrupted
     say(f"model, metrics and plots: {result.directory}")
+    say(_held_out_line(result.held_out))
     if result.comparison is not None:
         say(str(result.comparison))
     return 0
+
+
+def _model_config(
+    model_class: type[Model], options: dict[str, Any], sample_shape: tuple[int, ...]
+) -> ModelConfig:
+    """The config of a model of that class for samples of that shape, from the options given."""
+    options = {"input_size": math.prod(sample_shape), **options}
+    if "noise_block" in options and "image_shape" not in options:
+        # Of images with their channels last, the flattened samples cannot be cut into squares.
+        if len(sample_shape) == 2:
+            options["image_shape"] = (1, *sample_shape)
+        elif len(sample_shape) == 3 and (sample_shape[0] in (1, 3) or sample_shape[2] not in (1, 3)):
+            options["image_shape"] = sample_shape
+    return model_class.config_class.from_dict(options, f"model {model_class.name}")
+
+
+def _held_out_line(measures: dict[str, float]) -> str:
+    """What a finished run says of the held-out samples."""
+    psnr = f"{measures['psnr']:.1f} dB" if "psnr" in measures else "exact"
+    if "noisy_psnr" in measures:
+        return f"noisy input {measures['noisy_psnr']:.1f} dB -> denoised {psnr} (held out)"
+    if "elbo" in measures:
+        return f"ELBO {measures['elbo']:,.2f} nats a sample · reconstruction {psnr} (held out)"
+    return f"reconstruction {psnr} (held out)"
 
 
 @app.command()

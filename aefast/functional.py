@@ -1,6 +1,11 @@
 """The public functions: ``import aefast.functional as AF``."""
 
+from aefast.ops.corrupt import corrupt
+from aefast.ops.gaussian_head import gaussian_head
+from aefast.ops.kl_discrete import kl_discrete
+from aefast.ops.kl_normal import kl_normal
 from aefast.ops.linear_act import linear_act
 from aefast.ops.mlp import mlp
+from aefast.ops.reparameterize import reparameterize
 
-__all__ = ["linear_act", "mlp"]
+__all__ = ["corrupt", "gaussian_head", "kl_discrete", "kl_normal", "linear_act", "mlp", "reparameterize"]

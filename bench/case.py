@@ -36,7 +36,8 @@ def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
 class Case:
     """An op, its kind (such as its activation), and its shape, in words for the id and in numbers in `sizes`.
 
-    ``sizes`` has "batch" at least. ``is_compiled``: whether torch.compile takes part, which costs seconds a case.
+    ``kind`` is empty for an op of one. ``sizes`` has "batch" at least. ``is_compiled``: whether torch.compile takes
+    part, which costs seconds a case.
     """
 
     op: str
@@ -50,7 +51,8 @@ class Case:
 
     @property
     def id(self) -> str:
-        return f"{self.op}/{self.kind}-{self.dims}-{DTYPE_NAMES[self.dtype]}"
+        parts = (self.kind, self.dims, DTYPE_NAMES[self.dtype])
+        return f"{self.op}/{'-'.join(part for part in parts if part)}"
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -144,6 +146,9 @@ class OpCase(Case):
 
     ``kinks(*inputs)``, where an activation has a kink, is true, broadcast to the output, for the outputs whose gradient
     rounding decides: those that depend on a pre-activation beside the kink.
+
+    ``given_noise``, for an op that draws noise, is `aefast` and `eager` on noise of one seed: these are checked, and
+    the others, which draw anew, are timed.
     """
 
     make: Callable[[], list[Tensor]]
@@ -152,6 +157,7 @@ class OpCase(Case):
     arguments: Callable[..., dict[str, Any]]
     eager_forward: Callable[..., Any] | None = None
     kinks: Callable[..., Tensor] | None = None
+    given_noise: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -162,15 +168,15 @@ class OpCase(Case):
         run = _RUN[mode]
         exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
         with torch.no_grad():
-            shapes = [one.shape for one in _as_list(self.eager(*inputs))]
-        upstream = [torch.randn(shape, device=self.device).to(self.dtype) for shape in shapes]
+            upstream = [torch.randn_like(one) for one in _as_list(self.eager(*inputs))]
         # Outputs at a kink get no gradient in the check.
         checked = upstream
         if self.kinks is not None:
             with torch.no_grad():
                 masked = self.kinks(*exact_inputs)
             checked = [one.masked_fill(masked, 0.0) for one in upstream]
-        truth = run(self.eager, exact_inputs, [one.double() for one in checked])
+        checked_aefast, checked_eager = self.given_noise or (self.aefast, None)
+        truth = run(checked_eager or self.eager, exact_inputs, [one.double() for one in checked])
 
         rivals, missing = self._loaded_rivals(mode)
         ours = variants.backends(self.op, self.device, self.dtype)
@@ -180,10 +186,15 @@ class OpCase(Case):
             functions[COMPILED] = variants.compiled(self.eager, self.device)
         functions |= rivals
         contexts = {name: ours.get(name, contextlib.nullcontext) for name in functions}
+        checks = functions | {name: checked_aefast for name in ours}
+        if checked_eager is not None:
+            checks["eager"] = checked_eager
+            if self.is_compiled:
+                checks[COMPILED] = variants.compiled(checked_eager, self.device)
 
         def results(name: str) -> list[Tensor]:
             with contexts[name]():
-                return run(functions[name], inputs, checked)
+                return run(checks[name], inputs, checked)
 
         found = collect({name: lambda name=name: results(name) for name in functions}, missing)
 

@@ -78,7 +78,7 @@ LANES = {
     **_table(
         "other",
         0,
-        "BAR BRA BRX BSSY BSYNC CALL DEPBAR ELECT EXIT FENCE LDC LDGDEPBAR MEMBAR NOP R2UR RET S2R",
+        "BAR BRA BREAK BRX BSSY BSYNC CALL DEPBAR ELECT EXIT FENCE LDC LDGDEPBAR MEMBAR NOP R2UR RET S2R",
     ),
     **_table("other", 0, "S2UR SYNCS VOTEU WARPGROUP WARPSYNC"),
 }
@@ -252,11 +252,27 @@ LIBRARY = Path(aefast.__file__).parent / "lib" / "libaefast_cuda.so"
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 MANGLED = {"N3c108BFloat16E": "bf16", "N3c104HalfE": "fp16", "f": "fp32", "d": "fp64"}
 
+# What a kernel's flags say, beyond its name; nothing for those that are not here.
+SPECIALISED = {
+    ("activation", "1"): ("with derivative",),
+    ("activation_gradient", "0"): ("one by one",),
+    ("reparameterize", "10"): ("any strides",),
+    ("reparameterize", "01"): ("divergence alone",),
+    ("reparameterize", "00"): ("divergence alone", "any strides"),
+    ("reparameterize_gradient", "110"): ("any strides",),
+    ("reparameterize_gradient", "101"): ("sample alone",),
+    ("reparameterize_gradient", "100"): ("sample alone", "any strides"),
+    ("reparameterize_gradient", "011"): ("divergence alone",),
+    ("reparameterize_gradient", "010"): ("divergence alone", "any strides"),
+}
+
 # As linear_act_kernels.cuh has them.
 WARPS = 8
 GRADIENT_BLOCKS = 4 * 3 * MULTIPROCESSORS
 ROWS_PER_STEP = 4
 SUM_COLUMNS = 8
+# As reparameterize_kernels.cuh has it.
+CHUNKS_PER_THREAD = 4
 
 
 def cuda_estimates(library: Path) -> list[Estimate | Missing]:
@@ -284,11 +300,8 @@ def readable(symbol: str) -> str:
         words.append(ACTIVATIONS[int(activation[1])])
     elif "GradientOfAny" in symbol:
         words.append("any")
-    flag = re.search(r"Lb([01])E", symbol)
-    if flag and (match[1], flag[1]) == ("activation", "1"):
-        words.append("with derivative")
-    if flag and (match[1], flag[1]) == ("activation_gradient", "0"):
-        words.append("one by one")
+    flags = "".join(re.findall(r"Lb([01])E", symbol))
+    words += SPECIALISED.get((match[1], flags), ())
     return " ".join([*words, MANGLED[match[2]]])
 
 
@@ -298,7 +311,7 @@ def cuda_workloads() -> dict[str, Workload]:
     for dtype in ITEMSIZE:
         found |= _activation("gelu", dtype) | _activation("tanh", dtype)
         found |= _gradient("silu", dtype) | _gradient("softplus", dtype)
-        found |= _column_sum(dtype)
+        found |= _column_sum(dtype) | _reparameterize(dtype)
     for activation in ("relu", "silu", "softplus"):
         found |= _activation(activation, "bf16")
     return found | _gradient("any", "bf16") | _gradient("any", "fp32")
@@ -360,6 +373,39 @@ def _column_sum(dtype: str) -> dict[str, Workload]:
             pass_bytes=size * WARP * WARPS,
         )
     }
+
+
+def _reparameterize(dtype: str) -> dict[str, Workload]:
+    """The kernels of aligned rows of whole vectors."""
+    count, size = BATCH * FEATURES, ITEMSIZE[dtype]
+    wide = max(4, size)
+    chunk = max(4, 16 // size)
+    chunks = FEATURES // chunk
+    lanes = chunks // CHUNKS_PER_THREAD
+    found = {}
+    # The matrices that a launch reads and writes, and its exponentials of an element: half of a logarithm, of a sine
+    # and of a cosine for the noise, and one of logvar.
+    for name, matrices, exps in (
+        ("reparameterize", 3, 2.5),
+        ("reparameterize divergence alone", 2, 1),
+        ("reparameterize_gradient", 5, 2.5),
+        ("reparameterize_gradient sample alone", 4, 2.5),
+        ("reparameterize_gradient divergence alone", 4, 1),
+    ):
+        least = matrices * count * size + (0 if name.endswith("sample alone") else BATCH * wide)
+        found[f"{name} {dtype}"] = Workload(
+            f"{BATCH}×{FEATURES}",
+            dtype,
+            programs=BATCH * lanes // (WARP * WARPS),
+            warps=WARPS,
+            elements=count,
+            bytes=least,
+            exps=int(exps * count),
+            passes=chunks // lanes,
+            pass_bytes=matrices * chunk * size * WARP * WARPS,
+            distinct_bytes=least,  # all threads read the same seed, and those of a row its divergence's gradient
+        )
+    return found
 
 
 # --- showing them -----------------------------------------------------------------------------------------

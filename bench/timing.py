@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -109,7 +110,16 @@ def _rounds(
     return {name: Timing(times) for name, times in samples.items()}
 
 
+@functools.cache
+def _parallel_work() -> torch.Tensor:
+    """What torch gives to all of its threads; small against the caches."""
+    return torch.ones(1 << 16)
+
+
 def _run_on_cpu(call: Callable[[int], object], first: int, calls: int) -> float:
+    # A thread of torch's pool that went to sleep, as behind a variant that uses one thread, takes half a millisecond to
+    # come back where processors are virtual. In training it would be awake.
+    _parallel_work().neg_()
     start = time.perf_counter()
     for index in range(first, first + calls):
         call(index)

@@ -7,19 +7,28 @@ A model is made from its config, called on a batch, and kept on disk as a folder
     output = model(x)  # x: (B, 784) or any (B, ...) with 784 features a sample
     output.loss.backward()
     model.save_pretrained("runs/first")
-    model = from_pretrained("runs/first")
+    model = from_pretrained("runs/first")  # in eval mode
 """
 
 from aefast.models._base import MODELS, Model, ModelConfig, ModelOutput, find_model, from_pretrained, register
 from aefast.models.autoencoder import Autoencoder, AutoencoderConfig
+from aefast.models.denoising import DenoisingAutoencoder, DenoisingConfig
+from aefast.models.stochastic import StochasticAutoencoder, StochasticConfig
+from aefast.models.vae import VAE, VAEConfig
 
 __all__ = [
     "MODELS",
+    "VAE",
     "Autoencoder",
     "AutoencoderConfig",
+    "DenoisingAutoencoder",
+    "DenoisingConfig",
     "Model",
     "ModelConfig",
     "ModelOutput",
+    "StochasticAutoencoder",
+    "StochasticConfig",
+    "VAEConfig",
     "find_model",
     "from_pretrained",
     "register",

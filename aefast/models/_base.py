@@ -37,6 +37,14 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def check_choice(value: object, argument: str, known: Iterable[str]) -> str:
+    """Return `value` if it is one of `known`; raise `InputError` naming `argument` otherwise."""
+    known = list(known)
+    if isinstance(value, str) and value in known:
+        return value
+    raise InputError(f"{argument}={value!r}: expected one of {', '.join(known)}{did_you_mean(value, known)}")
+
+
 def register(name: str) -> Callable[[ModelType], ModelType]:
     """Class decorator: list a model in `MODELS` as `name`."""
 
@@ -125,14 +133,22 @@ class Model(nn.Module):
 
     A subclass sets `config_class`, is registered with `register`, and implements `encode`, `decode`,
     `forward`, `eager_twin` and `eager_loss`.
+
+    Args:
+        config: the options; or give them by name.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[ModelConfig]]
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig | None = None, **options: Any) -> None:
         super().__init__()
-        if not isinstance(config, self.config_class):
+        if config is None:
+            config = self.config_class.from_dict(options, type(self).__name__)
+        elif options:
+            raise InputError(f"{next(iter(options))}: give either a config or options by name, not both")
+        # A subclass's options would be written into a file that this class cannot read.
+        if type(config) is not self.config_class:
             raise InputError(
                 f"config: expected {self.config_class.__name__}, got {type(config).__name__} ({config!r})"
             )
@@ -150,10 +166,23 @@ class Model(nn.Module):
         """Reconstruct a batch x (B, ...) and say what that costs."""
         raise NotImplementedError
 
+    def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What held-out samples say of the model in eval mode: scalars by name, means over the batch x (B, ...).
+
+        "loss" is what training minimises. A name that ends in "mse" is a mean squared error over all elements, "mse"
+        itself that of the reconstruction. A model may add measures of its own.
+        """
+        output = self(x)
+        return {"loss": output.loss, "mse": F.mse_loss(output.reconstruction, x)}
+
+    def illustrate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What to show of the model's work on samples x (B, ...) in eval mode: batches of x's shape by name."""
+        return {"original": x, "reconstruction": self(x).reconstruction}
+
     def eager_twin(self) -> nn.Module:
         """The same architecture in plain PyTorch, with copied weights and the same state dict keys.
 
-        Maps a batch (B, input_size) to its reconstruction (B, input_size).
+        Maps a batch (B, input_size) to its reconstruction (B, input_size). Noise comes from torch's generator.
         """
         raise NotImplementedError
 
@@ -212,7 +241,7 @@ class Model(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Model:
-        """Load the model that `save_pretrained` wrote into `directory`.
+        """Load the model that `save_pretrained` wrote into `directory`, in eval mode.
 
         Args:
             directory: folder holding ``config.json`` and ``model.safetensors``.
@@ -232,7 +261,7 @@ class Model(nn.Module):
         with torch.device("meta"):
             model = model_class(config)
         _fill(model, _read_weights(directory / WEIGHTS_FILE), directory / WEIGHTS_FILE)
-        return model.to(device=device, dtype=dtype)
+        return model.to(device=device, dtype=dtype).eval()
 
 
 def from_pretrained(

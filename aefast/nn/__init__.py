@@ -4,7 +4,10 @@ Every module holds its parameters under the names its plain PyTorch twin uses, s
 directions, and `eager()` returns that twin.
 """
 
+from aefast.nn.corrupt import Corrupt
+from aefast.nn.gaussian_head import GaussianHead
 from aefast.nn.linear_act import LinearAct
 from aefast.nn.mlp import MLP
+from aefast.nn.reparameterize import Reparameterize
 
-__all__ = ["MLP", "LinearAct"]
+__all__ = ["MLP", "Corrupt", "GaussianHead", "LinearAct", "Reparameterize"]

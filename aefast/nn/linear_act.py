@@ -54,7 +54,65 @@ def eager_activation(name: str, *, negative_slope: float = 0.01, alpha: float = 
     return make[check_activation(name)]()
 
 
-class LinearAct(nn.Module):
+class DenseParameters(nn.Module):
+    """The weight (rows, in_features) and bias (rows,) of a dense layer, initialised as `torch.nn.Linear` does.
+
+    Args:
+        in_features: columns of the weight.
+        rows: rows of the weight.
+        bias: whether there is a bias.
+        sizes: what an error calls the sizes, as the caller's own arguments.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        rows: int,
+        bias: bool,
+        sizes: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        try:
+            self.weight = nn.Parameter(torch.empty(rows, in_features, device=device, dtype=dtype))
+            if bias:
+                self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
+            else:
+                self.register_parameter("bias", None)
+        except RuntimeError as error:
+            # torch has a type of its own for this on GPUs only.
+            if not re.search("memory|Storage size", str(error)):
+                raise
+            raise InputError(f"{sizes}: a layer of this size does not fit into memory") from error
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias from U(−1/√in_features, 1/√in_features), in the order `nn.Linear` does."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def eager_linear(self) -> nn.Linear:
+        """A `torch.nn.Linear` holding copies of this layer's weight and bias."""
+        return self._copied_into(nn.Linear)
+
+    def _copied_into(self, linear_class: type[nn.Linear]) -> nn.Linear:
+        linear = nn.utils.skip_init(
+            linear_class,
+            self.in_features,
+            self.weight.shape[0],
+            bias=self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        linear.load_state_dict(self.state_dict())
+        return linear.train(self.training)
+
+
+class LinearAct(DenseParameters):
     """``activation(x @ weight.T + bias)`` in one op: `torch.nn.Linear` followed by an activation.
 
     Initialisation and state dict (``weight``, ``bias``) are those of `torch.nn.Linear`.
@@ -91,36 +149,16 @@ class LinearAct(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features = check_positive_int(in_features, "in_features")
-        self.out_features = check_positive_int(out_features, "out_features")
+        check_positive_int(in_features, "in_features")
+        check_positive_int(out_features, "out_features")
         _arguments.check_activation("activation", activation, "LinearAct")
         _arguments.check_activation_parameters(negative_slope, alpha, "LinearAct")
+        sizes = f"in_features={in_features}, out_features={out_features}"
+        super().__init__(in_features, out_features, bias, sizes, device, dtype)
+        self.out_features = out_features
         self.activation = activation
         self.negative_slope = float(negative_slope)
         self.alpha = float(alpha)
-        try:
-            self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-            if bias:
-                self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-            else:
-                self.register_parameter("bias", None)
-        except RuntimeError as error:
-            # torch has a type of its own for this on GPUs only.
-            if not re.search("memory|Storage size", str(error)):
-                raise
-            raise InputError(
-                f"in_features={in_features}, out_features={out_features}: a layer of this size does not fit "
-                "into memory"
-            ) from error
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw weight and bias from U(−1/√in_features, 1/√in_features), in the order `nn.Linear` does."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features)
-            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return AF.linear_act(
@@ -131,19 +169,6 @@ class LinearAct(nn.Module):
             negative_slope=self.negative_slope,
             alpha=self.alpha,
         )
-
-    def eager_linear(self) -> nn.Linear:
-        """A `torch.nn.Linear` holding copies of this layer's weight and bias."""
-        linear = nn.utils.skip_init(
-            nn.Linear,
-            self.in_features,
-            self.out_features,
-            bias=self.bias is not None,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
-        linear.load_state_dict(self.state_dict())
-        return linear.train(self.training)
 
     def eager(self) -> nn.Sequential:
         """The layer in plain PyTorch, as ``nn.Sequential(nn.Linear, activation)``, with copied values."""

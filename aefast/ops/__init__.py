@@ -1,6 +1,17 @@
 """The ops: one file each, and the registry of backends that serve them."""
 
-from aefast.ops import linear_act, mlp
+from aefast.ops import corrupt, gaussian_head, kl_discrete, kl_normal, linear_act, mlp, reparameterize
 from aefast.ops._registry import BACKENDS, OPS, backend
 
-__all__ = ["BACKENDS", "OPS", "backend", "linear_act", "mlp"]
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "backend",
+    "corrupt",
+    "gaussian_head",
+    "kl_discrete",
+    "kl_normal",
+    "linear_act",
+    "mlp",
+    "reparameterize",
+]

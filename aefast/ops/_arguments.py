@@ -37,6 +37,37 @@ def check_like(name: str, value: torch.Tensor, other_name: str, other: torch.Ten
         )
 
 
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def check_reduction(reduction: Any, op: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise InputError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def reduce(values: torch.Tensor, reduction: str) -> torch.Tensor:
+    if reduction == "mean":
+        return values.mean()
+    return values.sum() if reduction == "sum" else values
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What elements of `dtype` are computed and summed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_number(
+    name: str, value: Any, op: str, low: float = -sys.float_info.max, high: float = sys.float_info.max
+) -> None:
+    """That `value` is a number from `low` to `high`, by default any finite one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        expected = {
+            (-sys.float_info.max, sys.float_info.max): "a finite number",
+            (0.0, sys.float_info.max): "a finite number of at least 0",
+        }.get((low, high), f"a number from {low:g} to {high:g}")
+        raise InputError(f"{op}: {name} must be {expected}, got {value!r}")
+
+
 def check_activation(name: str, value: Any, op: str) -> None:
     if not isinstance(value, str) or value not in ACTIVATIONS:
         close = difflib.get_close_matches(str(value).lower(), ACTIVATIONS, n=1)

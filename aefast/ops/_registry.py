@@ -74,9 +74,19 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _serves(device_type: str) -> Callable[[str, str, torch.dtype], str | None]:
+def _other_device(device_type: str, given: str) -> str | None:
+    return None if given == device_type else f"it serves {device_type} tensors, and these are on {given}"
+
+
+def _compiled_supports(device_type: str) -> Callable[[str, str, torch.dtype], str | None]:
+    """Of the compiled library for `device_type`."""
+
     def supports(op: str, given: str, dtype: torch.dtype) -> str | None:
-        return None if given == device_type else f"it serves {device_type} tensors, and these are on {given}"
+        reason = _other_device(device_type, given)
+        if reason is not None or _library.load(device_type) is not None:
+            return reason
+        has_kernels = hasattr(getattr(torch.ops, f"aefast_{device_type}"), op)
+        return None if has_kernels else f"libaefast_{device_type}.so has no kernels for {op}"
 
     return supports
 
@@ -104,7 +114,7 @@ def _triton_available() -> str | None:
 
 
 def _triton_supports(op: str, device_type: str, dtype: torch.dtype) -> str | None:
-    return _serves("cpu" if interpreting() else "cuda")(op, device_type, dtype)
+    return _other_device("cpu" if interpreting() else "cuda", device_type)
 
 
 @functools.cache
@@ -141,9 +151,14 @@ def _no_kernels(op: str) -> Any:
 
 # In order of preference. "eager" is the reference itself, differentiated by PyTorch.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cuda", _cuda_available, _serves("cuda"), lambda op: _compiled_kernels("aefast_cuda")),
+    Backend("cuda", _cuda_available, _compiled_supports("cuda"), lambda op: _compiled_kernels("aefast_cuda")),
     Backend("triton", _triton_available, _triton_supports, _triton_kernels),
-    Backend("cpu", lambda: _library.load("cpu"), _serves("cpu"), lambda op: _compiled_kernels("aefast_cpu")),
+    Backend(
+        "cpu",
+        lambda: _library.load("cpu"),
+        _compiled_supports("cpu"),
+        lambda op: _compiled_kernels("aefast_cpu"),
+    ),
     Backend("eager", lambda: None, _anything, _no_kernels),
 )
 BACKEND_NAMES = ("auto", *(backend.name for backend in BACKENDS))
@@ -343,19 +358,23 @@ def may_launch(grad: torch.Tensor) -> bool:
 
 
 def differentiate(
-    function: Callable[..., torch.Tensor],
+    function: Callable[..., Any],
     inputs: tuple[torch.Tensor | None, ...],
     needs: tuple[bool, ...],
-    grad: torch.Tensor,
+    grad: torch.Tensor | tuple[torch.Tensor | None, ...],
 ) -> list[torch.Tensor | None]:
     """The gradients of `function` with respect to the inputs that need one, differentiable once more.
 
-    The inputs are differentiated through aliases, so that an input computed from another does not
-    count twice.
+    A function that returns several tensors takes a gradient for each, None for one that nothing depends on. The
+    inputs are differentiated through aliases, so that an input computed from another does not count twice.
     """
     with torch.enable_grad():
         aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
         out = function(*aliases)
+        if isinstance(out, torch.Tensor):
+            out, grad = (out,), (grad,)
+        given = [(one, its) for one, its in zip(out, grad, strict=True) if its is not None]
+        outputs, upstream = zip(*given, strict=True)
         wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
+        found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]

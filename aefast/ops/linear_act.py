@@ -253,7 +253,9 @@ def _check(x: Any, weight: Any, bias: Any, activation: Any, negative_slope: Any,
     _arguments.check_activation_parameter(activation, negative_slope, alpha, "linear_act")
 
 
-def check_layer(x: Any, weight: Any, bias: Any, op: str, weight_name: str, bias_name: str) -> None:
+def check_layer(
+    x: Any, weight: Any, bias: Any, op: str, weight_name: str, bias_name: str, x_name: str = "x"
+) -> None:
     """That (x, weight, bias) are the operands of a dense layer."""
     if (
         isinstance(x, Tensor)
@@ -267,21 +269,21 @@ def check_layer(x: Any, weight: Any, bias: Any, op: str, weight_name: str, bias_
         and (bias is None or _is_bias(bias, weight))
     ):
         return
-    _arguments.check_tensor("x", x, op)
+    _arguments.check_tensor(x_name, x, op)
     _arguments.check_tensor(weight_name, weight, op)
-    _arguments.check_floating("x", x, op)
+    _arguments.check_floating(x_name, x, op)
     if x.dim() < 1:
-        raise InputError(f"{op}: x must have at least one dimension, (*, K), got a scalar")
+        raise InputError(f"{op}: {x_name} must have at least one dimension, (*, K), got a scalar")
     if weight.dim() != 2:
         raise InputError(
             f"{op}: {weight_name} must have two dimensions, (N, K), got shape {_arguments.shape_of(weight)}"
         )
     if weight.shape[1] != x.shape[-1]:
         raise InputError(
-            f"{op}: {weight_name} must be (N, {x.shape[-1]}) to match x of shape {_arguments.shape_of(x)}, "
+            f"{op}: {weight_name} must be (N, {x.shape[-1]}) to match {x_name} of shape {_arguments.shape_of(x)}, "
             f"got shape {_arguments.shape_of(weight)}"
         )
-    _arguments.check_like(weight_name, weight, "x", x, op)
+    _arguments.check_like(weight_name, weight, x_name, x, op)
     if bias is not None:
         _arguments.check_tensor(bias_name, bias, op)
         if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
@@ -289,7 +291,7 @@ def check_layer(x: Any, weight: Any, bias: Any, op: str, weight_name: str, bias_
                 f"{op}: {bias_name} must be ({weight.shape[0]},) to match {weight_name}, "
                 f"got shape {_arguments.shape_of(bias)}"
             )
-        _arguments.check_like(bias_name, bias, "x", x, op)
+        _arguments.check_like(bias_name, bias, x_name, x, op)
 
 
 def _is_bias(bias: Any, weight: Tensor) -> bool:

@@ -1,12 +1,13 @@
-"""Loss terms averaged on the device, and the file their averages go to."""
+"""Loss terms averaged on the device, what is told of them, and the file their averages go to."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,28 @@ class Window:
             for name, total in state["sums"].items()
         }
         self._samples = state["samples"]
+
+
+def peak_of(batches: Iterable[torch.Tensor]) -> float:
+    """The peak value that PSNRs of such data refer to: 1 for data within [0, 1], else the width of its range."""
+    lows, highs = zip(*(batch.aminmax() for batch in batches), strict=True)
+    low, high = torch.stack(lows).min().item(), torch.stack(highs).max().item()
+    return 1.0 if low >= 0 and high <= 1 else (high - low) or 1.0
+
+
+def held_out_measures(means: dict[str, float], peak: float) -> dict[str, float]:
+    """What `aefast.models.Model.evaluate` gives, averaged over the held-out samples, as it is told to users.
+
+    A mean squared error becomes a peak signal-to-noise ratio 10 log10(peak² / error) in dB, "mse" being called
+    "psnr" then; an error of 0, whose ratio is infinite, is left out. The rest stays as it is.
+    """
+    told = {}
+    for name, value in means.items():
+        if not name.endswith("mse"):
+            told[name] = value
+        elif value > 0:
+            told[f"{name.removesuffix('mse')}psnr"] = 10 * math.log10(peak**2 / value)
+    return told
 
 
 class MetricsLog:

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 
 _INK = "#333333"
 _TRAIN = "#9ecae1"
-_ORIGINAL = "#2171b5"
-_RECONSTRUCTION = "#d94801"
+_HELD_OUT = "#d94801"
+_ORIGINAL = {"color": "#2171b5", "linewidth": 1.4}
+_BETWEEN = {"color": "#bdbdbd", "linewidth": 0.9}
+_RESULT = {"color": "#d94801", "linewidth": 1.1, "linestyle": "--"}
+# Of the curves in a panel, by how many they are.
+_LINES = {2: (_ORIGINAL, _RESULT), 3: (_ORIGINAL, _BETWEEN, _RESULT)}
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -39,61 +43,53 @@ def _as_image(sample: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | No
     return None
 
 
-def plot_reconstructions(
-    originals: torch.Tensor,
-    reconstructions: torch.Tensor,
-    sample_shape: tuple[int, ...],
-    title: str,
-    path: Path,
+def plot_samples(
+    shown: dict[str, torch.Tensor], sample_shape: tuple[int, ...], title: str, path: Path
 ) -> None:
-    """Draw each original beside its reconstruction: pictures for images, lines for other vectors.
+    """Draw each original beside what a model makes of it: pictures for images, lines for other vectors.
 
     Args:
-        originals: (n, features) on the CPU.
-        reconstructions: (n, features) on the CPU.
+        shown: what to draw by name, the originals first: two or three tensors (n, features) on the CPU.
         sample_shape: shape of one sample before it was flattened.
         title: headline.
         path: PNG file to write.
     """
-    if _as_image(originals[0], sample_shape) is None:
-        figure = _line_pairs(originals, reconstructions)
+    if _as_image(next(iter(shown.values()))[0], sample_shape) is None:
+        figure = _line_groups(shown)
     else:
-        figure = _image_pairs(originals, reconstructions, sample_shape)
+        figure = _image_groups(shown, sample_shape)
     figure.suptitle(title, color=_INK, fontsize=11, parse_math=False)
     figure.savefig(path)
 
 
-def _image_pairs(
-    originals: torch.Tensor, reconstructions: torch.Tensor, sample_shape: tuple[int, ...]
-) -> Figure:
-    """Rows of originals, each with the row of their reconstructions below it, as one mosaic."""
+def _image_groups(shown: dict[str, torch.Tensor], sample_shape: tuple[int, ...]) -> Figure:
+    """Rows of originals, each with the rows of what was made of them below it, as one mosaic."""
+    originals = next(iter(shown.values()))
     low, high = originals.min().item(), originals.max().item()
     if low >= 0 and high <= 1:
         low, high = 0.0, 1.0
-    # (2, n, H, W, 3) in [0, 1]: originals, then reconstructions.
+    # (names, n, H, W, 3) in [0, 1].
     tiles = torch.stack(
-        [
-            torch.stack([_as_image(sample, sample_shape) for sample in samples])
-            for samples in (originals, reconstructions)
-        ]
+        [torch.stack([_as_image(sample, sample_shape) for sample in samples]) for samples in shown.values()]
     )
     tiles = ((tiles - low) / max(high - low, 1e-12)).clamp(0, 1)
     if tiles.dim() == 4:
         tiles = tiles.unsqueeze(-1).expand(*tiles.shape, 3)
 
+    names = list(shown)
     _, count, height, width, _ = tiles.shape
     columns = min(10, count)
-    rows = 2 * -(-count // columns)
+    rows = len(names) * -(-count // columns)
     gap = max(1, round(0.08 * max(height, width)))
     mosaic = torch.ones(rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
     label_places = []
     for index in range(count):
         row, column = divmod(index, columns)
-        for below in range(2):
-            top, left = (2 * row + below) * (height + gap), column * (width + gap)
+        for below, name in enumerate(names):
+            top, left = (len(names) * row + below) * (height + gap), column * (width + gap)
             mosaic[top : top + height, left : left + width] = tiles[below, index]
             if column == 0:
-                label_places.append((top + height / 2, ("original", "reconstruction")[below]))
+                label_places.append((top + height / 2, name))
 
     scale = 10.0 / mosaic.shape[1]
     figure = _figure(11.0, min(max(1.2, scale * mosaic.shape[0]), 40.0) + 0.5)
@@ -106,9 +102,9 @@ def _image_pairs(
     return figure
 
 
-def _line_pairs(originals: torch.Tensor, reconstructions: torch.Tensor) -> Figure:
-    """A panel a sample with the original and the reconstruction over the feature number."""
-    count = min(8, len(originals))
+def _line_groups(shown: dict[str, torch.Tensor]) -> Figure:
+    """A panel a sample with the original and what was made of it over the feature number."""
+    count = min(8, len(next(iter(shown.values()))))
     columns = min(2, count)
     rows = -(-count // columns)
     figure = _figure(5.0 * columns, 0.6 + 1.5 * rows)
@@ -117,14 +113,8 @@ def _line_pairs(originals: torch.Tensor, reconstructions: torch.Tensor) -> Figur
         if index >= count:
             axis.set_axis_off()
             continue
-        axis.plot(originals[index].numpy(), color=_ORIGINAL, linewidth=1.4, label="original")
-        axis.plot(
-            reconstructions[index].numpy(),
-            color=_RECONSTRUCTION,
-            linewidth=1.1,
-            linestyle="--",
-            label="reconstruction",
-        )
+        for (name, samples), style in zip(shown.items(), _LINES[len(shown)], strict=True):
+            axis.plot(samples[index].numpy(), label=name, **style)
         _plain(axis)
         if index == 0:
             axis.legend(frameon=False, fontsize=8, loc="best")
@@ -150,7 +140,7 @@ def plot_loss(records: Sequence[dict[str, Any]], title: str, path: Path) -> None
     if validated:
         axis.plot(
             *zip(*validated, strict=True),
-            color=_RECONSTRUCTION,
+            color=_HELD_OUT,
             linewidth=1.4,
             marker="o",
             markersize=3.5,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,17 @@ from aefast.train.checkpoint import Checkpoint, CheckpointStore
 from aefast.train.compare import Comparison, compare_with_eager
 from aefast.train.config import TrainConfig
 from aefast.train.interrupt import Interrupt
-from aefast.train.metrics import MetricsLog, Window, read_metrics
-from aefast.train.plots import plot_loss, plot_reconstructions
+from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of, read_metrics
+from aefast.train.plots import plot_loss, plot_samples
 from aefast.train.progress import ProgressView
 from aefast.train.step import TrainStep
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
 PLOT_FOLDER = "plots"
+
+# What a name in metrics.jsonl begins with if it is about held-out samples.
+HELD_OUT = "val_"
 
 PLOTTED_SAMPLES = 20
 COMPARED_BATCHES = 16
@@ -51,12 +57,16 @@ class TrainResult:
         step: steps taken over the whole run.
         interrupted: the signal that ended it early, or None.
         comparison: throughput beside eager PyTorch, or None if it was not measured.
+        held_out: the last epoch's measures on held-out samples, by name: "loss" and, in dB, "psnr" of the
+            reconstructions; of a denoiser the loss and PSNR of noisy samples once denoised, and in dB "noisy_psnr",
+            theirs before; of a VAE also "elbo", in nats a sample. Empty if the run was interrupted.
     """
 
     directory: Path
     step: int
     interrupted: signal.Signals | None = None
     comparison: Comparison | None = None
+    held_out: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Trainer:
@@ -166,7 +176,7 @@ class Trainer:
         comparison = (
             compare_with_eager(self.model, self._sample_batches(), self.config.lr) if compare else None
         )
-        return TrainResult(self.directory, self.steps_taken, None, comparison)
+        return TrainResult(self.directory, self.steps_taken, None, comparison, self._last_measures())
 
     def _place(self, samples: torch.Tensor) -> torch.Tensor:
         """The samples on the GPU if they fit there with room to spare, else where they are."""
@@ -334,13 +344,14 @@ class Trainer:
         means = self.window.means()
         samples_per_s = self.window.samples_per_s()
         self._check_finite(means)
-        val_loss = self._validate(interrupt)
-        if val_loss is None:
+        held_out = self._validate(interrupt)
+        if held_out is None:
             return
-        if not math.isfinite(val_loss):
-            raise self._diverged("val_loss")
+        for name, value in held_out.items():
+            if not math.isfinite(value):
+                raise self._diverged(f"{HELD_OUT}{name}")
         self._check_weights()
-        self._log(view, means, samples_per_s, val_loss)
+        self._log(view, means, samples_per_s, held_out_measures(held_out, self._peak))
         self.epoch += 1
         self.batch = 0
         if self._last_checkpoint is None:
@@ -351,7 +362,7 @@ class Trainer:
         view: ProgressView,
         means: dict[str, float] | None = None,
         samples_per_s: float | None = None,
-        val_loss: float | None = None,
+        held_out: dict[str, float] | None = None,
     ) -> None:
         """Write a line of metrics about the window that ends here, and start a new window."""
         if means is None:
@@ -365,28 +376,37 @@ class Trainer:
             **means,
             "samples_per_s": round(samples_per_s, 1),
         }
-        if val_loss is not None:
-            record["val_loss"] = val_loss
+        for name, value in (held_out or {}).items():
+            record[f"{HELD_OUT}{name}"] = value
         self.metrics.write(record)
         view.log(record)
         self.window.reset()
 
-    def _validate(self, interrupt: Interrupt) -> float | None:
-        """The mean loss over the held-out samples, or None if a signal arrived meanwhile."""
+    @functools.cached_property
+    def _peak(self) -> float:
+        return peak_of(self.held_out.in_order())
+
+    def _validate(self, interrupt: Interrupt) -> dict[str, float] | None:
+        """The model's measures, averaged over the held-out samples, or None if a signal arrived meanwhile."""
         total = Window()
-        devices = [self.device] if self.device.type == "cuda" else []
-        # Stochastic models get the same noise at every validation, and training noise is not used up.
-        with torch.random.fork_rng(devices), torch.no_grad():
-            torch.manual_seed(self.config.seed)
+        with self._validation_noise(), torch.no_grad():
             self.model.eval()
             try:
                 for batch in self.held_out.in_order():
                     if interrupt.signal is not None:
                         return None
-                    total.add(self.model(batch).terms, len(batch))
+                    total.add(self.model.evaluate(batch), len(batch))
             finally:
                 self.model.train()
-        return sum(total.means().values())
+        return total.means()
+
+    @contextlib.contextmanager
+    def _validation_noise(self) -> Iterator[None]:
+        """Stochastic models get the same noise whenever they are here, and training noise is not used up."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.config.seed)
+            yield
 
     def _check_finite(self, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -408,6 +428,12 @@ class Trainer:
 
     # What a finished run leaves behind
 
+    def _last_measures(self) -> dict[str, float]:
+        """The measures on held-out samples that the log has last, also where there was nothing left to train."""
+        records = read_metrics(self.directory / METRICS_FILE)
+        last = next((record for record in reversed(records) if f"{HELD_OUT}loss" in record), {})
+        return {name.removeprefix(HELD_OUT): last[name] for name in last if name.startswith(HELD_OUT)}
+
     def _sample_batches(self) -> list[torch.Tensor]:
         """Batches of one size, as training draws them."""
         batches = [batch for _, batch in zip(range(COMPARED_BATCHES), self.batches.epoch(0), strict=False)]
@@ -418,15 +444,13 @@ class Trainer:
         folder.mkdir(exist_ok=True)
         rows = self.held_out.rows
         rows = rows[torch.linspace(0, len(rows) - 1, min(PLOTTED_SAMPLES, len(rows))).long()]
-        originals = self.dataset.samples[rows]
         self.model.eval()
-        with torch.no_grad():
-            reconstructions = self.model(originals.to(self.device)).reconstruction.cpu()
+        with self._validation_noise(), torch.no_grad():
+            shown = self.model.illustrate(self.dataset.samples[rows].to(self.device))
         self.model.train()
         title = f"{self.model.name} on {self.dataset.name}"
-        plot_reconstructions(
-            originals,
-            reconstructions,
+        plot_samples(
+            {name: samples.cpu() for name, samples in shown.items()},
             self.dataset.sample_shape,
             f"{title}: held-out samples after step {self.steps_taken:,}",
             folder / "reconstructions.png",

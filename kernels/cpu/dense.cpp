@@ -17,59 +17,6 @@ namespace aefast::cpu {
 
 namespace {
 
-using torch::headeronly::ScalarType;
-
-ScalarType torch_type(Scalar scalar) {
-  switch (scalar) {
-    case Scalar::float32: return ScalarType::Float;
-    case Scalar::float64: return ScalarType::Double;
-    case Scalar::bfloat16: return ScalarType::BFloat16;
-    case Scalar::float16: return ScalarType::Half;
-  }
-  return ScalarType::Undefined;
-}
-
-Scalar scalar_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return Scalar::float32;
-    case ScalarType::Double: return Scalar::float64;
-    case ScalarType::BFloat16: return Scalar::bfloat16;
-    case ScalarType::Half: return Scalar::float16;
-    default: STD_TORCH_CHECK(false, "aefast: dtype must be float32, float64, bfloat16 or float16"); return {};
-  }
-}
-
-int32_t cpu_device() {
-  static const int32_t cpu = aoti_torch_device_type_cpu();
-  return cpu;
-}
-
-std::atomic<bool> poisoned{false};
-
-Tensor new_tensor(const Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides) {
-  const ScalarType type = like.scalar_type();
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type), cpu_device(), 0, &handle));
-  const Tensor out(handle);
-  // All bits set are a NaN in every floating type.
-  if (poisoned.load(std::memory_order_relaxed) && out.numel() > 0)
-    std::memset(out.mutable_data_ptr(), 0xff, out.numel() * size_of(scalar_of(type)));
-  return out;
-}
-
-// A tensor over memory that somebody else owns. Being no view of an autograd tensor, it can be an
-// output of torch's kernels on any thread.
-Tensor borrow(Matrix matrix) {
-  const int64_t sizes[] = {matrix.rows, matrix.cols};
-  const int64_t strides[] = {matrix.row_stride, matrix.col_stride};
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(matrix.data, 2, sizes, strides, 0,
-                                                            static_cast<int32_t>(torch_type(matrix.scalar)),
-                                                            cpu_device(), 0, &handle));
-  return Tensor(handle);
-}
-
 constexpr size_t kAlignment = 64;
 
 size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -498,42 +445,12 @@ void backward_in_groups(const BackwardPass& pass, int64_t groups, int64_t block,
 
 }  // namespace
 
-Matrix matrix_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), scalar_of(tensor.scalar_type()), tensor.size(0),
-          tensor.size(1),    tensor.stride(0),                tensor.stride(1)};
-}
-
-Matrix matrix_of(const OptionalTensor& tensor) { return tensor ? matrix_of(*tensor) : Matrix(); }
-
-Matrix vector_of(const OptionalTensor& tensor) {
-  if (!tensor) return {};
-  return {tensor->data_ptr(), scalar_of(tensor->scalar_type()), 1, tensor->size(0), tensor->size(0), tensor->stride(0)};
-}
-
-Tensor new_matrix(const Tensor& like, int64_t rows, int64_t cols) {
-  const int64_t sizes[] = {rows, cols}, strides[] = {std::max<int64_t>(1, cols), 1};
-  return new_tensor(like, 2, sizes, strides);
-}
-
-Tensor new_vector(const Tensor& like, int64_t size) {
-  const int64_t stride = 1;
-  return new_tensor(like, 1, &size, &stride);
-}
-
-void poison_outputs(bool poison) { poisoned = poison; }
-
 bool use_bfloat16_products(bool use) { return has_bfloat16.exchange(use); }
 
 ActivationSpec activation_spec(const std::string& specification) {
   ActivationSpec spec;
   STD_TORCH_CHECK(parse_activation(specification, spec), "aefast: unknown activation ", specification);
   return spec;
-}
-
-void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols, name, " must be (", rows,
-                  ", ", cols, ")");
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have the dtype of the other tensors");
 }
 
 void check_layer(const Tensor& weight, const OptionalTensor& bias, int64_t inputs, const Tensor& like) {

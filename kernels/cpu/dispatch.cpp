@@ -5,6 +5,7 @@
 
 #include "pointwise.h"
 #include "product.h"
+#include "random.h"
 
 namespace aefast::cpu {
 
@@ -12,6 +13,7 @@ namespace aefast::cpu {
   namespace instruction_set {                      \
   extern const PointwiseKernels pointwise_kernels; \
   extern const ProductKernels product_kernels;     \
+  extern const RandomKernels random_kernels;       \
   }
 AEFAST_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -24,6 +26,7 @@ namespace {
 struct Kernels {
   const PointwiseKernels& pointwise;
   const ProductKernels& product;
+  const RandomKernels& random;
   bool supported;
 };
 
@@ -31,13 +34,13 @@ struct Kernels {
 const std::vector<Kernels>& instruction_sets() {
   static const std::vector<Kernels> sets = {
 #if defined(__x86_64__)
-      {avx512::pointwise_kernels, avx512::product_kernels,
+      {avx512::pointwise_kernels, avx512::product_kernels, avx512::random_kernels,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-      {avx2::pointwise_kernels, avx2::product_kernels,
+      {avx2::pointwise_kernels, avx2::product_kernels, avx2::random_kernels,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-      {baseline::pointwise_kernels, baseline::product_kernels, true},
+      {baseline::pointwise_kernels, baseline::product_kernels, baseline::random_kernels, true},
   };
   return sets;
 }
@@ -55,6 +58,8 @@ const Kernels& selected() { return *chosen().load(std::memory_order_relaxed); }
 const PointwiseKernels& pointwise() { return selected().pointwise; }
 
 const ProductKernels& product_kernels() { return selected().product; }
+
+const RandomKernels& random_kernels() { return selected().random; }
 
 std::vector<std::string> supported_instruction_sets() {
   std::vector<std::string> names;

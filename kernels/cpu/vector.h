@@ -2,8 +2,10 @@
 // namespace of its name, so that no two sets share a function.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #if defined(__x86_64__)
@@ -53,8 +55,14 @@ struct Masks {
   Mask lanes[kRegisters];
 };
 
+// A vector of 32-bit words, as many as there are floats in one.
 struct Words {
   Vector<uint32_t> lanes[kRegisters];
+
+  AEFAST_HD Words() = default;
+  AEFAST_HD Words(uint32_t value) {
+    for (auto& lane : lanes) lane = value - Vector<uint32_t>{};
+  }
 };
 
 // A vector of floats with the arithmetic of one, for templates that are written for a scalar.
@@ -90,14 +98,141 @@ AEFAST_HD Floats operator-(Floats a) { AEFAST_EACH(Floats, -a.lanes[i]); }
 AEFAST_HD Masks operator<(Floats a, Floats b) { AEFAST_EACH(Masks, a.lanes[i] < b.lanes[i]); }
 AEFAST_HD Masks operator>(Floats a, Floats b) { AEFAST_EACH(Masks, a.lanes[i] > b.lanes[i]); }
 AEFAST_HD Masks operator<=(Floats a, Floats b) { AEFAST_EACH(Masks, a.lanes[i] <= b.lanes[i]); }
+AEFAST_HD Masks is_zero(Floats x) { AEFAST_EACH(Masks, x.lanes[i] == 0.0f); }
 AEFAST_HD Floats select(Masks m, Floats a, Floats b) { AEFAST_EACH(Floats, m.lanes[i] ? a.lanes[i] : b.lanes[i]); }
 
-AEFAST_HD Words bits(Floats x) { AEFAST_EACH(Words, reinterpret_cast<Vector<uint32_t>>(x.lanes[i])); }
-AEFAST_HD Floats floats(Words x) { AEFAST_EACH(Floats, reinterpret_cast<Register>(x.lanes[i])); }
+AEFAST_HD Words bits_of(Floats x) { AEFAST_EACH(Words, reinterpret_cast<Vector<uint32_t>>(x.lanes[i])); }
+AEFAST_HD Floats float_of(Words x) { AEFAST_EACH(Floats, reinterpret_cast<Register>(x.lanes[i])); }
 AEFAST_HD Words operator<<(Words a, int b) { AEFAST_EACH(Words, a.lanes[i] << b); }
+AEFAST_HD Words operator>>(Words a, int b) { AEFAST_EACH(Words, a.lanes[i] >> b); }
 AEFAST_HD Words operator+(Words a, Words b) { AEFAST_EACH(Words, a.lanes[i] + b.lanes[i]); }
-AEFAST_HD Words operator&(Words a, uint32_t b) { AEFAST_EACH(Words, a.lanes[i] & b); }
+AEFAST_HD Words operator-(Words a, Words b) { AEFAST_EACH(Words, a.lanes[i] - b.lanes[i]); }
+AEFAST_HD Words operator&(Words a, Words b) { AEFAST_EACH(Words, a.lanes[i] & b.lanes[i]); }
+AEFAST_HD Words operator|(Words a, Words b) { AEFAST_EACH(Words, a.lanes[i] | b.lanes[i]); }
 AEFAST_HD Words operator^(Words a, Words b) { AEFAST_EACH(Words, a.lanes[i] ^ b.lanes[i]); }
+AEFAST_HD Words operator~(Words a) { AEFAST_EACH(Words, ~a.lanes[i]); }
+AEFAST_HD Masks operator<(Words a, Words b) { AEFAST_EACH(Masks, a.lanes[i] < b.lanes[i]); }
+AEFAST_HD Masks operator<=(Words a, Words b) { AEFAST_EACH(Masks, a.lanes[i] <= b.lanes[i]); }
+
+AEFAST_HD Words read_words(const uint32_t* from) {
+  AEFAST_EACH(Words, read<Vector<uint32_t>>(from + i * kFloats / kRegisters));
+}
+
+// As a signed number is shifted.
+AEFAST_HD Words signed_shift(Words x, int b) {
+  AEFAST_EACH(Words, reinterpret_cast<Vector<uint32_t>>(reinterpret_cast<Mask>(x.lanes[i]) >> b));
+}
+
+// The functions of elementary.h on words, lane by lane.
+AEFAST_HD Words sign_mask(Words x) { return signed_shift(x, 31); }
+AEFAST_HD Floats select_bits(Words mask, Floats a, Floats b) {
+  AEFAST_EACH(Floats, reinterpret_cast<Register>((reinterpret_cast<Vector<uint32_t>>(a.lanes[i]) & mask.lanes[i]) |
+                                                 (reinterpret_cast<Vector<uint32_t>>(b.lanes[i]) & ~mask.lanes[i])));
+}
+AEFAST_HD Floats signed_float(Words x) {
+  AEFAST_EACH(Floats, __builtin_convertvector(reinterpret_cast<Mask>(x.lanes[i]), Register));
+}
+AEFAST_HD Floats square_root(Floats x) {
+#if defined(__AVX512F__)
+  AEFAST_EACH(Floats, _mm512_maskz_sqrt_ps(0xffff, x.lanes[i]));
+#elif defined(__AVX2__)
+  AEFAST_EACH(Floats, _mm256_sqrt_ps(x.lanes[i]));
+#elif defined(__SSE__)
+  AEFAST_EACH(Floats, _mm_sqrt_ps(x.lanes[i]));
+#else
+  Floats out;
+  for (int i = 0; i < kRegisters; ++i)
+    for (size_t lane = 0; lane < kFloats / kRegisters; ++lane) out.lanes[i][lane] = std::sqrt(x.lanes[i][lane]);
+  return out;
+#endif
+}
+
+#if defined(__SSE2__)
+// A register of words for Philox's rounds. Each word is in the lower half of 64 bits, as multiplications want it, and what
+// the upper half holds is nobody's; the words at even places come first, and then the odd ones. A single register: more
+// of them at once would not find room beside each other.
+struct ProductWords {
+  Vector<uint64_t> even[kRegisters], odd[kRegisters];
+
+  AEFAST_HD ProductWords() = default;
+  AEFAST_HD ProductWords(uint32_t value) {
+    for (int i = 0; i < kRegisters; ++i) even[i] = odd[i] = value - Vector<uint64_t>{};
+  }
+  AEFAST_HD explicit ProductWords(Words words) {
+    for (int i = 0; i < kRegisters; ++i) {
+      even[i] = reinterpret_cast<Vector<uint64_t>>(words.lanes[i]);
+      odd[i] = even[i] >> 32;
+    }
+  }
+
+  AEFAST_HD Words words() const {
+    const Vector<uint64_t> lower = 0xffffffffu - Vector<uint64_t>{};
+    AEFAST_EACH(Words, reinterpret_cast<Vector<uint32_t>>((even[i] & lower) | (odd[i] << 32)));
+  }
+};
+
+AEFAST_HD ProductWords operator^(ProductWords a, ProductWords b) {
+  for (int i = 0; i < kRegisters; ++i) {
+    a.even[i] ^= b.even[i];
+    a.odd[i] ^= b.odd[i];
+  }
+  return a;
+}
+
+// The lower halves' products, 64 bits each.
+AEFAST_HD Vector<uint64_t> lower_products(Vector<uint64_t> a, Vector<uint64_t> b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector<uint64_t>>(
+      _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vector<uint64_t>>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  return reinterpret_cast<Vector<uint64_t>>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#endif
+}
+
+// The upper halves in the place of the lower ones, by a shuffle: the shifter's port is the multiplier's.
+AEFAST_HD Vector<uint64_t> upper_half(Vector<uint64_t> x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector<uint64_t>>(
+      _mm512_maskz_shuffle_epi32(0xffff, reinterpret_cast<__m512i>(x), static_cast<_MM_PERM_ENUM>(0xf5)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vector<uint64_t>>(_mm256_shuffle_epi32(reinterpret_cast<__m256i>(x), 0xf5));
+#else
+  return reinterpret_cast<Vector<uint64_t>>(_mm_shuffle_epi32(reinterpret_cast<__m128i>(x), 0xf5));
+#endif
+}
+
+// The two words of the products a * b.
+AEFAST_HD void wide_product(uint32_t a, ProductWords b, ProductWords& high, ProductWords& low) {
+  const Vector<uint64_t> factor = static_cast<uint64_t>(a) - Vector<uint64_t>{};
+  for (int i = 0; i < kRegisters; ++i) {
+    low.even[i] = lower_products(factor, b.even[i]);
+    low.odd[i] = lower_products(factor, b.odd[i]);
+    high.even[i] = upper_half(low.even[i]);
+    high.odd[i] = upper_half(low.odd[i]);
+  }
+}
+#else
+struct ProductWords {
+  Vector<uint32_t> lanes;
+
+  AEFAST_HD ProductWords() = default;
+  AEFAST_HD ProductWords(uint32_t value) : lanes(value - Vector<uint32_t>{}) {}
+  AEFAST_HD explicit ProductWords(Vector<uint32_t> words) : lanes(words) {}
+  AEFAST_HD Vector<uint32_t> words() const { return lanes; }
+};
+
+AEFAST_HD ProductWords operator^(ProductWords a, ProductWords b) { return ProductWords(a.lanes ^ b.lanes); }
+
+AEFAST_HD void wide_product(uint32_t a, ProductWords b, ProductWords& high, ProductWords& low) {
+  for (size_t lane = 0; lane < kFloats / kRegisters; ++lane) {
+    const uint64_t product = static_cast<uint64_t>(a) * b.lanes[lane];
+    high.lanes[lane] = static_cast<uint32_t>(product >> 32);
+    low.lanes[lane] = static_cast<uint32_t>(product);
+  }
+}
+#endif
 
 // The greater and the lesser of x and a limit; NaN if x is.
 AEFAST_HD Floats at_least(Floats limit, Floats x) {
@@ -124,7 +259,7 @@ AEFAST_HD Floats at_most(Floats limit, Floats x) {
 }
 
 constexpr uint32_t kSignBit = 0x80000000u;
-AEFAST_HD Floats magnitude(Floats x) { return floats(bits(x) & ~kSignBit); }
+AEFAST_HD Floats magnitude(Floats x) { return float_of(bits_of(x) & ~kSignBit); }
 
 // --- elementary functions ------------------------------------------------------------------------------------
 //
@@ -142,19 +277,68 @@ struct Exponential {
   Floats rest, scale;
 };
 
-// For -88 <= x <= 0; scale is 0 below -87.7.
-AEFAST_HD Exponential exponential(Floats x) {
-  const Floats shifted = x * kLog2e + kRoundingShift;
+// That `rest`, and in the low bits of `shifted` the power.
+AEFAST_HD Floats exponential_rest(Floats x, Floats& shifted) {
+  shifted = x * kLog2e + kRoundingShift;
   const Floats n = shifted - kRoundingShift;
   const Floats r = (x - n * kLn2High) - n * kLn2Low;
   // (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2
   const Floats square = r * r;
   const Floats low = Floats(1.66665424e-1f) * r + 4.99999981e-1f;
   const Floats high = (Floats(1.38824890e-3f) * r + 8.36669165e-3f) * r + 4.16672054e-2f;
-  return {r + square * (high * square + low), floats((bits(shifted) << 23) + bits(Floats(1.0f)))};
+  return r + square * (high * square + low);
+}
+
+// For -88 <= x <= 0; scale is 0 below -87.7.
+AEFAST_HD Exponential exponential(Floats x) {
+  Floats shifted;
+  const Floats rest = exponential_rest(x, shifted);
+  return {rest, float_of((bits_of(shifted) << 23) + bits_of(Floats(1.0f)))};
 }
 
 AEFAST_HD Floats value_of(Exponential e) { return e.scale + e.rest * e.scale; }
+
+// exp(x) to 3 ulp, and in `less_one` exp(x) - 1 to as much; exp is 0 below -86.9, and infinite above 88.7.
+AEFAST_HD Floats exp_and_less_one(Floats x, Floats& less_one) {
+  Floats shifted;
+  const Floats rest = exponential_rest(at_most(89.0f, at_least(-87.0f, x)), shifted);
+  // Half of the power of two, which is finite where exp(x) is.
+  const Floats half = float_of((bits_of(shifted) << 23) + bits_of(Floats(0.5f)));
+  const Floats whole = half + half, change = rest * half;
+  less_one = (whole - 1.0f) + (change + change);
+  const Floats halved = half + change;
+  return halved + halved;
+}
+AEFAST_HD double exp_and_less_one(double x, double& less_one) {
+  less_one = ::expm1(x);
+  return ::exp(x);
+}
+// The same of one double.
+AEFAST_HD double log(double x) { return ::log(x); }
+AEFAST_HD bool is_zero(double x) { return x == 0.0; }
+AEFAST_HD double at_least(double limit, double x) { return x < limit ? limit : x; }
+AEFAST_HD double at_most(double limit, double x) { return x > limit ? limit : x; }
+
+// Natural logarithm, 2 ulp; -infinity for 0, NaN below.
+AEFAST_HD Floats log(Floats x) {
+  // Subnormal numbers are made normal, and their exponent is set right at the end.
+  const Masks is_small = x < Floats(0x1p-126f);
+  const Floats scaled = select(is_small, x * 0x1p24f, x);
+  // x = (1 + f) 2^e with sqrt(1/2) <= 1 + f < sqrt(2)
+  const Words shifted = bits_of(scaled) - 0x3f3504f3u;
+  const Floats e = signed_float(signed_shift(shifted, 23)) - select(is_small, Floats(24.0f), Floats(0.0f));
+  const Floats f = float_of((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+  // (log(1 + f) - f + f^2 / 2) / f^3
+  const Floats f2 = f * f;
+  const Floats low = (Floats(-1.66233569e-1f) * f + 2.00012267e-1f) * f2 + (Floats(-2.50008196e-1f) * f + 3.33333313e-1f);
+  const Floats high = (Floats(-7.63449371e-2f) * f + 1.27615750e-1f) * f2 + (Floats(-1.31601825e-1f) * f + 1.42017588e-1f);
+  const Floats log1p = (f + e * kLn2Low) + f2 * (f * (high * (f2 * f2) + low) - 0.5f);
+  const Floats value = e * kLn2High + log1p;
+  const float infinity = std::numeric_limits<float>::infinity();
+  const Floats special = select(x < Floats(0.0f), Floats(std::numeric_limits<float>::quiet_NaN()), Floats(-infinity));
+  // A NaN goes through as it is.
+  return select(x <= Floats(0.0f), special, select(x < Floats(infinity), value, x));
+}
 
 // exp(-magnitude), 2 ulp; 0 from 87.7 on.
 AEFAST_HD Floats exp_of_negative(Floats magnitude) { return value_of(exponential(-at_most(88.0f, magnitude))); }
@@ -173,7 +357,7 @@ AEFAST_HD Floats tanh(Floats x) {
   const Masks is_small = e < Floats(0.33f);
   const Floats difference = (Floats(1.0f) - power.scale) - power.scale * power.rest;
   const Floats quotient = select(is_small, Floats(2.0f) * e, difference) / (e + 1.0f);
-  return floats(bits(select(is_small, Floats(1.0f) - quotient, quotient)) ^ (bits(x) & kSignBit));
+  return float_of(bits_of(select(is_small, Floats(1.0f) - quotient, quotient)) ^ (bits_of(x) & kSignBit));
 }
 
 // sigmoid(x), and in `complement` 1 - sigmoid(x), both to 3 ulp.

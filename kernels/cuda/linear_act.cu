@@ -2,30 +2,14 @@
 #include "device.h"
 #include "linear_act_kernels.cuh"
 #include "operators.h"
+#include "tensors.h"
 
 namespace {
 
 using aefast::Device;
 using aefast::ActivationSpec;
-using torch::headeronly::ScalarType;
+using aefast::with_element_type;
 using torch::stable::Tensor;
-
-// body(T{}) with T the element type of `tensor`.
-template <typename Body>
-void with_element_type(const Tensor& tensor, Body&& body) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return body(float{});
-    case ScalarType::Double:
-      return body(double{});
-    case ScalarType::Half:
-      return body(c10::Half{});
-    case ScalarType::BFloat16:
-      return body(c10::BFloat16{});
-    default:
-      STD_TORCH_CHECK(false, "expected float32, float64, float16 or bfloat16");
-  }
-}
 
 template <typename T>
 T* data(const Tensor* tensor) {
@@ -52,7 +36,7 @@ struct Backend : Device {
       std::optional<Tensor> partials;
       if (bias_grad != nullptr) {
         const int32_t dtype = std::is_same_v<C, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-        partials = aefast::dense::empty(grad, dtype, {tiling.row_blocks, tiling.cols});
+        partials = aefast::empty(grad, dtype, {tiling.row_blocks, tiling.cols});
       }
       C* const partial_sums = partials ? static_cast<C*>(partials->data_ptr()) : nullptr;
       aefast::cuda::launch_activation_gradient<T>(spec.activation, spec.parameters, data<T>(&grad), data<T>(saved),

@@ -15,25 +15,9 @@
 
 #include "activation.h"
 #include "launch.h"
+#include "vectors.h"
 
 namespace aefast::cuda {
-
-template <typename T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-constexpr int kWarpSize = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarpSize;
-
-// The widest access of one thread is 16 bytes.
-template <typename T>
-constexpr int kVectorLength = 16 / sizeof(T);
-
-template <typename T>
-struct alignas(16) Vector {
-  T element[kVectorLength<T>];
-};
 
 // ---------------------------------------------------------------------------------------------------------
 // act in place
@@ -114,8 +98,6 @@ struct GradientTiling {
   AEFAST_HD int lanes() const { return 1 << lanes_log2; }
   AEFAST_HD int row_lanes() const { return kThreads >> lanes_log2; }
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T>
 GradientTiling gradient_tiling(int64_t rows, int64_t cols) {
@@ -346,11 +328,6 @@ void with_activation(Activation activation, Body&& body) {
 template <typename C>
 ActivationParameters<C> parameters_as(const ActivationParameters<double>& parameters) {
   return {static_cast<C>(parameters.slope), static_cast<C>(parameters.alpha)};
-}
-
-template <typename T>
-bool is_vector_aligned(const T* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vector<T>) == 0;
 }
 
 // values, derivative (count,), both 16-byte aligned; derivative may be null.

@@ -33,6 +33,25 @@ AEFAST_HD T select(bool condition, T a, T b) {
   return condition ? a : b;
 }
 
+// All bits where the first bit is set, else none.
+AEFAST_HD uint32_t sign_mask(uint32_t word) { return static_cast<uint32_t>(static_cast<int32_t>(word) >> 31); }
+AEFAST_HD float select_bits(uint32_t mask, float a, float b) { return mask != 0 ? a : b; }
+AEFAST_HD float signed_float(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word)); }
+
+AEFAST_HD void wide_product(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+#if defined(__CUDA_ARCH__)
+  // One instruction; of a 64-bit product the compiler makes two.
+  high = ::__umulhi(a, b);
+  low = a * b;
+#else
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  high = static_cast<uint32_t>(product >> 32);
+  low = static_cast<uint32_t>(product);
+#endif
+}
+
+AEFAST_HD float square_root(float x) { return ::sqrtf(x); }
+
 AEFAST_HD float expm1_nonpositive(float x) { return ::expm1f(x); }
 AEFAST_HD float tanh(float x) { return ::tanhf(x); }
 

@@ -197,9 +197,9 @@ def gemms():
         yield gemm(tile, "fp32", "dgrad", "tanh", targets=(90,))
 
 
-def streaming(shape, dtype, programs, elements, least, **rest):
-    """The workload of a kernel that reads and writes everything once, in programs of four warps."""
-    return Workload(shape, dtype, programs, 4, elements, least, **rest)
+def streaming(shape, dtype, programs, elements, least, warps=4, **rest):
+    """The workload of a kernel that reads and writes everything once."""
+    return Workload(shape, dtype, programs, warps, elements, least, **rest)
 
 
 def pointwise():
@@ -302,4 +302,7 @@ def pointwise():
 
 
 def signatures():
-    return [*gemms(), *pointwise()]
+    # Not above: it is made of what this file defines.
+    from . import aot_random
+
+    return [*gemms(), *pointwise(), *aot_random.signatures()]

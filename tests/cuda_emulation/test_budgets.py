@@ -19,14 +19,22 @@ REPOSITORY = Path(__file__).parents[2]
 ARCHITECTURES = {"sm_80": "80", "sm_90a": "90a", "sm_100": "100"}
 ELEMENT = {"f": "float32", "d": "float64", "N3c104HalfE": "float16", "N3c108BFloat16E": "bfloat16"}
 
-# Registers a thread. Blocks of 256 threads that fit on a multiprocessor: eight with 32, six with 40, three
-# with 80, two with 128.
+# As kernels/cuda/CMakeLists.txt compiles them.
+SOURCES = {"linear_act.cu": ["--fmad=false"], "reparameterize.cu": ["--fmad=false", "--prec-sqrt=false"]}
+
+# Registers a thread. Blocks of 256 threads that fit on a multiprocessor: eight with 32, six with 40, five with 48,
+# three with 80, two with 128.
 REGISTERS = {
     "activation": 40,
     "activation_gradient vectorised": 80,
     "activation_gradient one by one": 128,
     "column_sum": 32,
+    "reparameterize vectorised": 48,
+    "reparameterize any strides": 128,
+    "reparameterize_gradient vectorised": 48,
+    "reparameterize_gradient any strides": 128,
 }
+FLOAT64_REGISTERS = REGISTERS | {"reparameterize vectorised": 128, "reparameterize_gradient vectorised": 128}
 
 
 def disassembler() -> str | None:
@@ -43,6 +51,8 @@ def kernel_and_element(symbol: str) -> tuple[str, str]:
     kernel = match[1]
     if kernel == "activation_gradient":
         kernel += " vectorised" if re.search(r"Lb1EEEv", symbol) else " one by one"
+    if kernel.startswith("reparameterize"):
+        kernel += " vectorised" if re.search(r"Lb1EEEv", symbol) else " any strides"
     return kernel, ELEMENT[match[2]]
 
 
@@ -54,13 +64,19 @@ def compiled(tmp_path_factory):
         pytest.skip("nvcc is not on PATH")
     if cuobjdump is None:
         pytest.skip("no cuobjdump: neither Triton nor the CUDA toolkit brings one")
-    fatbin = tmp_path_factory.mktemp("budgets") / "linear_act.fatbin"
-    command = [nvcc, "-fatbin", "-std=c++17", "-O3", "--threads=0", "-Xptxas=-v"]
-    command += ["--fmad=false"]
+    folder = tmp_path_factory.mktemp("budgets")
+    facts = {}
+    for source, options in SOURCES.items():
+        facts |= facts_of(nvcc, cuobjdump, source, options, folder / f"{source}.fatbin")
+    return facts
+
+
+def facts_of(nvcc, cuobjdump, source, options, fatbin):
+    command = [nvcc, "-fatbin", "-std=c++17", "-O3", "--threads=0", "-Xptxas=-v", *options]
     command += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ARCHITECTURES.values()]
     command += ["-DUSE_CUDA", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += [f"-I{REPOSITORY / 'kernels/include'}", f"-isystem={Path(torch.__file__).parent / 'include'}"]
-    command += [str(REPOSITORY / "kernels/cuda/linear_act.cu"), "-o", str(fatbin)]
+    command += [str(REPOSITORY / "kernels/cuda" / source), "-o", str(fatbin)]
     report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
     facts = defaultdict(dict)
@@ -97,12 +113,16 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled):
     }
 
 
+def registers_of(kernel: str, element: str) -> int:
+    return (FLOAT64_REGISTERS if element == "float64" else REGISTERS)[kernel]
+
+
 def test_registers_and_spills(compiled, capsys):
     groups = defaultdict(list)
     for (architecture, symbol), facts in compiled.items():
         groups[(*kernel_and_element(symbol), architecture)].append(facts)
     with capsys.disabled():
-        row = "{:<32}{:<10}{:<8}{:>8}{:>10}{:>8}{:>8}  {}".format
+        row = "{:<36}{:<10}{:<8}{:>8}{:>10}{:>8}{:>8}  {}".format
         print(
             "\n" + row("kernel", "element", "target", "kernels", "registers", "spills", "shared", "accesses")
         )
@@ -113,18 +133,27 @@ def test_registers_and_spills(compiled, capsys):
     over = {
         key: facts
         for key, facts in compiled.items()
-        if facts["spills"] > 0 or facts["registers"] > REGISTERS[kernel_and_element(key[1])[0]]
+        if facts["spills"] > 0 or facts["registers"] > registers_of(*kernel_and_element(key[1]))
     }
     assert not over
 
 
 def test_vector_accesses_are_16_bytes_wide(compiled):
     for (_, symbol), facts in compiled.items():
-        kernel, _ = kernel_and_element(symbol)
+        kernel, element = kernel_and_element(symbol)
         accesses = facts["accesses"]
-        assert not any(name in ("LDL", "STL") for name, _ in accesses), f"{symbol} uses local memory"
+        # The library's sine in float64 keeps an array for angles far beyond those of Philox.
+        if not (kernel.startswith("reparameterize") and element == "float64"):
+            assert not any(name in ("LDL", "STL") for name, _ in accesses), f"{symbol} uses local memory"
         if kernel == "activation":  # its last vector may be partial
             assert accesses["LDG", "128"] and accesses["STG", "128"], symbol
         if kernel == "activation_gradient vectorised":  # the narrower store is a column's partial sum
             assert accesses["LDG", "128"] and accesses["STG", "128"], symbol
             assert {width for name, width in accesses if name == "LDG"} == {"128"}, symbol
+        if kernel.startswith("reparameterize") and kernel.endswith("vectorised"):
+            # The narrower loads are the seed and a row's gradient, and float64's tables of sines.
+            assert accesses["LDG", "128"] >= 2, symbol
+            loads = {width for name, width in accesses if name == "LDG"}
+            assert element == "float64" or loads <= {"128", "64", "32"}, symbol
+            is_divergence_alone = re.search(r"reparameterize_kernelI\w+?Lb0ELb1EEEv", symbol)
+            assert is_divergence_alone or accesses["STG", "128"], symbol

@@ -15,19 +15,20 @@ DRAWS = 12_000_000
 @pytest.fixture(scope="module")
 def library(compile_emulated):
     library = ctypes.CDLL(str(compile_emulated(Path(__file__).with_name("philox_driver.cpp"), "-O2")))
-    library.uniform_of.restype = ctypes.c_float
+    library.squared_radius_of.restype = ctypes.c_float
     return library
 
 
 @pytest.fixture(scope="module")
 def draw(library):
-    """draw(count, seed=0, offset=0, first_block=0): normal values, (count,) float32."""
+    """draw(count, seed=0, offset=0, first_block=0, dtype=np.float32): normal values, (count,)."""
 
-    def draw(count, seed=0, offset=0, first_block=0):
+    def draw(count, seed=0, offset=0, first_block=0, dtype=np.float32):
         assert count % 4 == 0
-        out = np.empty(count, dtype=np.float32)
+        out = np.empty(count, dtype=dtype)
         numbers = (ctypes.c_uint64(number) for number in (seed, offset, first_block, count // 4))
-        library.normal_values(*numbers, out.ctypes.data_as(ctypes.c_void_p))
+        fill = library.normal_values if dtype == np.float32 else library.double_normal_values
+        fill(*numbers, out.ctypes.data_as(ctypes.c_void_p))
         return out
 
     return draw
@@ -51,15 +52,40 @@ def test_known_answers(library, counter, key, expected):
     [(0, 0, 0), (1, 2, 3), (2**64 - 1, 2**40 + 5, 2**32 - 100), (2**33 + 7, 2**63, 2**45)],
 )
 def test_values_are_those_of_the_reference(draw, seed, offset, first_block):
+    expected = philox.normals(seed, offset, first_block, 5000)
+    # A radius of at most 6.8 errs by 2 ulp, and a sine and a cosine by as much.
     found = draw(4 * 5000, seed, offset, first_block)
-    # logf, sinf and cosf err by a spacing each, the angle's rounding by 2π · 2⁻²⁴, times a radius of at most 6.8.
-    np.testing.assert_allclose(found, philox.normals(seed, offset, first_block, 5000), rtol=0, atol=4e-6)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+    found = draw(4 * 5000, seed, offset, first_block, np.float64)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-14)
 
 
-def test_uniforms_are_inside(library):
-    assert library.uniform_of(ctypes.c_uint32(0)) == 2.0**-33
-    assert library.uniform_of(ctypes.c_uint32(0xFFFFFFFF)) == 1 - 2.0**-24
-    assert library.uniform_of(ctypes.c_uint32(0x80000000)) == 0.5
+def test_squared_radius_at_the_ends(library):
+    """Relative to the true value: the largest uniforms are as far from 1 as the smallest are from 0."""
+
+    def error(word):
+        u = (word + 0.5) * 2.0**-32
+        exact = -2 * np.log1p(u - 1) if u > 0.5 else -2 * np.log(u)
+        return abs(library.squared_radius_of(ctypes.c_uint32(word)) / exact - 1)
+
+    middle = (0x7FFFFFFF, 0x80000000)
+    for word in (0, 1, 2, 1000, *middle, 0xFFFFFFFF - 1000, 0xFFFFFFFE, 0xFFFFFFFF):
+        assert error(word) < 3 * 2.0**-23, hex(word)
+    assert library.squared_radius_of(ctypes.c_uint32(0)) == np.float32(66 * np.log(2))
+    assert library.squared_radius_of(ctypes.c_uint32(0xFFFFFFFF)) == 2.0**-32
+
+
+def test_sines_and_cosines_near_quarter_turns(library):
+    """Each within 2 ulp of its own size, down to the 2π · 2⁻³³ next to where it is 0."""
+    out = (ctypes.c_float * 2)()
+    for quarter in range(4):
+        for away in (-(2**29), -(2**20), -2, -1, 0, 1, 2**20, 2**29 - 1):
+            word = (quarter * 2**30 + away) % 2**32
+            library.sine_and_cosine_of(ctypes.c_uint32(word), out)
+            rest = (away + 0.5) * (2 * np.pi * 2.0**-32)
+            sine, cosine = np.sin(rest), np.cos(rest)
+            exact = [(sine, cosine), (cosine, -sine), (-sine, -cosine), (-cosine, sine)][quarter]
+            np.testing.assert_allclose(out, exact, rtol=2 * 2.0**-23, atol=0, err_msg=hex(word))
 
 
 def test_moments(many):

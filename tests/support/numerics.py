@@ -36,20 +36,25 @@ def cast(arguments: Any, dtype: torch.dtype) -> Any:
     """`arguments` with each floating-point tensor cast, its strides kept."""
 
     def one(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        return value.to(dtype) if is_differentiable(value) else value
 
     return pytree.tree_map(one, arguments)
 
 
+def is_differentiable(value: Any) -> bool:
+    """A seed is a tensor, and is not."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def leaves(arguments: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(arguments) if is_differentiable(leaf)]
 
 
 def with_gradients(arguments: Any) -> Any:
     """`arguments` with tensors that require gradients, on the same strides."""
 
     def one(value: Any) -> Any:
-        if not isinstance(value, Tensor):
+        if not is_differentiable(value):
             return value
         # detach() keeps strides, expanded ones too, where clone() would not.
         return value.detach().requires_grad_()

@@ -34,7 +34,7 @@ def words(counter, key):
 
 
 def normals(seed, offset, first_block, blocks):
-    """Elements 4 * first_block and after, (4 * blocks,) float64, of uniforms in float32 as the kernels have them."""
+    """Elements 4 * first_block and after, (4 * blocks,) float64."""
     block = np.arange(blocks, dtype=np.uint64) + np.uint64(first_block)
     counter = (
         block & LOW,
@@ -42,9 +42,7 @@ def normals(seed, offset, first_block, blocks):
         np.full(blocks, offset & 0xFFFFFFFF),
         np.full(blocks, offset >> 32),
     )
-    found = words(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    uniform = found.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
-    u = np.minimum(uniform, np.float32(1 - 2.0**-24)).astype(np.float64)
+    u = (words(counter, (seed & 0xFFFFFFFF, seed >> 32)) + 0.5) * 2.0**-32
     radius, angle = np.sqrt(-2 * np.log(u[::2])), 2 * np.pi * u[1::2]
     pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
     return pairs.reshape(4, blocks).T.reshape(-1)

@@ -28,13 +28,18 @@ def dataset():
 
 @pytest.fixture
 def make_trainer(dataset):
-    """Makes a trainer that writes into a folder, without plots unless asked; options go to TrainConfig."""
+    """Makes a trainer that writes into a folder, without plots unless asked; options go to TrainConfig.
 
-    def make(directory, *, latent=4, data=dataset, plots=False, **options):
+    `model` is a model's class, and `model_options` what it gets besides its sizes.
+    """
+
+    def make(
+        directory, *, model=Autoencoder, model_options=None, latent=4, data=dataset, plots=False, **options
+    ):
         config = TrainConfig(**{"epochs": 3, "batch_size": 32, "log_every": 3, "device": "cpu", **options})
         torch.manual_seed(config.seed)
-        model = Autoencoder(input_size=data.features, hidden=(8,), latent=latent)
-        trainer = Trainer(model, data, config, directory, console=Console(quiet=True))
+        network = model(input_size=data.features, hidden=(8,), latent=latent, **(model_options or {}))
+        trainer = Trainer(network, data, config, directory, console=Console(quiet=True))
         if not plots:
             trainer._plot = lambda: None
         return trainer

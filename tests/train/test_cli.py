@@ -14,7 +14,7 @@ import pytest
 
 import aefast
 from aefast import cli
-from aefast.models import from_pretrained
+from aefast.models import MODELS, from_pretrained
 
 
 @pytest.fixture
@@ -70,6 +70,90 @@ def test_model_options_reach_the_model(train, tmp_path):
     assert (config.hidden, config.decoder_hidden) == ((), (5,))
 
 
+def test_options_of_the_vae_reach_it(train, tmp_path, capsys):
+    options = ("--likelihood", "gaussian", "--beta", 0.5, "--kl-warmup-steps", 7)
+    assert train("--no-compare", "--model", "vae", *options) == 0
+    config = from_pretrained(tmp_path / "run").config
+    assert (config.likelihood, config.beta, config.kl_warmup_steps) == ("gaussian", 0.5, 7)
+    assert (config.hidden, config.latent) == ((8,), 3)
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    told = (
+        rf"ELBO {last['val_elbo']:,.2f} nats a sample · reconstruction {last['val_psnr']:.1f} dB \(held out\)"
+    )
+    assert re.fullmatch(told, capsys.readouterr().out.splitlines()[-1])
+    assert train("--no-compare", "--overwrite", "--model", "vae", "--kl-warmup", 9) == 0
+    assert from_pretrained(tmp_path / "run").config.kl_warmup_steps == 9
+
+
+def test_options_of_the_noise_reach_the_denoiser(train, tmp_path, capsys):
+    salt = ("--noise", "salt_and_pepper", "--noise-p", 0.2, "--noise-low", -1, "--noise-high", 2)
+    assert train("--no-compare", "--model", "denoising", *salt) == 0
+    config = from_pretrained(tmp_path / "run").config
+    assert (config.noise, config.noise_p, config.noise_low, config.noise_high) == (
+        "salt_and_pepper",
+        0.2,
+        -1,
+        2,
+    )
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"noisy input {last['val_noisy_psnr']:.1f} dB -> denoised {last['val_psnr']:.1f} dB (held out)"
+    )
+    gaussian = ("--noise-std", 0.25, "--noise-mean", 0.5)
+    assert train("--no-compare", "--overwrite", "--model", "denoising", *gaussian) == 0
+    config = from_pretrained(tmp_path / "run").config
+    assert (config.noise, config.noise_std, config.noise_mean) == ("gaussian", 0.25, 0.5)
+
+
+def test_squares_are_cut_out_of_images(train, data, tmp_path):
+    squares = ("--no-compare", "--overwrite", "--epochs", 1, "--model", "denoising", "--noise", "masking")
+    shapes = {(100, 3, 4): (1, 3, 4), (100, 3, 2, 2): (3, 2, 2), (100, 2, 6, 1): None, (100, 12): None}
+    for shape, expected in shapes.items():
+        np.save(data, np.random.default_rng(0).random(shape, dtype=np.float32))
+        code = train(*squares, "--noise-block", 2)
+        assert code == (2 if expected is None else 0)
+        if expected is not None:
+            assert from_pretrained(tmp_path / "run").config.image_shape == expected
+    assert train(*squares, "--noise-block", 2, "--image-shape", "1,2,6") == 0
+    assert from_pretrained(tmp_path / "run").config.image_shape == (1, 2, 6)
+    assert train(*squares) == 0
+    assert from_pretrained(tmp_path / "run").config.image_shape is None
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("autoencoder", r"reconstruction -?[\d.]+ dB \(held out\)"),
+        ("denoising", r"noisy input [\d.]+ dB -> denoised -?[\d.]+ dB \(held out\)"),
+        ("stochastic", r"reconstruction -?[\d.]+ dB \(held out\)"),
+        ("vae", r"ELBO -?[\d,.]+ nats a sample · reconstruction -?[\d.]+ dB \(held out\)"),
+    ],
+)
+def test_every_model_trains_on_bundled_data(train, tmp_path, capsys, monkeypatch, model, told):
+    monkeypatch.setattr("aefast.train.compare.RUN_SECONDS", 0.002)
+    assert train("--model", model, "--epochs", 1, "--batch-size", 256, data="digits", plots=True) == 0
+    *_, measures, closing = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(told, measures)
+    assert "eager PyTorch" in closing
+    assert from_pretrained(tmp_path / "run").name == model
+    assert train("--model", model, "--epochs", 2, "--batch-size", 256, "--resume", data="digits") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [("gaussian", "--noise-std", 0.2), ("salt_and_pepper", "--noise-p", 0.2)])
+def test_a_denoiser_clears_photographs_it_has_not_seen(train, tmp_path, noise):
+    sizes = ("--hidden", 512, "--latent", 64, "--batch-size", 256, "--epochs", 1)
+    assert train("--no-compare", "--model", "denoising", *sizes, "--noise", *noise, data="patches") == 0
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["val_psnr"] >= last["val_noisy_psnr"] + 4
+
+
+def test_every_model_is_in_the_help(capsys):
+    cli.main(["train", "--help"])
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"Which model to train: {', '.join(sorted(MODELS))}." in out
+
+
 def test_bundled_data_by_name(train, tmp_path):
     assert train("--no-compare", "--epochs", 1, data="digits") == 0
     assert from_pretrained(tmp_path / "run").config.input_size == 64
@@ -110,6 +194,22 @@ def failure(capsys, code):
         (("--latent", "-3"), "latent=-3: expected a positive integer"),
         (("--linear-decoder", "--decoder-hidden", "4"), "decoder_hidden"),
         (("--resume", "--overwrite"), "either --resume or --overwrite"),
+        (("--noise", "dropout"), "model autoencoder: unknown option 'noise', expected one of input_size"),
+        (("--model", "vae", "--noise-std", "1"), "model vae: unknown option 'noise_std'"),
+        (("--model", "denoising", "--beta", "1"), "model denoising: unknown option 'beta'"),
+        (("--model", "stochastic", "--likelihood", "mse"), "model stochastic: unknown option 'likelihood'"),
+        (("--model", "vae", "--likelihood", "gausian"), "likelihood='gausian'.*did you mean 'gaussian'"),
+        (("--model", "vae", "--beta", "-1"), "beta=-1.0: expected a finite number of at least 0"),
+        (("--model", "vae", "--kl-warmup", "-1"), "kl_warmup_steps=-1: expected an integer of at least 0"),
+        (("--model", "denoising", "--noise", "salt"), "noise='salt': expected one of gaussian"),
+        (("--model", "denoising", "--noise-p", "0.1"), "noise_p=0.1: gaussian noise has no such option"),
+        (("--model", "denoising", "--noise-std", "-1"), "noise_std=-1.0: std must be a finite number"),
+        (
+            ("--model", "denoising", "--noise", "masking", "--noise-block", "0"),
+            "noise_block=0: block must be",
+        ),
+        (("--model", "denoising", "--image-shape", "3,4"), r"image_shape=\(3, 4\): expected \(C, H, W\)"),
+        (("--model", "denoising", "--image-shape", "a"), "image_shape='a': expected positive integers"),
         (("--data", "digit"), "data='digit': expected one of digits.*did you mean 'digits'"),
         (("--data", "/nowhere/x.npy"), "data='/nowhere/x.npy': expected a readable .npy file"),
         (("--data", "patches", "--patch-size", "400"), "patch_size=400: expected an integer from 2"),
@@ -136,6 +236,12 @@ def test_bad_data_files_end_in_one_line(train, data, tmp_path, capsys):
     assert "row 41, column 3 holds nan" in failure(capsys, train())
     data.write_bytes(b"garbage")
     assert f"data='{data}': expected a readable .npy file" in failure(capsys, train())
+
+
+def test_data_that_is_no_probability_ends_in_one_line(train, data, capsys):
+    np.save(data, 3 * np.load(data))
+    line = failure(capsys, train("--no-compare", "--model", "vae", "--likelihood", "bernoulli"))
+    assert re.search(r"x: expected values in \[0, 1\] for the bernoulli likelihood, got", line)
 
 
 def test_out_that_is_a_file_ends_in_one_line(train, data, capsys):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -15,11 +16,11 @@ from rich.console import Console
 from aefast.bench import memory
 from aefast.data import Dataset
 from aefast.errors import InputError
-from aefast.models import Autoencoder, from_pretrained
+from aefast.models import VAE, Autoencoder, DenoisingAutoencoder, StochasticAutoencoder, from_pretrained
 from aefast.train import CheckpointError, TrainConfig, TrainingError, TrainStep
 from aefast.train import trainer as trainer_module
 from aefast.train.interrupt import Interrupt
-from aefast.train.metrics import MetricsLog, Window, read_metrics
+from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of, read_metrics
 from aefast.train.step import EagerStep
 
 
@@ -91,7 +92,9 @@ def test_metrics_have_a_line_a_log_step(make_trainer, tmp_path, dataset):
     model = from_pretrained(tmp_path)
     held_out = dataset.samples[dataset.split()[1]]
     with torch.no_grad():
-        assert records[-1]["val_loss"] == pytest.approx(model(held_out).loss.item(), rel=1e-5)
+        error = model(held_out).loss.item()
+    assert records[-1]["val_loss"] == pytest.approx(error, rel=1e-5)
+    assert records[-1]["val_psnr"] == pytest.approx(-10 * math.log10(error), rel=1e-5)
     assert records[-1]["val_loss"] < records[2]["val_loss"]
 
 
@@ -104,6 +107,107 @@ def test_window_means_weigh_samples():
     copy.restore(json.loads(json.dumps(window.state())), torch.device("cpu"))
     copy.add({"a": torch.tensor(2.0), "b": torch.tensor(0.0)}, 1)
     assert copy.means() == {"a": 2.0, "b": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "peak"),
+    [(0.2, 0.8, 1.0), (0.0, 1.0, 1.0), (-1.0, 3.0, 4.0), (0.0, 255.0, 255.0), (7.0, 7.0, 1.0)],
+)
+def test_psnr_refers_to_the_range_of_the_data(low, high, peak):
+    batches = [torch.tensor([[low, low]]), torch.tensor([[high, low], [low, low]])]
+    assert peak_of(batches) == pytest.approx(peak)
+
+
+def test_measures_are_told_in_db():
+    means = {"loss": 3.0, "mse": 0.01, "noisy_mse": 0.04, "elbo": -7.0}
+    assert held_out_measures(means, 1.0) == pytest.approx(
+        {"loss": 3.0, "psnr": 20.0, "noisy_psnr": 13.9794, "elbo": -7.0}
+    )
+    assert held_out_measures({"loss": 0.0, "mse": 0.0}, 1.0) == {"loss": 0.0}
+    assert held_out_measures({"mse": 0.01}, 10.0) == pytest.approx({"psnr": 40.0})
+
+
+STOCHASTIC = {
+    "vae": (VAE, {"likelihood": "gaussian", "kl_warmup_steps": 15}),
+    "denoising": (DenoisingAutoencoder, {"noise": "masking", "noise_block": 2, "image_shape": (1, 4, 4)}),
+    "stochastic": (StochasticAutoencoder, {}),
+}
+MEASURES = {
+    "vae": {"val_loss", "val_psnr", "val_elbo"},
+    "denoising": {"val_loss", "val_psnr", "val_noisy_psnr"},
+    "stochastic": {"val_loss", "val_psnr"},
+}
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_models_with_noise_go_on_bit_for_bit(make_trainer, tmp_path, monkeypatch, name):
+    model, options = STOCHASTIC[name]
+    which = {"model": model, "model_options": options}
+    make_trainer(tmp_path / "whole", **which).fit(compare=False)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 10)
+        assert make_trainer(tmp_path / "parts", **which).fit(compare=False).step == 10
+    trainer = make_trainer(tmp_path / "parts", **which)
+    trainer.fit(resume=True, compare=False)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    if name == "vae":
+        assert trainer.model.training_steps == 21
+        assert from_pretrained(tmp_path / "parts").training_steps == 21
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_models_with_noise_tell_their_measures(make_trainer, tmp_path, dataset, name):
+    model, options = STOCHASTIC[name]
+    trainer = make_trainer(tmp_path, model=model, model_options=options, plots=True, epochs=2)
+    result = trainer.fit(compare=False)
+    records = [record for record in metrics(tmp_path) if "val_loss" in record]
+    assert len(records) == 2
+    for record in records:
+        assert {key for key in record if key.startswith("val_")} == MEASURES[name]
+        assert record["loss"] == pytest.approx(
+            sum(record[term] for term in ("mse", "reconstruction", "kl") if term in record)
+        )
+    assert result.held_out == {key.removeprefix("val_"): records[-1][key] for key in MEASURES[name]}
+
+    # The noise of every validation is that of the run's seed.
+    held_out = dataset.samples[dataset.split()[1]]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = from_pretrained(tmp_path).evaluate(held_out)
+    assert result.held_out["loss"] == pytest.approx(expected["loss"].item(), rel=1e-5)
+    assert result.held_out["psnr"] == pytest.approx(-10 * math.log10(expected["mse"]), rel=1e-5)
+    if name == "denoising":
+        assert records[0]["val_noisy_psnr"] == records[1]["val_noisy_psnr"]
+    share, colours = ink(tmp_path / "plots" / "reconstructions.png")
+    assert share > 0.01
+    assert colours > 20
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_a_resumed_run_without_steps_left_tells_what_was_measured(make_trainer, tmp_path, name):
+    model, options = STOCHASTIC[name]
+    which = {"model": model, "model_options": options, "epochs": 1}
+    first = make_trainer(tmp_path, **which).fit(compare=False)
+    assert make_trainer(tmp_path, **which).fit(resume=True, compare=False).held_out == first.held_out
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_models_with_noise_are_compared(make_trainer, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("aefast.train.compare.RUN_SECONDS", 0.002)
+    model, options = STOCHASTIC[name]
+    trainer = make_trainer(tmp_path, model=model, model_options=options, epochs=1)
+    assert trainer.fit().comparison.aefast > 0
+    if name == "vae":
+        assert trainer.model.training_steps == 7
+
+
+def test_noisy_vectors_are_plotted_too(make_trainer, tmp_path, dataset):
+    data = Dataset("vectors", dataset.samples, (16,))
+    make_trainer(tmp_path, model=DenoisingAutoencoder, data=data, epochs=1, plots=True).fit(compare=False)
+    share, colours = ink(tmp_path / "plots" / "reconstructions.png")
+    assert share > 0.01
+    assert colours > 20
 
 
 def test_metrics_log_knows_its_size_after_a_cut(tmp_path):
@@ -386,7 +490,7 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(make_trainer, tmp_path, 
 
     monkeypatch.setattr(TrainStep, "__call__", call)
     if where == "weights":
-        monkeypatch.setattr(trainer, "_validate", lambda interrupt: 0.5)
+        monkeypatch.setattr(trainer, "_validate", lambda interrupt: {"loss": 0.5})
     with pytest.raises(TrainingError, match=r"no longer finite.*lower lr=0.001.*step-0000000007"):
         trainer.fit(compare=False)
     assert [path.name for path in trainer.store.paths()] == ["step-0000000007.safetensors"]

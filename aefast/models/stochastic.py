@@ -1,0 +1,118 @@
+"""The stochastic autoencoder: encoder and decoder are Gaussians of unit covariance around dense networks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aefast.models._base import Model, ModelOutput, register
+from aefast.models._dense import DenseConfig, make_decoder, make_encoder
+from aefast.nn import Corrupt
+from aefast.ops import _arguments
+
+
+@dataclasses.dataclass(frozen=True)
+class StochasticConfig(DenseConfig):
+    """Options of `StochasticAutoencoder`: those of `DenseConfig`."""
+
+
+@register("stochastic")
+class StochasticAutoencoder(Model):
+    """Autoencoder with p(h|x) = N(f(x), I) and p(x|h) = N(g(h), I), f and g being dense networks.
+
+    The loss is the expectation of -log p(x|h) over p(h|x), up to its constant, half of log 2π a feature, and
+    estimated with one sample of h::
+
+        1/2 ‖x - g(h)‖²,    h = f(x) + eps,    eps from N(0, I)
+
+    in nats: summed over features, averaged over the batch. Goodfellow, Bengio, Courville, Deep Learning (MIT Press,
+    2016), section 14.4. Nothing holds f(x) down, so that training spreads the latents out until the noise between them
+    matters little; `aefast.models.VAE` adds the prior that prevents it.
+
+    In training mode ``latent`` is the sample h, and ``reconstruction`` is g(h). In eval mode they are f(x) and g(f(x)),
+    and do not change from call to call. The loss is the same one-sample estimate in both, so that losses on training
+    and held-out samples compare, at the price of a second pass through the decoder in eval mode.
+
+    Args:
+        config: the options; or give them by name: ``StochasticAutoencoder(input_size=784, latent=16)``.
+        device: where the parameters live.
+        dtype: their floating-point type.
+
+    Shape:
+        input (B, ...) with input_size features a sample; latent (B, latent); reconstruction as the input.
+    """
+
+    config_class = StochasticConfig
+    config: StochasticConfig
+
+    def __init__(
+        self,
+        config: StochasticConfig | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(config, **options)
+        self.encoder = make_encoder(self.config, device, dtype)
+        self.noise = Corrupt("gaussian", std=1.0)
+        self.decoder = make_decoder(self.config, device, dtype)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """The means f(x) of p(h|x): x (B, ...) to (B, latent)."""
+        return self.encoder(self.flatten(x))
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """The means g(h) of p(x|h): (B, latent) to (B, input_size)."""
+        return self.decoder(latent)
+
+    def sample_latent(self, x: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
+        """A draw of h from p(h|x) for each row of x (B, ...): (B, latent)."""
+        return self.noise.corrupt(self.encode(x), generator=generator)
+
+    def sample_reconstruction(
+        self, x: torch.Tensor, *, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """A draw of h from p(h|x) for each row of x (B, ...), and then one from p(x|h), in the shape of x."""
+        mean = self.decode(self.sample_latent(x, generator=generator))
+        return self.noise.corrupt(mean, generator=generator).reshape(x.shape)
+
+    def forward(self, x: torch.Tensor) -> ModelOutput:
+        flat = self.flatten(x)
+        mean = self.encoder(flat)
+        latent = self.noise.corrupt(mean)
+        output = self.decoder(latent)
+        loss = _loss(output, flat)
+        if not self.training:
+            latent, output = mean, self.decoder(mean)
+        return ModelOutput(output.reshape(x.shape), latent, loss, {"reconstruction": loss})
+
+    def eager_twin(self) -> nn.Module:
+        return _EagerStochastic(self).train(self.training)
+
+    def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        mean = twin.encoder(x)
+        return _loss(twin.decoder(mean + torch.randn_like(mean)), x)
+
+
+class _EagerStochastic(nn.Module):
+    """`StochasticAutoencoder` in plain PyTorch."""
+
+    def __init__(self, model: StochasticAutoencoder) -> None:
+        super().__init__()
+        self.encoder = model.encoder.eager()
+        self.decoder = model.decoder.eager()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.encoder(x)
+        return self.decoder(h + torch.randn_like(h) if self.training else h)
+
+
+def _loss(output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """1/2 ‖x - output‖², summed over the features and averaged over the batch, in float32 at least."""
+    wide = _arguments.accumulator(output.dtype)
+    return 0.5 * F.mse_loss(output.to(wide), x.to(wide), reduction="sum") / len(x)

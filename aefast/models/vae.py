@@ -1,0 +1,270 @@
+"""The variational autoencoder: a Gaussian posterior over the latents, and the evidence lower bound as its loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aefast.errors import InputError
+from aefast.models._base import Model, ModelOutput, check_choice, register
+from aefast.models._dense import DenseConfig, make_decoder
+from aefast.nn import MLP, GaussianHead
+from aefast.nn.linear_act import check_positive_int
+from aefast.ops import _arguments, _registry
+
+LIKELIHOODS = ("mse", "bernoulli", "gaussian")
+
+LOGVAR_RANGE = (-30.0, 20.0)
+"""The posterior's logvar counts as its nearest value in it: exp(20 / 2) = 22,026 is finite in float16 too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig(DenseConfig):
+    """Options of `VAE`: those of `DenseConfig`, and the objective.
+
+    Attributes:
+        likelihood: p(x|z), with g the decoder. "mse": N(g(z), I), whose -log is half the sum of squared errors and a
+            constant that the loss leaves out. "gaussian": N(g(z), σ² I) with one learnt σ for all features
+            (Rybkin, Daniilidis, Levine, Simple and Effective VAE Training with Calibrated Decoders, ICML 2021,
+            section 3). "bernoulli": independent features in [0, 1] with the decoder's outputs as logits, which
+            takes output_activation "identity".
+        beta: weight of the KL divergence (Higgins et al., beta-VAE, ICLR 2017); 1 makes the loss the negative
+            evidence lower bound.
+        kl_warmup_steps: training steps over which that weight grows linearly from 0 to beta; 0 for none.
+    """
+
+    likelihood: str = "mse"
+    beta: float = 1.0
+    kl_warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.likelihood, "likelihood", LIKELIHOODS)
+        if self.likelihood == "bernoulli" and self.output_activation != "identity":
+            raise InputError(
+                f"output_activation={self.output_activation!r}: expected 'identity', because the outputs of a "
+                "bernoulli decoder are logits; their sigmoid is the reconstruction"
+            )
+        is_number = isinstance(self.beta, (int, float)) and not isinstance(self.beta, bool)
+        if not is_number or not 0 <= self.beta < math.inf:
+            raise InputError(f"beta={self.beta!r}: expected a finite number of at least 0")
+        is_count = isinstance(self.kl_warmup_steps, int) and not isinstance(self.kl_warmup_steps, bool)
+        if not is_count or self.kl_warmup_steps < 0:
+            raise InputError(f"kl_warmup_steps={self.kl_warmup_steps!r}: expected an integer of at least 0")
+
+
+@register("vae")
+class VAE(Model):
+    """Variational autoencoder with a dense encoder, a Gaussian head and a dense decoder.
+
+    The loss is the negative evidence lower bound, estimated with one sample of the latents (Kingma and Welling,
+    Auto-Encoding Variational Bayes, arXiv:1312.6114, equations 7 and 10)::
+
+        E_q(z|x) [-log p(x|z)] + beta KL(q(z|x) ‖ N(0, I)),    q(z|x) = N(mu, exp(logvar))
+
+    in nats: sums over features and latents, means over the batch. Its terms are "reconstruction" and "kl", the latter
+    with its weight.
+
+    In training mode ``latent`` is the sample, and ``reconstruction`` comes from it. In eval mode they are the
+    posterior's mean and what the decoder makes of that, and do not change from call to call. The loss is the same
+    one-sample estimate in both, so that losses on training and held-out samples compare, at the price of a second
+    pass through the decoder in eval mode; there the KL divergence has its full weight.
+
+    Args:
+        config: the options; or give them by name: ``VAE(input_size=784, latent=16, likelihood="bernoulli")``.
+        device: where the parameters live.
+        dtype: their floating-point type.
+
+    Shape:
+        input (B, ...) with input_size features a sample; latent (B, latent); reconstruction as the input: the
+        decoder's mean, for "bernoulli" probabilities.
+
+    Attributes:
+        log_variance: log σ² of the "gaussian" likelihood, a learnt scalar that begins at 0; None for the others.
+        training_steps: forward passes taken in training mode, an int64 scalar that the state dict keeps, so that a
+            resumed run goes on with its warm-up; None without a warm-up.
+
+    Raises:
+        InputError: data outside of [0, 1] for "bernoulli", on the CPU in eager mode.
+    """
+
+    config_class = VAEConfig
+    config: VAEConfig
+
+    def __init__(
+        self,
+        config: VAEConfig | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(config, **options)
+        config = self.config
+        widths = (config.input_size, *config.hidden)
+        if config.hidden:
+            self.encoder = MLP(widths, config.activation, config.activation, device=device, dtype=dtype)
+        else:
+            self.encoder = nn.Identity()
+        self.head = GaussianHead(
+            widths[-1], config.latent, logvar_range=LOGVAR_RANGE, device=device, dtype=dtype
+        )
+        self.decoder = make_decoder(config, device, dtype)
+        learnt = config.likelihood == "gaussian"
+        self.log_variance = nn.Parameter(torch.zeros((), device=device, dtype=dtype)) if learnt else None
+        steps = torch.zeros((), device=device, dtype=torch.int64) if config.kl_warmup_steps else None
+        self.register_buffer("training_steps", steps)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """The posterior means of a batch: x (B, ...) to (B, latent)."""
+        return self.posterior(x)[0]
+
+    def posterior(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """mu and logvar, (B, latent) each, of q(z|x) = N(mu, diag(exp(logvar))); logvar within `LOGVAR_RANGE`."""
+        return self.head.moments(self.encoder(self.flatten(x)))
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """The mean of p(x|z): (B, latent) to (B, input_size)."""
+        return decoder_mean(self.config.likelihood, self.decoder(latent))
+
+    def sample(self, count: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
+        """The decoder's mean for `count` draws from the prior N(0, I): (count, input_size).
+
+        Args:
+            count: how many.
+            generator: where the draws come from, on the model's device; torch's own by default.
+        """
+        check_positive_int(count, "count")
+        weight = self.head.weight
+        shape = (count, self.config.latent)
+        return self.decode(torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype))
+
+    def elbo(self, x: torch.Tensor) -> torch.Tensor:
+        """The evidence lower bound on log p(x) in nats, one sample a row and the mean over the batch x (B, ...).
+
+        It has all constants of the likelihood, the KL divergence at weight 1 whatever beta and the warm-up are, and the
+        same value in training and in eval mode for the same noise. For "bernoulli" it bounds the probability of
+        binary data; of values in between it is the usual figure of merit, but no bound.
+        """
+        return self._elbo(*self._estimate(self.flatten(x))[:2])
+
+    def forward(self, x: torch.Tensor) -> ModelOutput:
+        reconstruction, kl, output, z, mu = self._estimate(self.flatten(x))
+        kl = kl_weight(self, kl) * kl
+        if not self.training:
+            z, output = mu, self.decoder(mu)
+        mean = decoder_mean(self.config.likelihood, output).reshape(x.shape)
+        return ModelOutput(mean, z, reconstruction + kl, {"reconstruction": reconstruction, "kl": kl})
+
+    def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `Model.evaluate`, with the "elbo" of the same sample, in nats."""
+        flat = self.flatten(x)
+        reconstruction, kl, _, _, mu = self._estimate(flat)
+        return {
+            "loss": reconstruction + self.config.beta * kl,
+            "mse": F.mse_loss(self.decode(mu), flat),
+            "elbo": self._elbo(reconstruction, kl),
+        }
+
+    def _estimate(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """-log p(x|z) and the KL divergence in nats, the decoder's output for z, z itself, and mu."""
+        if self.config.likelihood == "bernoulli":
+            _check_probabilities(flat)
+        z, kl, mu, _ = self.head(self.encoder(flat))
+        output = self.decoder(z)
+        reconstruction = negative_log_likelihood(self.config.likelihood, output, flat, self.log_variance)
+        return reconstruction, kl, output, z, mu
+
+    def _elbo(self, reconstruction: torch.Tensor, kl: torch.Tensor) -> torch.Tensor:
+        is_complete = self.config.likelihood != "mse"
+        constant = 0.0 if is_complete else 0.5 * self.config.input_size * math.log(2 * math.pi)
+        return -(reconstruction + kl) - constant
+
+    def eager_twin(self) -> nn.Module:
+        return _EagerVAE(self).train(self.training)
+
+    def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        z, kl, _, _ = twin.head(twin.encoder(x))
+        output = twin.decoder(z)
+        reconstruction = negative_log_likelihood(self.config.likelihood, output, x, twin.log_variance)
+        return reconstruction + kl_weight(twin, kl) * kl
+
+
+class _EagerVAE(nn.Module):
+    """`VAE` in plain PyTorch. The logvar is not clamped, which changes nothing within `LOGVAR_RANGE`."""
+
+    def __init__(self, model: VAE) -> None:
+        super().__init__()
+        self.config = model.config
+        self.encoder = model.encoder.eager() if model.config.hidden else nn.Identity()
+        self.head = model.head.eager()
+        self.head.sample.logvar_range = None
+        self.decoder = model.decoder.eager()
+        learnt = model.log_variance
+        self.log_variance = None if learnt is None else nn.Parameter(learnt.detach().clone())
+        steps = model.training_steps
+        self.register_buffer("training_steps", None if steps is None else steps.clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z, _, mu, _ = self.head(self.encoder(x))
+        return decoder_mean(self.config.likelihood, self.decoder(z if self.training else mu))
+
+
+def negative_log_likelihood(
+    likelihood: str, output: torch.Tensor, x: torch.Tensor, log_variance: torch.Tensor | None
+) -> torch.Tensor:
+    """-log p(x|z) in nats, summed over the features and averaged over the batch, in float32 at least.
+
+    Args:
+        likelihood: one of `LIKELIHOODS`; "mse" leaves out the constant, half of log 2π a feature.
+        output: (B, features), what the decoder gives.
+        x: (B, features).
+        log_variance: log σ² of "gaussian".
+    """
+    wide = _arguments.accumulator(output.dtype)
+    output, x = output.to(wide), x.to(wide)
+    if likelihood == "bernoulli":
+        return F.binary_cross_entropy_with_logits(output, x, reduction="sum") / len(x)
+    squares = F.mse_loss(output, x, reduction="sum") / len(x)
+    if likelihood == "mse":
+        return 0.5 * squares
+    return 0.5 * (squares * torch.exp(-log_variance) + x.shape[1] * (log_variance + math.log(2 * math.pi)))
+
+
+def decoder_mean(likelihood: str, output: torch.Tensor) -> torch.Tensor:
+    """The mean of p(x|z) for the decoder's output."""
+    return torch.sigmoid(output) if likelihood == "bernoulli" else output
+
+
+def kl_weight(module: VAE | _EagerVAE, kl: torch.Tensor) -> torch.Tensor | float:
+    """The weight of the divergence in this forward pass, which counts if `module` is in training mode.
+
+    The count stays on its device: nothing waits for it.
+    """
+    config = module.config
+    if not module.training or not config.kl_warmup_steps:
+        return config.beta
+    share = (module.training_steps.to(kl.dtype) / config.kl_warmup_steps).clamp(max=1.0)
+    if torch.compiler.is_compiling():
+        # The compiler would compute this again for the backward, from a count that has moved on by then
+        # (https://github.com/pytorch/pytorch/pull/197039). Reductions such as this one, of a scalar, it keeps.
+        share = share.amin()
+    module.training_steps.add_(1)
+    return config.beta * share
+
+
+def _check_probabilities(x: torch.Tensor) -> None:
+    """That x lies in [0, 1], where looking costs no wait for a device and no compiler looks on."""
+    if x.device.type != "cpu" or _registry.is_watched() or x.numel() == 0:
+        return
+    low, high = (value.item() for value in x.detach().aminmax())
+    if not (low >= 0 and high <= 1):
+        raise InputError(
+            f"x: expected values in [0, 1] for the bernoulli likelihood, got values from {low:g} to {high:g}; "
+            "rescale the data, or choose the mse or gaussian likelihood"
+        )

@@ -1,0 +1,116 @@
+#include "matrix.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+namespace aefast::cpu {
+
+int32_t cpu_device() {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  return cpu;
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+
+ScalarType torch_type(Scalar scalar) {
+  switch (scalar) {
+    case Scalar::float32: return ScalarType::Float;
+    case Scalar::float64: return ScalarType::Double;
+    case Scalar::bfloat16: return ScalarType::BFloat16;
+    case Scalar::float16: return ScalarType::Half;
+  }
+  return ScalarType::Undefined;
+}
+
+Scalar scalar_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Scalar::float32;
+    case ScalarType::Double: return Scalar::float64;
+    case ScalarType::BFloat16: return Scalar::bfloat16;
+    case ScalarType::Half: return Scalar::float16;
+    default: STD_TORCH_CHECK(false, "aefast: dtype must be float32, float64, bfloat16 or float16"); return {};
+  }
+}
+
+std::atomic<bool> poisoned{false};
+
+Tensor new_tensor(ScalarType type, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type), cpu_device(), 0, &handle));
+  const Tensor out(handle);
+  // All bits set are a NaN in every floating type.
+  if (poisoned.load(std::memory_order_relaxed) && out.numel() > 0)
+    std::memset(out.mutable_data_ptr(), 0xff, out.numel() * size_of(scalar_of(type)));
+  return out;
+}
+
+}  // namespace
+
+Scalar scalar_of(const Tensor& tensor) { return scalar_of(tensor.scalar_type()); }
+
+Scalar accumulator_of(Scalar scalar) { return scalar == Scalar::float64 ? Scalar::float64 : Scalar::float32; }
+
+Matrix matrix_of(const Tensor& tensor) {
+  return {tensor.data_ptr(), scalar_of(tensor), tensor.size(0),
+          tensor.size(1),    tensor.stride(0),                tensor.stride(1)};
+}
+
+Matrix matrix_of(const OptionalTensor& tensor) { return tensor ? matrix_of(*tensor) : Matrix(); }
+
+Matrix vector_of(const OptionalTensor& tensor) {
+  if (!tensor) return {};
+  return {tensor->data_ptr(), scalar_of(*tensor), 1, tensor->size(0), tensor->size(0), tensor->stride(0)};
+}
+
+Tensor new_matrix(const Tensor& like, int64_t rows, int64_t cols) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {std::max<int64_t>(1, cols), 1};
+  return new_tensor(like.scalar_type(), 2, sizes, strides);
+}
+
+Tensor new_vector(const Tensor& like, int64_t size) {
+  const int64_t stride = 1;
+  return new_tensor(like.scalar_type(), 1, &size, &stride);
+}
+
+Tensor new_like(const Tensor& like) {
+  std::vector<int64_t> sizes(like.dim()), strides(like.dim());
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    sizes[dim] = like.size(dim);
+    strides[dim] = stride;
+    stride *= std::max<int64_t>(1, sizes[dim]);
+  }
+  return new_tensor(like.scalar_type(), like.dim(), sizes.data(), strides.data());
+}
+
+Tensor new_sums(const Tensor& like, int64_t size) {
+  const int64_t stride = 1;
+  return new_tensor(torch_type(accumulator_of(scalar_of(like))), 1, &size, &stride);
+}
+
+void poison_outputs(bool poison) { poisoned = poison; }
+
+void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols, name, " must be (", rows,
+                  ", ", cols, ")");
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have the dtype of the other tensors");
+}
+
+Tensor borrow(Matrix matrix) {
+  const int64_t sizes[] = {matrix.rows, matrix.cols};
+  const int64_t strides[] = {matrix.row_stride, matrix.col_stride};
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(matrix.data, 2, sizes, strides, 0,
+                                                            static_cast<int32_t>(torch_type(matrix.scalar)),
+                                                            cpu_device(), 0, &handle));
+  return Tensor(handle);
+}
+
+}  // namespace aefast::cpu

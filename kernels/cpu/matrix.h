@@ -1,0 +1,60 @@
+// Tensors as matrices: views of them, and new ones.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "scalar.h"
+
+namespace aefast::cpu {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A view without ownership; strides in elements. No data: the matrix is absent.
+struct Matrix {
+  void* data = nullptr;
+  Scalar scalar = Scalar::float32;
+  int64_t rows = 0, cols = 0;
+  int64_t row_stride = 0, col_stride = 0;
+
+  // Of an absent matrix, an absent one.
+  Matrix row_block(int64_t begin, int64_t count) const {
+    char* const first = data ? static_cast<char*>(data) + begin * row_stride * size_of(scalar) : nullptr;
+    return {first, scalar, count, cols, row_stride, col_stride};
+  }
+  Matrix column_block(int64_t begin, int64_t count) const { return transposed().row_block(begin, count).transposed(); }
+  Matrix transposed() const { return {data, scalar, cols, rows, col_stride, row_stride}; }
+  bool is_row_major() const { return col_stride == 1 && row_stride == cols; }
+};
+
+// An absent tensor is an absent matrix; a vector is one row.
+Matrix matrix_of(const Tensor& tensor);
+Matrix matrix_of(const OptionalTensor& tensor);
+Matrix vector_of(const OptionalTensor& tensor);
+
+// New, uninitialised, row-major, of `like`'s dtype; full of NaN after poison_outputs(true).
+Tensor new_matrix(const Tensor& like, int64_t rows, int64_t cols);
+Tensor new_vector(const Tensor& like, int64_t size);
+// Of `like`'s shape, row-major.
+Tensor new_like(const Tensor& like);
+// In the type that elements of `like` are summed in.
+Tensor new_sums(const Tensor& like, int64_t size);
+void poison_outputs(bool poison);
+
+// What torch calls the CPU.
+int32_t cpu_device();
+
+Scalar scalar_of(const Tensor& tensor);
+Scalar accumulator_of(Scalar scalar);
+
+// That `tensor` is a (rows, cols) matrix of `like`'s dtype.
+void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const Tensor& like);
+
+// A tensor over memory that somebody else owns. Being no view of an autograd tensor, it can be an output of torch's
+// kernels on any thread.
+Tensor borrow(Matrix matrix);
+
+}  // namespace aefast::cpu

@@ -1,0 +1,68 @@
+// Samples and divergences of normal distributions, and how rows are shared by threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "matrix.h"
+#include "random.h"
+
+namespace aefast::cpu {
+
+// A thread is given at least so many elements at once: some 10 microseconds of work, which handing it over is worth.
+constexpr int64_t kElementsOfTask = 1 << 13;
+
+// body(first, count) over `size` rows of so many elements, in parallel, at multiples of `unit` rows.
+template <typename Body>
+void for_tasks(int64_t size, int64_t elements, int64_t unit, const Body& body) {
+  const int64_t rows = std::max<int64_t>(1, kElementsOfTask / std::max<int64_t>(1, elements) / unit) * unit;
+  const int64_t tasks = (size + rows - 1) / rows;
+  if (tasks <= 1) {
+    if (size > 0) body(0, size);
+    return;
+  }
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, tasks, (tasks + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * rows;
+    body(first, std::min(size, end * rows) - first);
+  });
+}
+
+// With its elements side by side within a row.
+inline Tensor with_unit_columns(const Tensor& matrix) {
+  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
+}
+
+inline uint64_t seed_of(const Tensor& seed) {
+  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "seed must be an int64 scalar");
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+}
+
+// That `grad` has a value for each of `rows`, in the type that `like` is summed in.
+inline void check_row_values(const char* name, const Tensor& grad, int64_t rows, const Tensor& like) {
+  STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == rows && scalar_of(grad) == accumulator_of(scalar_of(like)), name,
+                  " must be (", rows, ",) of the dtype of the divergence");
+}
+
+inline Moments moments_of(const Tensor& mu, const Tensor& logvar, double low, double high) {
+  STD_TORCH_CHECK(mu.dim() == 2, "mu must be a matrix");
+  check_matrix("logvar", logvar, mu.size(0), mu.size(1), mu);
+  return {mu.const_data_ptr(), logvar.const_data_ptr(), mu.stride(0), logvar.stride(0), mu.size(1), low, high};
+}
+
+// z, if it is given, and kl of all rows.
+inline void sample(const Tensor& mu, const Moments& moments, uint64_t seed, void* z, const Tensor& kl) {
+  for_tasks(mu.size(0), mu.size(1), 1, [&](int64_t first, int64_t count) {
+    random_kernels().sample(scalar_of(mu), moments, seed, z, kl.mutable_data_ptr(), first, count);
+  });
+}
+
+inline void sample_gradient(const Tensor& mu, const Moments& moments, uint64_t seed, const SampleGradient& gradient) {
+  for_tasks(mu.size(0), mu.size(1), 1, [&](int64_t first, int64_t count) {
+    random_kernels().sample_gradient(scalar_of(mu), moments, seed, gradient, first, count);
+  });
+}
+
+}  // namespace aefast::cpu
