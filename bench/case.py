@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from aefast.bench import timing, variants
 from aefast.bench.timing import Variant
 from aefast.bench.variants import COMPILED, Rival
 from aefast.models import Model
+from aefast.ops import _philox
 from aefast.ops._registry import OPS, Cost
 from aefast.train.step import EagerStep, TrainStep, make_optimizer
 
@@ -221,9 +223,16 @@ class Learner:
     parameters: list[nn.Parameter]
     loss: Callable[[Tensor], Tensor]
     step: Callable[[Tensor], object]
+    # The parameters' gradients as those of the model that others are compared with.
+    arranged: Callable[[list[Tensor]], list[Tensor]] = list
 
     @classmethod
-    def of_loss(cls, parameters: Iterator[nn.Parameter], loss: Callable[[Tensor], Tensor]) -> Learner:
+    def of_loss(
+        cls,
+        parameters: Iterator[nn.Parameter],
+        loss: Callable[[Tensor], Tensor],
+        arranged: Callable[[list[Tensor]], list[Tensor]] = list,
+    ) -> Learner:
         """One that takes steps as `TrainStep` does."""
         kept = list(parameters)
         optimizer = make_optimizer(kept, LEARNING_RATE)
@@ -233,23 +242,44 @@ class Learner:
             loss(batch).backward()
             optimizer.step()
 
-        return cls(kept, loss, step)
+        return cls(kept, loss, step, arranged)
 
     def results(self, batch: Tensor) -> list[Tensor]:
-        """The loss and the gradient of each parameter, from a step.
+        """The loss and the gradient of each parameter, from a step, on noise that is every learner's.
 
         Raises:
             RuntimeError: the step has left all parameters as they were.
         """
+        torch.manual_seed(NOISE_SEED)
         loss = self.loss(batch).detach()
+        torch.manual_seed(NOISE_SEED)
         before = [parameter.detach().clone() for parameter in self.parameters]
         self.step(batch)
         if all(torch.equal(old, new) for old, new in zip(before, self.parameters, strict=True)):
             raise RuntimeError("the step updates no parameter")
-        return [loss, *(parameter.grad.clone() for parameter in self.parameters)]
+        return [loss, *self.arranged([parameter.grad.clone() for parameter in self.parameters])]
 
 
 LEARNING_RATE = 1e-3
+NOISE_SEED = 11
+# Each leaves a hundredth of the samples or less.
+MOST_REDRAWS = 20
+
+
+@contextlib.contextmanager
+def _noise_of_aefast() -> Iterator[None]:
+    """Within it ``torch.randn_like`` and ``torch.rand_like`` give what aefast's ops draw in the same places."""
+
+    def normals(like: Tensor, **options: Any) -> Tensor:
+        return _philox.normals(_philox.seed_of(None, None, like, "randn_like"), like.shape, like.dtype)
+
+    def uniforms(like: Tensor, **options: Any) -> Tensor:
+        seed = _philox.seed_of(None, None, like, "rand_like")
+        # In float64, where no value rounds to another side of a chance.
+        return (_philox.words(seed, like.numel()).double() * 2.0**-32).reshape(like.shape)
+
+    with mock.patch.object(torch, "randn_like", normals), mock.patch.object(torch, "rand_like", uniforms):
+        yield
 
 
 @dataclass(frozen=True)
@@ -271,8 +301,7 @@ class TrainingCase(Case):
     def trial(self, mode: str) -> Trial:
         model = self.make_model()
         exact = model.eager_twin().double()
-        size = self.sizes["batch"]
-        checked = _without_kinks(exact, torch.cat([self._batch(), self._batch()]))[:size]
+        checked = _without_kinks(exact, self._batch)
 
         rivals, missing = self._loaded_rivals(mode)
         ours = variants.backends("mlp", self.device, self.dtype)
@@ -285,11 +314,13 @@ class TrainingCase(Case):
         contexts = {name: ours.get(name, contextlib.nullcontext) for name in learners}
 
         def results(name: str) -> list[Tensor]:
-            with contexts[name]():
+            with contexts[name](), _noise_of_aefast():
                 return learners[name].results(checked)
 
         found = collect({name: lambda name=name: results(name) for name in learners}, missing)
-        loss = model.eager_loss(exact, checked.double())
+        with _noise_of_aefast():
+            torch.manual_seed(NOISE_SEED)
+            loss = model.eager_loss(exact, checked.double())
         truth = [loss.detach(), *torch.autograd.grad(loss, list(exact.parameters()))]
         count = max(len(found), timing.input_sets(checked.numel() * checked.element_size()))
         batches = [self._batch() for _ in range(count)]
@@ -318,8 +349,12 @@ def _eager(model: Model) -> Learner:
     return Learner(list(step.twin.parameters()), lambda batch: model.eager_loss(step.twin, batch), step)
 
 
-def _without_kinks(twin: nn.Module, batch: Tensor) -> Tensor:
-    """The samples of `batch` of which no pre-activation of `twin`, in float64, lies beside relu's kink."""
+def _without_kinks(twin: nn.Module, draw: Callable[[], Tensor]) -> Tensor:
+    """A batch from `draw`, of whose samples no pre-activation of `twin`, in float64, lies beside relu's kink.
+
+    Samples that have one are drawn again, in their places: noise belongs to places.
+    """
+    batch = draw()
     beside = torch.zeros(len(batch), dtype=torch.bool, device=batch.device)
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -328,8 +363,14 @@ def _without_kinks(twin: nn.Module, batch: Tensor) -> Tensor:
     hooks = [
         module.register_forward_pre_hook(note) for module in twin.modules() if isinstance(module, nn.ReLU)
     ]
-    with torch.no_grad():
-        twin(batch.double())
+    for _ in range(MOST_REDRAWS):
+        beside.zero_()
+        torch.manual_seed(NOISE_SEED)
+        with torch.no_grad(), _noise_of_aefast():
+            twin(batch.double())
+        if not beside.any():
+            break
+        batch[beside] = draw()[beside]
     for hook in hooks:
         hook.remove()
-    return batch[~beside]
+    return batch

@@ -122,7 +122,8 @@ def reference(
     **options: Any,
 ) -> Tensor:
     """`corrupt` in plain PyTorch."""
-    return _reference(x, _philox.seed_of(seed, generator, x, "corrupt"), noise_of(noise, options, "corrupt"))
+    spec = _noise(noise, tuple(options.get(name) for name in OPTIONS), x)
+    return _reference(x, _philox.seed_of(seed, generator, x, "corrupt"), spec)
 
 
 # x contiguous, (N, C, H, W) for blocks above 1 and of any shape else; seed an int64 scalar; the noise as in `Noise`,

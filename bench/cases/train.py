@@ -5,7 +5,7 @@ Every side updates its parameters by Adam in its fused form, the fastest that Py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aefast.bench.case import Learner, TrainingCase, dtypes
 from aefast.bench.variants import Rival
-from aefast.models import Autoencoder, Model
+from aefast.models import VAE, Autoencoder, DenoisingAutoencoder, Model
 from aefast.ops._registry import Cost
 
 BATCHES = (64, 256, 1024, 4096)
@@ -27,6 +27,9 @@ def cases(device: torch.device, quick: bool) -> Iterator[TrainingCase]:
         for inputs, hidden, latent in WIDTHS:
             for batch in QUICK_BATCHES if quick else BATCHES:
                 yield autoencoder(batch, inputs, hidden, latent, dtype, device)
+                yield vae(batch, inputs, hidden, latent, dtype, device)
+        for batch in QUICK_BATCHES if quick else BATCHES:
+            yield denoising(batch, *WIDTHS[-1], dtype, device)
 
 
 def autoencoder(
@@ -71,24 +74,122 @@ def autoencoder(
         device,
         make_model=make_model,
         features=inputs,
-        cost=lambda model: step_cost(batch, (inputs, hidden, latent, hidden, inputs), dtype),
+        cost=lambda model: step_cost(
+            batch, pairwise((inputs, hidden, latent, hidden, inputs)), dtype, inputs
+        ),
         is_compiled=batch in QUICK_BATCHES,
         # The hidden layers of its default networks have this size.
         rivals={"pythae": Rival("pythae", pythae, ("step",))} if hidden == 512 else {},
     )
 
 
-def step_cost(batch: int, widths: tuple[int, ...], dtype: torch.dtype) -> Cost:
-    """Of a dense stack's step with relu between its layers and a sigmoid at its end.
+def vae(
+    batch: int, inputs: int, hidden: int, latent: int, dtype: torch.dtype, device: torch.device
+) -> TrainingCase:
+    def make_model() -> VAE:
+        return VAE(input_size=inputs, hidden=(hidden,), latent=latent, device=device, dtype=dtype)
+
+    def pythae() -> Callable[[Model], Learner]:
+        from pythae.models import VAE as TheirVAE
+        from pythae.models import VAEConfig
+        from pythae.models.nn.default_architectures import Decoder_AE_MLP, Encoder_VAE_MLP
+
+        def learner(model: Model) -> Learner:
+            config = VAEConfig(input_dim=(inputs,), latent_dim=latent, reconstruction_loss="mse")
+            theirs = TheirVAE(config, Encoder_VAE_MLP(config), Decoder_AE_MLP(config)).to(device, dtype)
+            # Its decoder ends in a sigmoid, its head is two layers.
+            theirs.decoder.layers[-1] = theirs.decoder.layers[-1][0]
+            encoder, decoder = theirs.encoder, theirs.decoder
+            heads = encoder.embedding, encoder.log_var
+            ordered = [
+                *encoder.layers.parameters(),
+                *(head.weight for head in heads),
+                *(head.bias for head in heads),
+                *decoder.parameters(),
+            ]
+            first, rest = ordered[:2], ordered[6:]
+            own = [*first, *(torch.cat(pair) for pair in (ordered[2:4], ordered[4:6])), *rest]
+            with torch.no_grad():
+                given = [parameter.detach() for parameter in model.parameters()]
+                for target, source in zip((*first, *rest), (*given[:2], *given[4:]), strict=True):
+                    target.copy_(source)
+                for pair, source in zip((ordered[2:4], ordered[4:6]), given[2:4], strict=True):
+                    for target, half in zip(pair, source.chunk(2), strict=True):
+                        target.copy_(half)
+            if [one.shape for one in own] != [one.shape for one in given]:
+                raise RuntimeError("its networks have other layers")
+
+            def arranged(gradients: list[Tensor]) -> list[Tensor]:
+                joined = torch.cat(gradients[2:4]), torch.cat(gradients[4:6])
+                return [*gradients[:2], *joined, *gradients[6:]]
+
+            return Learner.of_loss(ordered, lambda data: theirs({"data": data}).loss, arranged)
+
+        return learner
+
+    def cost(model: Model) -> Cost:
+        layers = [*pairwise((inputs, hidden, 2 * latent)), *pairwise((latent, hidden, inputs))]
+        # Of each latent an exponential, and half of a logarithm, a sine and a cosine; and as much in the backward.
+        return step_cost(batch, layers, dtype, 5 * latent)
+
+    return TrainingCase(
+        "train",
+        "vae",
+        f"{inputs}-{hidden}-{latent}-b{batch}",
+        {"batch": batch, "inputs": inputs, "features": inputs},
+        dtype,
+        device,
+        make_model=make_model,
+        features=inputs,
+        cost=cost,
+        is_compiled=batch in QUICK_BATCHES,
+        rivals={"pythae": Rival("pythae", pythae, ("step",))} if hidden == 512 else {},
+    )
+
+
+def denoising(
+    batch: int, inputs: int, hidden: int, latent: int, dtype: torch.dtype, device: torch.device
+) -> TrainingCase:
+    def make_model() -> DenoisingAutoencoder:
+        return DenoisingAutoencoder(
+            input_size=inputs,
+            hidden=(hidden,),
+            latent=latent,
+            output_activation="sigmoid",
+            noise="gaussian",
+            noise_std=0.2,
+            device=device,
+            dtype=dtype,
+        )
+
+    return TrainingCase(
+        "train",
+        "denoising",
+        f"{inputs}-{hidden}-{latent}-b{batch}",
+        {"batch": batch, "inputs": inputs, "features": inputs},
+        dtype,
+        device,
+        make_model=make_model,
+        features=inputs,
+        # Of each input half of a logarithm, a sine and a cosine.
+        cost=lambda model: step_cost(
+            batch, pairwise((inputs, hidden, latent, hidden, inputs)), dtype, 5 * inputs // 2
+        ),
+    )
+
+
+def step_cost(batch: int, layers: Iterable[tuple[int, int]], dtype: torch.dtype, exps: int) -> Cost:
+    """Of the step of dense layers, each (inputs, outputs), and so many exponentials a sample.
 
     The batch is read by the first layer and by its weight's gradient, each layer's output is written and read once, and
     a parameter is read forward and backward and its gradient written; Adam reads it, its gradient and both moments, and
     writes all of them but the gradient.
     """
-    parameters = sum(n * k + n for k, n in pairwise(widths))
-    products = sum(n * k for k, n in pairwise(widths))
+    layers = list(layers)
+    parameters = sum(n * k + n for k, n in layers)
+    products = sum(n * k for k, n in layers)
     # No gradient of the batch is needed.
-    flops = 2 * batch * (3 * products - widths[0] * widths[1])
-    hidden = batch * sum(widths[1:])
-    elements = 2 * batch * widths[0] + 2 * hidden + (2 + 1 + 7) * parameters
-    return Cost(elements * dtype.itemsize, flops, batch * widths[-1])
+    flops = 2 * batch * (3 * products - layers[0][0] * layers[0][1])
+    outputs = batch * sum(n for _, n in layers)
+    elements = 2 * batch * layers[0][0] + 2 * outputs + (2 + 1 + 7) * parameters
+    return Cost(elements * dtype.itemsize, flops, batch * exps)

@@ -69,7 +69,8 @@ AEFAST_HD void interleave(Floats values[4]) {
     out[4 * i + 3] = d;
 #else
     constexpr int kLanes = kFloats / kRegisters;
-    for (int lane = 0; lane < 4 * kLanes; ++lane) out[4 * i + lane / kLanes][lane % kLanes] = values[lane % 4].lanes[i][lane / 4];
+    for (int lane = 0; lane < 4 * kLanes; ++lane)
+      out[4 * i + lane / kLanes][lane % kLanes] = values[lane % 4].lanes[i][lane / 4];
 #endif
   }
   for (int part = 0; part < 4; ++part)
@@ -82,7 +83,7 @@ AEFAST_HD void interleaved_words(const ProductWords words[4], Words parts[4]) {
   const Vector<uint64_t> lower = 0xffffffffu - Vector<uint64_t>{};
   Vector<uint64_t> out[4 * kRegisters];
   for (int i = 0; i < kRegisters; ++i) {
-    // Two words of a block in 64 bits, and then the other two behind them.
+    // The first two words of a block in 64 bits, and the other two; then these behind those.
     const auto pairs = [&](int first, const auto& half) __attribute__((always_inline)) {
       return (half(words[first])[i] & lower) | (half(words[first + 1])[i] << 32);
     };

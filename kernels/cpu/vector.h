@@ -142,15 +142,14 @@ AEFAST_HD Floats square_root(Floats x) {
 #else
   Floats out;
   for (int i = 0; i < kRegisters; ++i)
-    for (size_t lane = 0; lane < kFloats / kRegisters; ++lane) out.lanes[i][lane] = std::sqrt(x.lanes[i][lane]);
+    for (size_t lane = 0; lane < kFloats / kRegisters; ++lane) out.lanes[i][lane] = ::sqrtf(x.lanes[i][lane]);
   return out;
 #endif
 }
 
 #if defined(__SSE2__)
-// A register of words for Philox's rounds. Each word is in the lower half of 64 bits, as multiplications want it, and what
-// the upper half holds is nobody's; the words at even places come first, and then the odd ones. A single register: more
-// of them at once would not find room beside each other.
+// Words for Philox's rounds. Each is in the lower half of 64 bits, as multiplications want it, and what the upper half
+// holds is nobody's: of each register of Words the words at even places, and those at odd ones.
 struct ProductWords {
   Vector<uint64_t> even[kRegisters], odd[kRegisters];
 
@@ -215,22 +214,23 @@ AEFAST_HD void wide_product(uint32_t a, ProductWords b, ProductWords& high, Prod
 }
 #else
 struct ProductWords {
-  Vector<uint32_t> lanes;
+  Words packed;
 
   AEFAST_HD ProductWords() = default;
-  AEFAST_HD ProductWords(uint32_t value) : lanes(value - Vector<uint32_t>{}) {}
-  AEFAST_HD explicit ProductWords(Vector<uint32_t> words) : lanes(words) {}
-  AEFAST_HD Vector<uint32_t> words() const { return lanes; }
+  AEFAST_HD ProductWords(uint32_t value) : packed(value) {}
+  AEFAST_HD explicit ProductWords(Words words) : packed(words) {}
+  AEFAST_HD Words words() const { return packed; }
 };
 
-AEFAST_HD ProductWords operator^(ProductWords a, ProductWords b) { return ProductWords(a.lanes ^ b.lanes); }
+AEFAST_HD ProductWords operator^(ProductWords a, ProductWords b) { return ProductWords(a.packed ^ b.packed); }
 
 AEFAST_HD void wide_product(uint32_t a, ProductWords b, ProductWords& high, ProductWords& low) {
-  for (size_t lane = 0; lane < kFloats / kRegisters; ++lane) {
-    const uint64_t product = static_cast<uint64_t>(a) * b.lanes[lane];
-    high.lanes[lane] = static_cast<uint32_t>(product >> 32);
-    low.lanes[lane] = static_cast<uint32_t>(product);
-  }
+  for (int i = 0; i < kRegisters; ++i)
+    for (size_t lane = 0; lane < kFloats / kRegisters; ++lane) {
+      const uint64_t product = static_cast<uint64_t>(a) * b.packed.lanes[i][lane];
+      high.packed.lanes[i][lane] = static_cast<uint32_t>(product >> 32);
+      low.packed.lanes[i][lane] = static_cast<uint32_t>(product);
+    }
 }
 #endif
 

@@ -108,10 +108,4 @@ AEFAST_HD void normals(const Block<W>& words, F values[4]) {
   normal_pair(words.word[2], words.word[3], values[2], values[3]);
 }
 
-// A word is below the chance p with that probability, if p > 0: word <= last_below(p).
-inline uint32_t last_below(double p) {
-  const double words = p * 0x1p32 + 0.5;
-  return words < 1.0 ? 0u : words >= 0x1p32 ? 0xffffffffu : static_cast<uint32_t>(words) - 1u;
-}
-
 }  // namespace aefast::philox

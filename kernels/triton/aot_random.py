@@ -6,9 +6,10 @@ which there are none of, keeps a table on the stack.
 
 import triton
 
-from ..workload import BATCH, FEATURES
-from . import corrupt, kl_discrete, reparameterize, rows
+from ..workload import BATCH, FEATURES, Workload
+from . import corrupt, gaussian_head, kl_discrete, reparameterize, rows
 from .aot import TARGETS, TORCH_DTYPES, signature, streaming
+from .tuning import BLOCK_K, TILES_FMA, TILES_ODD, Tile
 
 LATENT = 256  # columns of most launches; their rows are BATCH
 
@@ -170,6 +171,78 @@ def reparameterizations():
         )
 
 
+def head(tile, D, dtype, targets, loads, *, programs_per_sm, precision="ieee", stated=True):
+    """gaussian_head of h (BATCH, FEATURES), with a bias; `loads` as for aot.gemm."""
+    size, M, K = TORCH_DTYPES[dtype].itemsize, BATCH, FEATURES - (loads == "odd")
+    block_k, columns, pointer = BLOCK_K[size], tile.block_n // 2, f"*{dtype}"
+    chunks = triton.cdiv(D, columns)
+    unit = rows.unit_of(size, D, K)
+    described = loads == "descriptors"
+    types = {
+        "h": f"tensordesc<{dtype}[{tile.block_m},{block_k}]>" if described else pointer,
+        "weight": f"tensordesc<{dtype}[{columns},{block_k}]>" if described else pointer,
+        **pointers(dtype, "bias z moments"),
+        **{"seed": "*i64", "kl": "*fp32", "low": "fp64", "high": "fp64"},
+        **dict.fromkeys(("M", "D", "K", "stride_h", "stride_weight"), "i32"),
+        **({"chunks": "i32"} if chunks > 1 else {}),
+    }
+    constants = {
+        **({"chunks": 1} if chunks == 1 else {}),
+        **{"stride_bias": 1, "CLAMP": True, "DESCRIPTORS": described, "INPUT_PRECISION": precision},
+        **{"UNIT": unit, "BLOCK_M": tile.block_m, "BLOCK_N": columns, "BLOCK_K": block_k},
+    }
+    unaligned = {"M", "chunks", "low", "high"}
+    if D // unit % 16:
+        unaligned.add("D")
+    if K // unit % 16:
+        unaligned |= {"K", "stride_h", "stride_weight"}
+    programs = triton.cdiv(M, tile.block_m) * chunks
+    least = (M * K + 2 * D * K + 2 * D + 3 * M * D) * size + 4 * M
+    workload = Workload(
+        shape=f"{M}×{2 * D}×{K}",
+        dtype="tf32" if precision == "tf32" else dtype,
+        programs=programs,
+        warps=tile.warps,
+        elements=M * D,
+        bytes=least,
+        flops=4 * M * D * K,
+        exps=5 * M * D // 2,
+        passes=triton.cdiv(K, block_k),
+        descriptor_bytes=(tile.block_m + 2 * columns) * block_k * size if described else 0,
+        distinct_bytes=least + 4 * M * (chunks - 1),
+    )
+    fma = dtype == "fp32" and precision == "ieee"
+    return signature(
+        f"gaussian_head {D} {dtype}{'-' + precision if dtype == 'fp32' else ''} {tile} {loads}",
+        gaussian_head.gaussian_head_kernel,
+        types,
+        constants,
+        unaligned,
+        warps=tile.warps,
+        stages=tile.stages,
+        targets=targets,
+        programs_per_sm=programs_per_sm,
+        load_bits=8 * size if loads == "odd" else 128,
+        matrix=not fma,
+        workload=workload if stated else None,
+    )
+
+
+def heads():
+    for tile, D, resident in ((Tile(64, 32, 4, 4), 16, 4), (Tile(64, 128, 4, 4), 64, 2)):
+        for dtype, precision in (("bf16", "ieee"), ("fp32", "tf32")):
+            budget = {"programs_per_sm": resident, "precision": precision}
+            yield head(tile, D, dtype, (90, 100), "descriptors", **budget)
+            yield head(tile, D, dtype, TARGETS, "pointers", **budget)
+    # What a thread holds is the most here; a row has two tiles.
+    yield head(Tile(128, 128, 8, 3), 128, "bf16", (90, 100), "descriptors", programs_per_sm=1)
+    yield head(Tile(64, 256, 8, 3), 128, "bf16", (90, 100), "descriptors", programs_per_sm=1, stated=False)
+    for tile in TILES_ODD:
+        yield head(tile, 16, "bf16", (80, 90), "odd", programs_per_sm=1, stated=False)
+    for tile in TILES_FMA:
+        yield head(tile, 16, "fp32", (80,), "pointers", programs_per_sm=1, stated=False)
+
+
 def discrete_divergences():
     for dtype in ("bf16", "fp32", "fp64"):
         wide = "fp64" if dtype == "fp64" else "fp32"
@@ -299,6 +372,7 @@ def corruptions():
 
 def signatures():
     yield from reparameterizations()
+    yield from heads()
     yield from discrete_divergences()
     yield from row_sums()
     yield from corruptions()

@@ -33,7 +33,8 @@ SCHEMA = 1
 #   linear_act_derivative  the same, which also stores act'
 #   dgrad_act              data gradient with the layer below's act' and bias gradient in the epilogue
 #   dgrad, wgrad           plain data and weight gradients, the latter with K the batch
-OPERATIONS = ("linear_act", "linear_act_derivative", "dgrad_act", "dgrad", "wgrad")
+#   gaussian_head          forward to N = 2 D moments, the sample and its divergence in the epilogue
+OPERATIONS = ("linear_act", "linear_act_derivative", "dgrad_act", "dgrad", "wgrad", "gaussian_head")
 
 # Elements of K a tile consumes per step, by itemsize: 128 bytes, one swizzle atom of shared memory.
 BLOCK_K = {2: 64, 4: 32}
@@ -77,10 +78,16 @@ TILES_FMA = (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2))
 TILES_ODD = (Tile(64, 32, 4, 4),)
 
 
-def tiles(dtype, input_precision, aligned=True):
+# Beside its sums a thread of gaussian_head holds as much noise as it makes elements of z.
+TILES_HEAD = tuple(tile for tile in TILES_TENSOR if tile.block_m * tile.block_n <= 128 * 128)
+
+
+def tiles(dtype, input_precision, aligned=True, operation=None):
     if not aligned:
         return TILES_ODD
-    return TILES_FMA if dtype == torch.float32 and input_precision == "ieee" else TILES_TENSOR
+    if dtype == torch.float32 and input_precision == "ieee":
+        return TILES_FMA
+    return TILES_HEAD if operation == "gaussian_head" else TILES_TENSOR
 
 
 def default_tile(M, N, K, dtype, input_precision, aligned=True):
@@ -273,6 +280,7 @@ def tune(
     shapes: (batch, in_features, out_features) of dense layers. A fused candidate is chosen only where it is
     faster than the unfused one by `margin`. Returns the path written.
     """
+    from . import gaussian_head
     from . import linear_act as kernels
 
     device = torch.device("cuda" if device is None else device)
@@ -285,8 +293,15 @@ def tune(
                 continue
             for shape in shapes:
                 for operation in operations:
-                    key, call = kernels.tuning_case(operation, *shape, dtype, device)
-                    candidates = tiles(dtype, kernels.input_precision(dtype), not key.endswith("/any"))
+                    if operation == "gaussian_head":
+                        case = gaussian_head.tuning_case(*shape, dtype, device)
+                    else:
+                        case = kernels.tuning_case(operation, *shape, dtype, device)
+                    if case is None:  # the fused candidate does not take such a shape
+                        continue
+                    key, call = case
+                    precision = kernels.input_precision(dtype)
+                    candidates = tiles(dtype, precision, not key.endswith("/any"), operation)
                     rows[key] = _fastest(call, candidates, margin)
                     report(f"{key}: {rows[key]}")
                 write_table(path, name, rows)

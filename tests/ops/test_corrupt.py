@@ -87,6 +87,17 @@ def test_squares(instruction_set, height, width, block, dtype):
     assert 0 < kept.sum() < kept.numel()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_squares_larger_than_the_image(backend):
+    """Each image is one square, in all its channels; also where it has a single pixel."""
+    numerics.require_backend(backend, OP.name, "cpu", torch.float32)
+    for size in (1, 5):
+        x = torch.ones(200, 3, size, size)
+        with aefast.backend(backend):
+            out = AF.corrupt(x, "masking", p=0.5, block=2**31 - 1, seed=2)
+        assert set(out.flatten(1).sum(1).tolist()) == {0.0, 3.0 * size * size}
+
+
 def test_squares_of_any_leading_shape():
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
     x = torch.rand(2, 5, 3, 8, 8)
