@@ -9,7 +9,7 @@ import triton
 from ..workload import BATCH, FEATURES, Workload
 from . import corrupt, gaussian_head, kl_discrete, reparameterize, rows
 from .aot import TARGETS, TORCH_DTYPES, signature, streaming
-from .tuning import BLOCK_K, TILES_FMA, TILES_ODD, Tile
+from .tuning import BLOCK_K, TILES_FMA, TILES_HEAD, TILES_ODD, Tile
 
 LATENT = 256  # columns of most launches; their rows are BATCH
 
@@ -229,14 +229,19 @@ def head(tile, D, dtype, targets, loads, *, programs_per_sm, precision="ieee", s
 
 
 def heads():
-    for tile, D, resident in ((Tile(64, 32, 4, 4), 16, 4), (Tile(64, 128, 4, 4), 64, 2)):
-        for dtype, precision in (("bf16", "ieee"), ("fp32", "tf32")):
-            budget = {"programs_per_sm": resident, "precision": precision}
-            yield head(tile, D, dtype, (90, 100), "descriptors", **budget)
-            yield head(tile, D, dtype, TARGETS, "pointers", **budget)
-    # What a thread holds is the most here; a row has two tiles.
+    stated = (Tile(64, 32, 4, 4), Tile(64, 128, 4, 4))
+    for tile in TILES_HEAD:
+        resident = {64 * 32: 4, 64 * 64: 3, 128 * 32: 3, 128 * 64: 2}.get(tile.block_m * tile.block_n, 1)
+        settings = {"programs_per_sm": resident, "stated": tile in stated}
+        yield head(tile, tile.block_n // 2, "bf16", (90, 100), "descriptors", **settings)
+    # A row in two tiles.
     yield head(Tile(128, 128, 8, 3), 128, "bf16", (90, 100), "descriptors", programs_per_sm=1)
-    yield head(Tile(64, 256, 8, 3), 128, "bf16", (90, 100), "descriptors", programs_per_sm=1, stated=False)
+    for D, resident in ((16, 4), (64, 2)):
+        tile = Tile(64, 2 * D, 4, 4)
+        settings = {"programs_per_sm": resident, "stated": False}
+        yield head(tile, D, "bf16", TARGETS, "pointers", **settings)
+        yield head(tile, D, "fp32", (90, 100), "descriptors", precision="tf32", **settings | {"stated": True})
+        yield head(tile, D, "fp32", TARGETS, "pointers", precision="tf32", **settings)
     for tile in TILES_ODD:
         yield head(tile, 16, "bf16", (80, 90), "odd", programs_per_sm=1, stated=False)
     for tile in TILES_FMA:

@@ -35,6 +35,59 @@ from .rows import WIDEST, row_sums, sum_columns, unit_of
 __all__ = ["compatible", "gaussian_head", "gaussian_head_backward"]
 
 
+# --- device functions -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def left_and_right(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS) -> its two halves (ROWS, COLUMNS / 2)."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def sample_tile(
+    mu,  # (ROWS, COLUMNS) fp32, of h @ weight.T
+    logvar,  # the same; the tensors are gaussian_head_kernel's
+    bias,
+    seed,
+    z,
+    moments,
+    rows,
+    start,
+    M,
+    D,
+    stride_bias,
+    low,
+    high,
+    CLAMP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Stores z and the moments of a tile that begins at column `start` of z, and returns twice the divergence of each
+    of its rows (ROWS,)."""
+    cols, inside, block = tile_at(rows, start, M, D, False, COLUMNS)
+    if bias is not None:
+        bias += cols.to(tl.int64) * stride_bias
+        mu += tl.load(bias, mask=cols < D, other=0.0).to(tl.float32)
+        logvar += tl.load(bias + D.to(tl.int64) * stride_bias, mask=cols < D, other=0.0).to(tl.float32)
+    # What is sampled is what was stored: rounded to the dtype, as reparameterize would read it.
+    dtype: tl.constexpr = z.dtype.element_ty
+    mu, logvar = mu.to(dtype), logvar.to(dtype)
+    at = rows[:, None] * (2 * D) + cols
+    tl.store(moments + at, mu, mask=inside)
+    tl.store(moments + at + D, logvar, mask=inside)
+    m, v = mu.to(tl.float32), logvar.to(tl.float32)
+    if CLAMP:
+        v = clamped(v, low, high)
+    std = exp(0.5 * v)
+    noise = noise_of(tl.load(seed), block, COLUMNS // 4, False)
+    tl.store(z + rows[:, None] * D + cols, (m + std * noise).to(dtype), mask=inside)
+    return sum_columns(tl.where(inside, m * m + (std * std - 1.0 - v), 0.0), ROWS, COLUMNS)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------
+
+
 @triton.jit
 def gaussian_head_kernel(
     h,  # (M, K), rows of stride_h; with DESCRIPTORS a descriptor of it
@@ -69,7 +122,7 @@ def gaussian_head_kernel(
     row0, col0 = (tile // chunks) * BLOCK_M, chunk * BLOCK_N
     # 64-bit: any offset may exceed 2^31 elements.
     rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
-    cols, inside, block = tile_at(rows, col0, M, D, False, BLOCK_N)
+    cols = col0 + tl.arange(0, BLOCK_N)[None, :]
 
     mu = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     logvar = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -97,23 +150,25 @@ def gaussian_head_kernel(
             mu_pointers += BLOCK_K
             logvar_pointers += BLOCK_K
 
-    if bias is not None:
-        bias += cols.to(tl.int64) * stride_bias
-        mu += tl.load(bias, mask=cols < D, other=0.0).to(tl.float32)
-        logvar += tl.load(bias + D.to(tl.int64) * stride_bias, mask=cols < D, other=0.0).to(tl.float32)
-    dtype: tl.constexpr = z.dtype.element_ty
-    mu, logvar = mu.to(dtype), logvar.to(dtype)
-    at = rows[:, None] * (2 * D) + cols
-    tl.store(moments + at, mu, mask=inside)
-    tl.store(moments + at + D, logvar, mask=inside)
-    m, v = mu.to(tl.float32), logvar.to(tl.float32)
-    if CLAMP:
-        v = clamped(v, low, high)
-    std = exp(0.5 * v)
-    noise = noise_of(tl.load(seed), block, BLOCK_N // 4, False)
-    tl.store(z + rows[:, None] * D + cols, (m + std * noise).to(dtype), mask=inside)
-    terms = tl.where(inside, m * m + (std * std - 1.0 - v), 0.0)
-    tl.store(kl + rows * chunks + chunk, 0.5 * sum_columns(terms, BLOCK_M, BLOCK_N), mask=rows < M)
+    if BLOCK_M * BLOCK_N > 64 * 32:
+        # In halves: an epilogue over 32 elements of z a thread, with as many sums again, would spill. The tree over
+        # the columns ends in the same sum of both.
+        mu, more_mu = left_and_right(mu, BLOCK_M, BLOCK_N)
+        logvar, more_logvar = left_and_right(logvar, BLOCK_M, BLOCK_N)
+        total = sample_tile(
+            mu, logvar, bias, seed, z, moments, rows, col0, M, D, stride_bias, low, high,
+            CLAMP, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        total += sample_tile(
+            more_mu, more_logvar, bias, seed, z, moments, rows, col0 + BLOCK_N // 2, M, D, stride_bias, low, high,
+            CLAMP, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+    else:
+        total = sample_tile(
+            mu, logvar, bias, seed, z, moments, rows, col0, M, D, stride_bias, low, high,
+            CLAMP, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    tl.store(kl + rows * chunks + chunk, 0.5 * total, mask=rows < M)
 
 
 # --- launches ---------------------------------------------------------------------------------------------

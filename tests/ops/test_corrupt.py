@@ -136,6 +136,22 @@ def test_nothing_of_the_input_is_kept(noise):
 
 
 @pytest.mark.parametrize("noise", NOISES)
+def test_no_tensor_beyond_output_and_gradient(noise):
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
+    x, upstream = torch.rand(512, 256, requires_grad=True), torch.rand(512, 256)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        torch.autograd.grad(AF.corrupt(x, noise), x, upstream)
+    allocated = sum(
+        event.nbytes()
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.nbytes() > 0
+    )
+    # The gaussian's gradient is the upstream one.
+    least = (1 if noise == "gaussian" else 2) * x.numel() * 4
+    assert least <= allocated <= least + 1024
+
+
+@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_checkpointing_draws_again_what_was_drawn(noise, is_compiled):
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)

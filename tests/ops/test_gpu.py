@@ -1,10 +1,11 @@
-"""What only a GPU can show of the dense layers: graphs, streams, sizes beyond 2^31, bitwise repetition."""
+"""What only a GPU can show: graphs, streams, sizes beyond 2^31, bitwise repetition."""
 
 import pytest
 import torch
 
 import aefast
 import aefast.functional as AF
+from aefast.ops import _philox
 from support import numerics
 
 pytestmark = pytest.mark.gpu
@@ -98,3 +99,94 @@ def test_more_than_2_to_31_elements(backend):
     torch.testing.assert_close(found_x[-512:], true_x, rtol=0, atol=0.02 * true_x.abs().max().item())
     # The same 512 terms in another order, rounded once to bfloat16.
     torch.testing.assert_close(found_bias, true_bias, rtol=2**-7, atol=2**-7 * true_bias.abs().max().item())
+
+
+# --- noise ------------------------------------------------------------------------------------------------
+
+NOISES = {
+    "gaussian": {"mean": 0.25, "std": 0.5},
+    "salt_and_pepper": {"p": 0.3},
+    "masking": {"p": 0.4},
+    "dropout": {"p": 0.25},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [16, 257])
+def test_reparameterize_draws_the_noise_of_the_cpu(backend, dtype, size):
+    numerics.require_backend(backend, "reparameterize", "cuda", dtype)
+    zeros = torch.zeros(1000, size, dtype=dtype)
+    with aefast.backend(backend):
+        found = AF.reparameterize(zeros.cuda(), zeros.cuda(), seed=2**40 + 3)[0]
+    expected = AF.reparameterize(zeros, zeros, seed=2**40 + 3)[0]
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_corrupt_draws_the_noise_of_the_cpu(noise):
+    numerics.require_backend("triton", "corrupt", "cuda", torch.float32)
+    x = torch.rand(100, 3, 37, 41) + 2.0
+    for options in (NOISES[noise], *([{"p": 0.5, "block": 4}] if noise == "masking" else [])):
+        with aefast.backend("triton"):
+            found = AF.corrupt(x.cuda(), noise, seed=9, **options)
+        torch.testing.assert_close(found.cpu(), AF.corrupt(x, noise, seed=9, **options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_replay_draws_fresh_noise(backend):
+    """In the forward and, the same again, in the backward: the gradient of z by logvar is half of z - mu."""
+    numerics.require_backend(backend, "reparameterize", "cuda", torch.float32)
+    mu, logvar = torch.zeros(500, 33, device="cuda"), torch.zeros(500, 33, device="cuda", requires_grad=True)
+
+    def draw():
+        z, _ = AF.reparameterize(mu, logvar)
+        (gradient,) = torch.autograd.grad(z.sum(), logvar)
+        with aefast.backend("triton"):
+            return z, gradient, AF.corrupt(mu, "gaussian", std=1.0)
+
+    with aefast.backend(backend):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            draw()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            z, gradient, noisy = draw()
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        torch.testing.assert_close(gradient, z / 2, rtol=1e-6, atol=1e-7)
+        seen += [z.clone(), noisy.clone()]
+    for index, one in enumerate(seen):
+        assert 0.9 < one.std() < 1.1
+        assert not any(torch.equal(one, other) for other in seen[:index])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [16, 256, 1031, 100_000])
+def test_sums_of_rows_repeat_bitwise(backend, size):
+    numerics.require_backend(backend, "reparameterize", "cuda", torch.float32)
+    mu, logvar = (torch.randn(97, size, device="cuda", requires_grad=True) for _ in range(2))
+
+    def once():
+        z, kl = AF.reparameterize(mu, logvar, seed=1, reduction="none")
+        return z, kl, *torch.autograd.grad((z, kl), (mu, logvar), (z.detach(), kl.detach()))
+
+    with aefast.backend(backend):
+        first = once()
+        for ours, theirs in zip(once(), first, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_noise_of_more_than_two_billion_elements():
+    numerics.require_backend("triton", "corrupt", "cuda", torch.bfloat16)
+    count = 2**31 + 4096
+    x = torch.ones(count, device="cuda", dtype=torch.bfloat16)
+    with aefast.backend("triton"):
+        out = AF.corrupt(x, "masking", p=0.5, seed=3)
+    for first in (0, 2**31 - 2048, count - 4096):
+        words = _philox.words(torch.tensor(3), 4096, first)
+        assert torch.equal(out[first : first + 4096].cpu() == 0, words < 2**31)
