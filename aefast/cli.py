@@ -342,10 +342,10 @@ def _model_config(
     """The config of a model of that class for samples of that shape, from the options given."""
     options = {"input_size": math.prod(sample_shape), **options}
     if "noise_block" in options and "image_shape" not in options:
-        # Of images with their channels last, the flattened samples cannot be cut into squares.
+        # Of images with their channels last, or of which that cannot be told, squares cannot be cut.
         if len(sample_shape) == 2:
             options["image_shape"] = (1, *sample_shape)
-        elif len(sample_shape) == 3 and (sample_shape[0] in (1, 3) or sample_shape[2] not in (1, 3)):
+        elif len(sample_shape) == 3 and sample_shape[0] in (1, 3):
             options["image_shape"] = sample_shape
     return model_class.config_class.from_dict(options, f"model {model_class.name}")
 

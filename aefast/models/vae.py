@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from aefast.ops import _arguments, _registry
 
 LIKELIHOODS = ("mse", "bernoulli", "gaussian")
 
-LOGVAR_RANGE = (-30.0, 20.0)
-"""The posterior's logvar counts as its nearest value in it: exp(20 / 2) = 22,026 is finite in float16 too."""
+LOGVAR_RANGE = (-30.0, 10.0)
+"""The posterior's logvar counts as its nearest value in it. A deviation of exp(10 / 2) = 148 keeps a sample, its
+divergence and their gradients finite in float16 too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class VAEConfig(DenseConfig):
                 "bernoulli decoder are logits; their sigmoid is the reconstruction"
             )
         is_number = isinstance(self.beta, (int, float)) and not isinstance(self.beta, bool)
-        if not is_number or not 0 <= self.beta < math.inf:
+        if not is_number or not 0 <= self.beta <= sys.float_info.max:
             raise InputError(f"beta={self.beta!r}: expected a finite number of at least 0")
         is_count = isinstance(self.kl_warmup_steps, int) and not isinstance(self.kl_warmup_steps, bool)
         if not is_count or self.kl_warmup_steps < 0:
@@ -87,7 +89,8 @@ class VAE(Model):
     Attributes:
         log_variance: log σ² of the "gaussian" likelihood, a learnt scalar that begins at 0; None for the others.
         training_steps: forward passes taken in training mode, an int64 scalar that the state dict keeps, so that a
-            resumed run goes on with its warm-up; None without a warm-up.
+            resumed run goes on with its warm-up; None without a warm-up. Passes that activation checkpointing repeats
+            do not count; under torch.compile a warm-up and a checkpoint around the whole model do not go together.
 
     Raises:
         InputError: data outside of [0, 1] for "bernoulli", on the CPU in eager mode.
@@ -249,12 +252,17 @@ def kl_weight(module: VAE | _EagerVAE, kl: torch.Tensor) -> torch.Tensor | float
     config = module.config
     if not module.training or not config.kl_warmup_steps:
         return config.beta
-    share = (module.training_steps.to(kl.dtype) / config.kl_warmup_steps).clamp(max=1.0)
-    if torch.compiler.is_compiling():
+    is_compiling = torch.compiler.is_compiling()
+    # Within a backward this is what a checkpoint computes again, of the pass that was counted last.
+    is_repeated = not is_compiling and torch._C._current_graph_task_id() != -1
+    count = module.training_steps - 1 if is_repeated else module.training_steps
+    share = (count.to(kl.dtype) / config.kl_warmup_steps).clamp(max=1.0)
+    if is_compiling:
         # The compiler would compute this again for the backward, from a count that has moved on by then
         # (https://github.com/pytorch/pytorch/pull/197039). Reductions such as this one, of a scalar, it keeps.
         share = share.amin()
-    module.training_steps.add_(1)
+    if not is_repeated:
+        module.training_steps.add_(1)
     return config.beta * share
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+from numbers import Real
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ def check_floating(name: str, value: torch.Tensor, op: str) -> None:
         )
 
 
+def check_dense(name: str, value: torch.Tensor, op: str) -> None:
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise InputError(f"{op}: {name} must be a dense tensor, got a {kind} one")
+
+
 def check_like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor, op: str) -> None:
     """That `value` has the dtype and device of `other`."""
     if value.dtype != other.dtype:
@@ -41,7 +48,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def check_reduction(reduction: Any, op: str) -> None:
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise InputError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
@@ -60,7 +67,10 @@ def check_number(
     name: str, value: Any, op: str, low: float = -sys.float_info.max, high: float = sys.float_info.max
 ) -> None:
     """That `value` is a number from `low` to `high`, by default any finite one."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    # An integer beyond all floats is less than infinity.
+    is_float = is_number and (isinstance(value, float) or abs(value) <= sys.float_info.max)
+    if not is_float or not low <= value <= high:
         expected = {
             (-sys.float_info.max, sys.float_info.max): "a finite number",
             (0.0, sys.float_info.max): "a finite number of at least 0",

@@ -5,6 +5,7 @@ Numbers: As Easy as 1, 2, 3, SC 2011); the key is the seed.
 """
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -77,11 +78,12 @@ def seed_of(seed: Any, generator: Any, like: Tensor, op: str) -> Tensor:
                 f"{op}: seed must be on the device of the input, {like.device}, got {seed.device}"
             )
         return seed.detach().reshape(())
-    if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
+    if isinstance(seed, bool) or not isinstance(seed, Integral | torch.SymInt):
         raise InputError(f"{op}: seed must be an int or an int64 tensor of one element, got {seed!r}")
     if not -(2**63) <= seed < 2**63:
         raise InputError(f"{op}: seed must be from -2**63 to 2**63 - 1, got {seed}")
-    return torch.full((), seed, dtype=torch.int64, device=like.device)
+    number = seed if isinstance(seed, int | torch.SymInt) else int(seed)
+    return torch.full((), number, dtype=torch.int64, device=like.device)
 
 
 _LOW = 0xFFFFFFFF

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -77,19 +78,20 @@ def noise_of(noise: Any, options: dict[str, Any], op: str) -> Noise:
         elif name == "std":
             _arguments.check_number(name, value, op, 0.0)
         elif name == "block":
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-                raise InputError(f"{op}: block must be an integer of at least 1, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value < 2**31:
+                raise InputError(f"{op}: block must be an integer from 1 to {2**31 - 1}, got {value!r}")
         else:
             _arguments.check_number(name, value, op)
-    limit = _philox.limit_of(values.get("p", 0.0))
+    limit = _philox.limit_of(float(values.get("p", 0.0)))
     if noise == "gaussian":
         return Noise(noise, float(values["mean"]), float(values["std"]), 0, 1)
     if noise == "salt_and_pepper":
         return Noise(noise, float(values["low"]), float(values["high"]), limit, 1)
     if noise == "masking":
-        return Noise(noise, 0.0, 0.0, limit, values["block"])
+        return Noise(noise, 0.0, 0.0, limit, int(values["block"]))
     # With p = 1 nothing is left that the scale would apply to.
-    return Noise(noise, 1.0 / (1.0 - values["p"]) if values["p"] < 1 else 0.0, 0.0, limit, 1)
+    p = float(values["p"])
+    return Noise(noise, 1.0 / (1.0 - p) if p < 1 else 0.0, 0.0, limit, 1)
 
 
 def _reference(x: Tensor, seed: Tensor, noise: Noise) -> Tensor:
@@ -195,6 +197,13 @@ def _noise(noise: Any, options: tuple[Any, ...], x: Tensor) -> Noise:
         except TypeError:
             # What cannot be a key is no option either.
             spec = noise_of(noise, dict(zip(OPTIONS, options, strict=True)), "corrupt")
+    largest = torch.finfo(x.dtype).max
+    if max(abs(spec.first), abs(spec.second)) > largest:
+        names = [name for name in ("mean", "std", "low", "high") if name in NOISES[spec.kind]]
+        raise InputError(
+            f"corrupt: {' and '.join(names)} must be within x's dtype, {str(x.dtype).removeprefix('torch.')}, "
+            f"of which the largest number is {largest:g}, got {spec.first:g} and {spec.second:g}"
+        )
     if spec.block > 1 and x.dim() >= 3:
         # Larger squares than the image are one; but a side of 1 would mean single elements.
         spec = dataclasses.replace(spec, block=min(spec.block, max(2, *x.shape[-2:])))
@@ -230,7 +239,8 @@ def corrupt(
         x: of any shape, float32, bfloat16, float16 or float64, any strides; (..., C, H, W) for masking with a block.
         noise: one of the names above.
         seed: an int, or an int64 tensor of one element on x's device. None draws one from torch's generator, so that
-            ``torch.manual_seed`` makes a run repeatable; captured CUDA graphs draw anew at each replay.
+            ``torch.manual_seed`` makes a run repeatable; captured CUDA graphs draw anew at each replay. Calls with one
+            seed draw the same noise, of this op or another: give each its own.
         generator: the generator to draw the seed from instead; not under torch.compile.
         mean, std: of the gaussian; std at least 0.
         p: a chance, from 0 to 1, of the other noises.
@@ -246,6 +256,7 @@ def corrupt(
     """
     _arguments.check_tensor("x", x, "corrupt")
     _arguments.check_floating("x", x, "corrupt")
+    _arguments.check_dense("x", x, "corrupt")
     spec = _noise(noise, (mean, std, p, low, high, block), x)
     if spec.block > 1 and x.dim() < 3:
         raise InputError(

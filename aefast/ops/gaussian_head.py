@@ -158,7 +158,8 @@ def gaussian_head(
 
     Returns:
         z (*, D), the divergence as from `reparameterize`, and mu and logvar (*, D), which are the halves of one tensor;
-        logvar as the layer gives it, outside of logvar_range too. In autocast's dtype under autocast.
+        logvar as the layer gives it, outside of logvar_range too. The backward reads them: neither may be modified in
+        place before it. In autocast's dtype under autocast.
 
     Raises:
         InputError: a shape, dtype, device, name or value is not as above; the message names it.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -134,6 +135,7 @@ def _check(p: Any, q: Any, dim: Any, reduction: Any) -> None:
     _arguments.check_tensor("p", p, op)
     _arguments.check_tensor("q", q, op)
     _arguments.check_floating("p", p, op)
+    _arguments.check_dense("p", p, op)
     if p.dim() < 1:
         raise InputError(f"{op}: p must have at least one dimension, got a scalar")
     if q.shape != p.shape:
@@ -141,7 +143,7 @@ def _check(p: Any, q: Any, dim: Any, reduction: Any) -> None:
             f"{op}: q must have the shape of p, {_arguments.shape_of(p)}, got {_arguments.shape_of(q)}"
         )
     _arguments.check_like("q", q, "p", p, op)
-    if isinstance(dim, bool) or not isinstance(dim, int) or not -p.dim() <= dim < p.dim():
+    if isinstance(dim, bool) or not isinstance(dim, Integral) or not -p.dim() <= dim < p.dim():
         raise InputError(f"{op}: dim must be from {-p.dim()} to {p.dim() - 1}, got {dim!r}")
     _arguments.check_reduction(reduction, op)
 

@@ -129,6 +129,7 @@ def check(mu: Any, logvar: Any, reduction: Any, op: str) -> None:
     _arguments.check_tensor("mu", mu, op)
     _arguments.check_tensor("logvar", logvar, op)
     _arguments.check_floating("mu", mu, op)
+    _arguments.check_dense("mu", mu, op)
     if mu.dim() < 1:
         raise InputError(f"{op}: mu must have at least one dimension, (*, D), got a scalar")
     if logvar.shape != mu.shape:

@@ -32,7 +32,11 @@ def rows_reference(
 ) -> tuple[Tensor, Tensor]:
     """z, and the divergence of each row."""
     wide = _arguments.accumulator(mu.dtype)
-    logvar = logvar.to(wide).clamp(low, high)
+    logvar = logvar.to(wide)
+    if low > -math.inf or high < math.inf:
+        # As clamp has it, but for NaN, whose gradient is NaN.
+        is_out = (logvar < low) | (logvar > high)
+        logvar = torch.where(is_out, logvar.detach().clamp(low, high), logvar)
     noise = _philox.normals(seed, mu.shape, wide)
     z = mu.to(wide) + torch.exp(0.5 * logvar) * noise
     return z.to(mu.dtype), kl_normal.divergence(mu.to(wide), logvar)
@@ -149,15 +153,16 @@ def reparameterize(
 
     Where exp(logvar) overflows, above 88.7 in float32, the divergence is infinite, and z where exp(logvar / 2) does,
     as in PyTorch. ``logvar_range`` prevents that: logvar counts as its nearest value in that range, and has no gradient
-    outside of it, as with ``logvar.clamp``; the models set it.
+    outside of it, as with ``logvar.clamp``; NaN stays NaN. The models set it.
 
-    mu and logvar are saved, and must not be modified in place before the backward.
+    mu, logvar and a seed that is a tensor are saved, and must not be modified in place before the backward.
 
     Args:
         mu: (*, D), the means: float32, bfloat16, float16 or float64, any strides.
         logvar: (*, D), the logarithms of the variances: the shape, dtype and device of mu.
         seed: an int, or an int64 tensor of one element on mu's device. None draws one from torch's generator, so
-            that ``torch.manual_seed`` makes a run repeatable; captured CUDA graphs draw anew at each replay.
+            that ``torch.manual_seed`` makes a run repeatable; captured CUDA graphs draw anew at each replay. Calls with
+            one seed draw the same noise, of this op or another: give each its own.
         generator: the generator to draw the seed from instead; not under torch.compile.
         reduction: of the divergence over the leading dimensions: "mean", "sum" or "none".
         logvar_range: (low, high), or None for no limits.

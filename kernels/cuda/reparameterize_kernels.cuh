@@ -441,7 +441,7 @@ __global__ void __launch_bounds__(kThreads, (kResidentRowBlocks<T, kWhole>))
         twice_logvar_slope = weights[v] * (std::exp(log_variance) - C(1));
       }
       of_mu.element[v] = static_cast<T>(mu_slope);
-      of_logvar.element[v] = static_cast<T>(given >= low && given <= high ? C(0.5) * twice_logvar_slope : C(0));
+      of_logvar.element[v] = static_cast<T>(given < low || given > high ? C(0) : C(0.5) * twice_logvar_slope);
     }
     store<T, kWhole>(mu_gradient, tiling, place, of_mu);
     store<T, kWhole>(logvar_gradient, tiling, place, of_logvar);

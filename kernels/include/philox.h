@@ -36,7 +36,7 @@ AEFAST_HD Block<W> generate(Block<W> counter, uint32_t low_key, uint32_t high_ke
   return counter;
 }
 
-// The words of elements 4 * block to 4 * block + 3. Draws of one seed differ by their offset.
+// The words of elements 4 * block to 4 * block + 3. An op that draws twice would give each draw an offset of its own.
 AEFAST_HD Block<uint32_t> block_words(uint64_t seed, uint64_t offset, uint64_t block) {
   const Block<uint32_t> counter{{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
                                  static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32)}};

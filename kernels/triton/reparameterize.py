@@ -215,7 +215,7 @@ def reparameterize_backward_kernel(
         to_logvar += to_kl * (variance - 1.0)
     to_logvar *= 0.5
     if CLAMP:
-        to_logvar = tl.where(raw == v, to_logvar, 0.0)
+        to_logvar = tl.where((raw < v) | (raw > v), 0.0, to_logvar)
     if grad_mu is not None:
         more = at_rows * stride_grad_row + cols * stride_grad_col
         to_mu += widen(tl.load(grad_mu + more, mask=inside, other=0.0))

@@ -353,7 +353,7 @@ def test_nan_stays_nan_within_limits(kernels, dtype):
     z, divergence = kernels.forward(mu, logvar, 5, (-1.0, 1.0))
     assert z.isnan().nonzero().tolist() == [[1, 2]] and divergence.isnan().nonzero().tolist() == [[1]]
     mu_gradient, logvar_gradient = kernels.gradients(*upstream((3, 8), dtype), mu, logvar, 5, (-1.0, 1.0))
-    assert mu_gradient.isfinite().all() and logvar_gradient[1, 2] == 0  # as the gradient of torch.clamp
+    assert mu_gradient.isfinite().all() and logvar_gradient.isnan().nonzero().tolist() == [[1, 2]]
 
 
 BARRIER = re.compile(r"^ *__syncthreads\(\);\n", re.MULTILINE)

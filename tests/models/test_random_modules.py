@@ -175,7 +175,7 @@ def test_modules_show_their_options():
         (lambda: Corrupt("gaussian", p=0.2), "Corrupt: gaussian noise has no p; it takes mean, std"),
         (lambda: Corrupt("gaussian", std=-1), "Corrupt: std must be a finite number of at least 0"),
         (lambda: Corrupt("dropout", p=1.5), "Corrupt: p must be a number from 0 to 1"),
-        (lambda: Corrupt("masking", block=0), "Corrupt: block must be an integer of at least 1"),
+        (lambda: Corrupt("masking", block=0), "Corrupt: block must be an integer from 1 to"),
     ],
 )
 def test_bad_options_are_named(make, message):

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.utils.checkpoint import checkpoint
 
+import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.models import MODELS, VAE, VAEConfig, from_pretrained
 from aefast.models.vae import LIKELIHOODS, LOGVAR_RANGE
@@ -160,9 +162,10 @@ def test_posterior_is_within_its_range():
         model.head.bias[3:] = torch.tensor([500.0, -500.0, 0.0])
     mu, logvar = model.posterior(x)
     assert torch.equal(mu, model.encode(x))
-    assert logvar[:, 0].eq(20).all()
-    assert logvar[:, 1].eq(-30).all()
-    assert logvar[:, 2].abs().max() < 20
+    low, high = LOGVAR_RANGE
+    assert logvar[:, 0].eq(high).all()
+    assert logvar[:, 1].eq(low).all()
+    assert logvar[:, 2].abs().max() < high
     output = model(x)
     output.loss.backward()
     assert output.loss.isfinite()
@@ -315,6 +318,35 @@ def test_the_learnt_variance_is_the_mean_squared_error():
 def test_bad_options_are_named(options, message):
     with pytest.raises(InputError, match=message):
         VAE(**{**SIZES, **options})
+
+
+def test_a_checkpoint_repeats_the_weight_of_its_pass():
+    """What it computes again in the backward is the pass as it was, and counts once."""
+
+    def step(run):
+        torch.manual_seed(3)
+        model = make(kl_warmup_steps=4).train()
+        model.training_steps.fill_(1)
+        torch.manual_seed(4)
+        loss = run(lambda x: model(x).loss, data())
+        loss.backward()
+        return loss.detach(), model.training_steps, *(parameter.grad for parameter in model.parameters())
+
+    found = step(lambda loss, x: checkpoint(loss, x, use_reentrant=False))
+    for ours, theirs in zip(found, step(lambda loss, x: loss(x)), strict=True):
+        assert torch.equal(ours, theirs)
+    assert found[1] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_no_logvar_makes_anything_infinite(dtype):
+    limits = torch.tensor([-1e4, 1e4], dtype=dtype).repeat(64, 32).requires_grad_()
+    mu = torch.zeros_like(limits, requires_grad=True)
+    inside = torch.full_like(limits, LOGVAR_RANGE[1], requires_grad=True)
+    for logvar in (limits, inside):
+        z, kl = AF.reparameterize(mu, logvar, seed=0, logvar_range=LOGVAR_RANGE)
+        gradients = torch.autograd.grad(z.float().mean() + kl, (mu, logvar))
+        assert all(one.isfinite().all() for one in (z, kl, *gradients))
 
 
 def test_a_config_of_another_model_is_refused():

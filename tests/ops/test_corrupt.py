@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -204,6 +205,15 @@ def test_half_precision_and_autocast_keep_their_dtype():
             assert AF.corrupt(torch.rand(9).bfloat16(), noise, **options).dtype == torch.bfloat16
 
 
+def test_numbers_of_numpy_are_numbers():
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
+    x = torch.rand(2, 3, 4, 4)
+    found = AF.corrupt(x, "gaussian", std=np.float32(0.25), seed=np.int64(3))
+    assert torch.equal(found, AF.corrupt(x, "gaussian", std=0.25, seed=3))
+    found = AF.corrupt(x, "masking", p=np.float64(0.5), block=np.int32(2), seed=3)
+    assert torch.equal(found, AF.corrupt(x, "masking", p=0.5, block=2, seed=3))
+
+
 def test_result_is_contiguous():
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
     x = torch.rand(7, 5).t()
@@ -237,12 +247,26 @@ def test_result_is_contiguous():
         ({"noise": "dropout", "p": -0.5}, "p must be a number from 0 to 1, got -0.5"),
         ({"noise": "salt_and_pepper", "p": float("nan")}, "p must be a number from 0 to 1, got nan"),
         ({"noise": "salt_and_pepper", "low": "dark"}, "low must be a finite number, got 'dark'"),
-        ({"noise": "masking", "block": 0}, "block must be an integer of at least 1, got 0"),
-        ({"noise": "masking", "block": 2.0}, "block must be an integer of at least 1, got 2.0"),
+        ({"noise": "masking", "block": 0}, "block must be an integer from 1 to 2147483647, got 0"),
+        ({"noise": "masking", "block": 2.0}, "block must be an integer from 1 to 2147483647, got 2.0"),
         (
             {"noise": "masking", "block": 2},
             r"x must be images \(..., C, H, W\) for masking with a block, got shape \(3, 5\)",
         ),
+        (
+            {"noise": "masking", "block": 2**31},
+            "block must be an integer from 1 to 2147483647, got 2147483648",
+        ),
+        (
+            {"std": 1e300},
+            "mean and std must be within x's dtype, float32, of which the largest number is 3.40282e",
+        ),
+        (
+            {"x": torch.ones(3).half(), "noise": "salt_and_pepper", "high": 1e6},
+            "low and high must be within x's dtype",
+        ),
+        ({"std": 10**400}, "std must be a finite number of at least 0, got 1000"),
+        ({"x": torch.ones(3, 5).to_sparse()}, "x must be a dense tensor, got a sparse_coo one"),
         ({"seed": "7"}, "seed must be an int or an int64 tensor of one element, got '7'"),
     ],
 )

@@ -242,6 +242,20 @@ def test_underflow_and_nan():
     assert z[2, 0] == 0.0 and z[2, 1].isnan() and kl[2].isnan()
 
 
+@pytest.mark.parametrize("logvar_range", [None, (-1.0, 1.0)])
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_nan_has_no_other_gradient(backend, logvar_range):
+    numerics.require_backend(backend, OP.name, "cpu", torch.float32)
+    mu, logvar = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3)
+    logvar[1, 2] = float("nan")
+    logvar.requires_grad_()
+    with aefast.backend(backend):
+        z, kl = AF.reparameterize(mu, logvar, seed=1, logvar_range=logvar_range)
+        by_mu, by_logvar = torch.autograd.grad(z.sum() + kl, (mu, logvar))
+    assert by_mu.isfinite().all()
+    assert by_logvar.isnan().nonzero().tolist() == [[1, 2]]
+
+
 def test_logvar_range_is_a_clamp():
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
     mu, logvar = moments(50, 21)
@@ -341,6 +355,7 @@ def test_tensors_must_not_change_before_the_backward():
         ({"generator": 3}, "generator must be a torch.Generator, got int"),
         ({"logvar_range": 3.0}, r"logvar_range must be a pair \(low, high\) or None, got 3.0"),
         ({"logvar_range": (2.0, 1.0)}, r"logvar_range must be \(low, high\) with low <= high"),
+        ({"logvar_range": (0, 10**400)}, r"logvar_range\[1\] must be"),
         ({"logvar_range": (math.nan, 1.0)}, r"logvar_range\[0\] must be"),
     ],
 )
