@@ -198,8 +198,8 @@ def _noise(noise: Any, options: tuple[Any, ...], x: Tensor) -> Noise:
             # What cannot be a key is no option either.
             spec = noise_of(noise, dict(zip(OPTIONS, options, strict=True)), "corrupt")
     largest = torch.finfo(x.dtype).max
-    if max(abs(spec.first), abs(spec.second)) > largest:
-        names = [name for name in ("mean", "std", "low", "high") if name in NOISES[spec.kind]]
+    names = [name for name in ("mean", "std", "low", "high") if name in NOISES[spec.kind]]
+    if names and max(abs(spec.first), abs(spec.second)) > largest:
         raise InputError(
             f"corrupt: {' and '.join(names)} must be within x's dtype, {str(x.dtype).removeprefix('torch.')}, "
             f"of which the largest number is {largest:g}, got {spec.first:g} and {spec.second:g}"

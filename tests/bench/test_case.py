@@ -328,7 +328,7 @@ def test_learner_steps():
 
 
 def test_cost_of_a_step():
-    cost = train.step_cost(10, (3, 2, 3), torch.float32)
+    cost = train.step_cost(10, [(3, 2), (2, 3)], torch.float32, 3)
     parameters = 3 * 2 + 2 + 2 * 3 + 3
     assert cost.flops == 2 * 10 * (3 * (6 + 6) - 6)
     assert cost.bytes == 4 * (2 * 30 + 2 * (20 + 30) + 10 * parameters)

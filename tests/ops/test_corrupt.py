@@ -197,6 +197,12 @@ def test_the_eager_backend_draws_the_same():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_scale_beyond_the_dtype_is_infinite_as_in_eager():
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float16)
+    out = AF.corrupt(torch.ones(2_000_000, dtype=torch.float16), "dropout", p=0.99999, seed=1)
+    assert set(out.unique().tolist()) == {0.0, float("inf")}
+
+
 def test_half_precision_and_autocast_keep_their_dtype():
     numerics.require_backend("cpu", OP.name, "cpu", torch.bfloat16)
     for noise, options in NOISES.items():
