@@ -313,7 +313,7 @@ def row_sums():
 def corruptions():
     count = BATCH * FEATURES
     for dtype, kind, targets, resident in (
-        ("bf16", "gaussian", TARGETS, 6),
+        ("bf16", "gaussian", TARGETS, 5),
         ("fp32", "gaussian", (90,), 6),
         ("bf16", "salt_and_pepper", TARGETS, 6),
         ("bf16", "masking", (90,), 6),
