@@ -149,8 +149,8 @@ class OpCase(Case):
     ``kinks(*inputs)``, where an activation has a kink, is true, broadcast to the output, for the outputs whose gradient
     rounding decides: those that depend on a pre-activation beside the kink.
 
-    ``given_noise``, for an op that draws noise, is `aefast` and `eager` on noise of one seed: these are checked, and
-    the others, which draw anew, are timed.
+    ``given_noise()``, for an op that draws noise, makes `aefast` and `eager` on noise of one seed: these are checked,
+    and the others, which draw anew, are timed.
     """
 
     make: Callable[[], list[Tensor]]
@@ -159,7 +159,7 @@ class OpCase(Case):
     arguments: Callable[..., dict[str, Any]]
     eager_forward: Callable[..., Any] | None = None
     kinks: Callable[..., Tensor] | None = None
-    given_noise: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    given_noise: Callable[[], tuple[Callable[..., Any], Callable[..., Any]]] | None = None
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ class OpCase(Case):
             with torch.no_grad():
                 masked = self.kinks(*exact_inputs)
             checked = [one.masked_fill(masked, 0.0) for one in upstream]
-        checked_aefast, checked_eager = self.given_noise or (self.aefast, None)
+        checked_aefast, checked_eager = self.given_noise() if self.given_noise else (self.aefast, None)
         truth = run(checked_eager or self.eager, exact_inputs, [one.double() for one in checked])
 
         rivals, missing = self._loaded_rivals(mode)

@@ -85,22 +85,17 @@ def check_activation(name: str, value: Any, op: str) -> None:
         raise InputError(f"{op}: {name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}{hint}")
 
 
-def _check_parameter(name: str, value: Any, op: str) -> None:
-    """A negative one would make the activation non-monotonic, and its derivative no function of its output."""
-    if not isinstance(value, int | float) or not 0.0 <= value <= sys.float_info.max:
-        raise InputError(f"{op}: {name} must be a finite number of at least 0, got {value!r}")
-
-
 def check_activation_parameters(negative_slope: Any, alpha: Any, op: str) -> None:
-    _check_parameter("negative_slope", negative_slope, op)
-    _check_parameter("alpha", alpha, op)
+    """A negative one would make the activation non-monotonic, and its derivative no function of its output."""
+    check_number("negative_slope", negative_slope, op, 0.0)
+    check_number("alpha", alpha, op, 0.0)
 
 
 def check_activation_parameter(activation: str, negative_slope: Any, alpha: Any, op: str) -> None:
     """`check_activation_parameters`, of the one that the activation reads."""
     name = PARAMETER.get(activation)
     if name is not None:
-        _check_parameter(name, alpha if name == "alpha" else negative_slope, op)
+        check_number(name, alpha if name == "alpha" else negative_slope, op, 0.0)
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:

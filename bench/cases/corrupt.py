@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,18 +55,21 @@ def case(
         # PyTorch has this one in an op of its own.
         return F.dropout(x, P) if noise == "dropout" else EAGER[noise](x, draw(x))
 
-    def given_aefast(x: Tensor) -> Tensor:
-        return AF.corrupt(x, noise, seed=SEED, **OPTIONS[noise])
+    def given_noise() -> tuple[Callable[..., Any], Callable[..., Any]]:
+        seed, shape = torch.tensor(SEED, device=device), torch.Size((batch, features))
+        if noise == "gaussian":
+            drawn = _philox.normals(seed, shape, torch.float64)
+        else:
+            drawn = (_philox.words(seed, shape.numel()).double() * 2.0**-32).reshape(shape)
 
-    seed, shape = torch.tensor(SEED, device=device), torch.Size((batch, features))
-    if noise == "gaussian":
-        drawn = _philox.normals(seed, shape, torch.float64)
-    else:
-        drawn = (_philox.words(seed, shape.numel()).double() * 2.0**-32).reshape(shape)
+        def given_aefast(x: Tensor) -> Tensor:
+            return AF.corrupt(x, noise, seed=SEED, **OPTIONS[noise])
 
-    def given_eager(x: Tensor) -> Tensor:
-        # A uniform value in half precision could come to lie on the other side of p.
-        return EAGER[noise](x, drawn.to(x.dtype) if noise == "gaussian" else drawn)
+        def given_eager(x: Tensor) -> Tensor:
+            # A uniform value in half precision could come to lie on the other side of p.
+            return EAGER[noise](x, drawn.to(x.dtype) if noise == "gaussian" else drawn)
+
+        return given_aefast, given_eager
 
     return OpCase(
         "corrupt",
@@ -78,6 +82,6 @@ def case(
         aefast=aefast,
         eager=eager,
         arguments=lambda x: {"x": x, "noise": noise},
-        given_noise=(given_aefast, given_eager),
+        given_noise=given_noise,
         is_compiled=is_compiled,
     )

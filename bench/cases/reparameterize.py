@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +34,16 @@ def case(
     def eager(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
         return textbook(mu, logvar, torch.randn_like(mu))
 
-    def given_aefast(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-        return AF.reparameterize(mu, logvar, seed=SEED)
+    def given_noise() -> tuple[Callable[..., Any], Callable[..., Any]]:
+        noise = _philox.normals(torch.tensor(SEED, device=device), torch.Size((batch, size)), torch.float64)
 
-    noise = _philox.normals(torch.tensor(SEED, device=device), torch.Size((batch, size)), torch.float64)
+        def given_aefast(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+            return AF.reparameterize(mu, logvar, seed=SEED)
 
-    def given_eager(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-        return textbook(mu, logvar, noise.to(mu.dtype))
+        def given_eager(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+            return textbook(mu, logvar, noise.to(mu.dtype))
+
+        return given_aefast, given_eager
 
     return OpCase(
         "reparameterize",
@@ -52,7 +56,7 @@ def case(
         aefast=aefast,
         eager=eager,
         arguments=lambda mu, logvar: {"mu": mu, "logvar": logvar},
-        given_noise=(given_aefast, given_eager),
+        given_noise=given_noise,
         is_compiled=is_compiled,
     )
 

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_head(Tensor h, Tensor weight, Option
   const Tensor moments = new_matrix(h, rows, 2 * cols), z = new_matrix(h, rows, cols), kl = new_sums(h, rows);
   LayerForward layer{{Activation::identity, {}}, matrix_of(weight), vector_of(bias), matrix_of(moments)};
   dense_forward(matrix_of(h), &layer, 1);
-  sample(z, halves_of(moments, low, high), seed_of(seed), z.mutable_data_ptr(), kl);
+  sample(scalar_of(h), rows, halves_of(moments, low, high), seed_of(seed), z.mutable_data_ptr(), kl);
   return {z, kl, moments};
 }
 
@@ -49,8 +49,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> gaussian_head_backwar
     if (grad_kl) check_row_values("grad_kl", *grad_kl, rows, h);
     grad = new_matrix(h, rows, 2 * cols);
     auto* const mu_gradient = static_cast<char*>(grad.mutable_data_ptr());
-    const Tensor shape = torch::stable::narrow(moments, 1, 0, cols);
-    sample_gradient(shape, halves_of(moments, low, high), seed_of(seed),
+    sample_gradient(scalar_of(h), rows, halves_of(moments, low, high), seed_of(seed),
                     {grad_z ? grad_z->const_data_ptr() : nullptr, grad_z ? grad_z->stride(0) : 0,
                      grad_kl ? grad_kl->const_data_ptr() : nullptr, grad_kl ? grad_kl->stride(0) : 0, mu_gradient,
                      mu_gradient + cols * size_of(scalar_of(h)), 2 * cols});

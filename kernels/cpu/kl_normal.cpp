@@ -16,7 +16,7 @@ Tensor kl_normal(Tensor mu, Tensor logvar) {
   logvar = with_unit_columns(logvar);
   const Moments moments = moments_of(mu, logvar, -kInfinity, kInfinity);
   const Tensor kl = new_sums(mu, mu.size(0));
-  sample(mu, moments, 0, nullptr, kl);
+  sample(scalar_of(mu), mu.size(0), moments, 0, nullptr, kl);
   return kl;
 }
 
@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> kl_normal_backward(Tensor grad, Tensor mu, Tensor log
   const int64_t rows = mu.size(0), cols = mu.size(1);
   check_row_values("grad", grad, rows, mu);
   const Tensor mu_gradient = new_matrix(mu, rows, cols), logvar_gradient = new_matrix(mu, rows, cols);
-  sample_gradient(mu, moments, 0,
+  sample_gradient(scalar_of(mu), rows, moments, 0,
                   {nullptr, 0, grad.const_data_ptr(), grad.stride(0), mu_gradient.mutable_data_ptr(),
                    logvar_gradient.mutable_data_ptr(), cols});
   return {mu_gradient, logvar_gradient};

@@ -59,7 +59,7 @@ Scalar accumulator_of(Scalar scalar) { return scalar == Scalar::float64 ? Scalar
 
 Matrix matrix_of(const Tensor& tensor) {
   return {tensor.data_ptr(), scalar_of(tensor), tensor.size(0),
-          tensor.size(1),    tensor.stride(0),                tensor.stride(1)};
+          tensor.size(1), tensor.stride(0), tensor.stride(1)};
 }
 
 Matrix matrix_of(const OptionalTensor& tensor) { return tensor ? matrix_of(*tensor) : Matrix(); }

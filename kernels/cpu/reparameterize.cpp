@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor> reparameterize(Tensor mu, Tensor logvar, Tensor seed,
   logvar = with_unit_columns(logvar);
   const Moments moments = moments_of(mu, logvar, low, high);
   const Tensor z = new_matrix(mu, mu.size(0), mu.size(1)), kl = new_sums(mu, mu.size(0));
-  sample(mu, moments, seed_of(seed), z.mutable_data_ptr(), kl);
+  sample(scalar_of(mu), mu.size(0), moments, seed_of(seed), z.mutable_data_ptr(), kl);
   return {z, kl};
 }
 
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> reparameterize_backward(OptionalTensor grad_z, Option
   }
   if (grad_kl) check_row_values("grad_kl", *grad_kl, rows, mu);
   const Tensor mu_gradient = new_matrix(mu, rows, cols), logvar_gradient = new_matrix(mu, rows, cols);
-  sample_gradient(mu, moments, seed_of(seed),
+  sample_gradient(scalar_of(mu), rows, moments, seed_of(seed),
                   {grad_z ? grad_z->const_data_ptr() : nullptr, grad_z ? grad_z->stride(0) : 0,
                    grad_kl ? grad_kl->const_data_ptr() : nullptr, grad_kl ? grad_kl->stride(0) : 0,
                    mu_gradient.mutable_data_ptr(), logvar_gradient.mutable_data_ptr(), cols});

@@ -53,15 +53,16 @@ inline Moments moments_of(const Tensor& mu, const Tensor& logvar, double low, do
 }
 
 // z, if it is given, and kl of all rows.
-inline void sample(const Tensor& mu, const Moments& moments, uint64_t seed, void* z, const Tensor& kl) {
-  for_tasks(mu.size(0), mu.size(1), 1, [&](int64_t first, int64_t count) {
-    random_kernels().sample(scalar_of(mu), moments, seed, z, kl.mutable_data_ptr(), first, count);
+inline void sample(Scalar scalar, int64_t rows, const Moments& moments, uint64_t seed, void* z, const Tensor& kl) {
+  for_tasks(rows, moments.cols, 1, [&](int64_t first, int64_t count) {
+    random_kernels().sample(scalar, moments, seed, z, kl.mutable_data_ptr(), first, count);
   });
 }
 
-inline void sample_gradient(const Tensor& mu, const Moments& moments, uint64_t seed, const SampleGradient& gradient) {
-  for_tasks(mu.size(0), mu.size(1), 1, [&](int64_t first, int64_t count) {
-    random_kernels().sample_gradient(scalar_of(mu), moments, seed, gradient, first, count);
+inline void sample_gradient(Scalar scalar, int64_t rows, const Moments& moments, uint64_t seed,
+                            const SampleGradient& gradient) {
+  for_tasks(rows, moments.cols, 1, [&](int64_t first, int64_t count) {
+    random_kernels().sample_gradient(scalar, moments, seed, gradient, first, count);
   });
 }
 
