@@ -6,6 +6,16 @@ from aefast.ops.kl_discrete import kl_discrete
 from aefast.ops.kl_normal import kl_normal
 from aefast.ops.linear_act import linear_act
 from aefast.ops.mlp import mlp
+from aefast.ops.mmd import mmd
 from aefast.ops.reparameterize import reparameterize
 
-__all__ = ["corrupt", "gaussian_head", "kl_discrete", "kl_normal", "linear_act", "mlp", "reparameterize"]
+__all__ = [
+    "corrupt",
+    "gaussian_head",
+    "kl_discrete",
+    "kl_normal",
+    "linear_act",
+    "mlp",
+    "mmd",
+    "reparameterize",
+]

@@ -1,6 +1,6 @@
 """The ops: one file each, and the registry of backends that serve them."""
 
-from aefast.ops import corrupt, gaussian_head, kl_discrete, kl_normal, linear_act, mlp, reparameterize
+from aefast.ops import corrupt, gaussian_head, kl_discrete, kl_normal, linear_act, mlp, mmd, reparameterize
 from aefast.ops._registry import BACKENDS, OPS, backend
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "kl_normal",
     "linear_act",
     "mlp",
+    "mmd",
     "reparameterize",
 ]
