@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -23,7 +22,7 @@ KERNELS = ("rbf", "laplacian", "imq", "rational_quadratic", "energy")
 # section 4); those of imq are b² = s m, the scales s of Tolstikhin et al., Wasserstein Auto-Encoders, ICLR 2018, whose
 # C = 2 d σ² s has the mean squared distance of N(0, σ² I) in it.
 _OCTAVES = tuple(2.0 ** (0.5 * octave) for octave in range(-2, 3))
-_DEFAULTS = {
+DEFAULT_BANDWIDTHS = {
     "rbf": tuple(math.sqrt(0.5) * factor for factor in _OCTAVES),
     "laplacian": _OCTAVES,
     "imq": tuple(math.sqrt(scale) for scale in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)),
@@ -74,23 +73,27 @@ def rate_of(kernel: str, bandwidth: float, alpha: float) -> float:
     return 1.0 / (bandwidth * bandwidth * {"rbf": 2.0, "imq": 1.0, "rational_quadratic": 2.0 * alpha}[kernel])
 
 
-# typed, lest a True that equals a 1 seen before goes unchecked.
+# With their types, lest a True that equals a 1 seen before goes unchecked.
 @functools.lru_cache(maxsize=256, typed=True)
-def _known_kernel(op: str, kernel: Any, bandwidths: tuple[Any, ...] | None, alpha: Any) -> Kernel:
+def _known_kernel(
+    op: str, kernel: Any, bandwidths: tuple[Any, ...] | None, alpha: Any, types: tuple[type, ...]
+) -> Kernel:
     if not isinstance(kernel, str) or kernel not in KERNELS:
         raise InputError(f"{op}: kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
-    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
-        raise InputError(f"{op}: alpha must be a finite number above 0, got {alpha!r}")
+    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 1e-6 <= alpha <= 1e6:
+        raise InputError(f"{op}: alpha must be a number above 0, from 1e-6 to 1e6, got {alpha!r}")
     if bandwidths is None or kernel == "energy":
-        bandwidths = _DEFAULTS[kernel]
+        bandwidths = DEFAULT_BANDWIDTHS[kernel]
     if not bandwidths and kernel != "energy":
         raise InputError(f"{op}: bandwidth must have at least one number, got an empty sequence")
     for one in bandwidths:
         # Squares and their reciprocals are to be finite, in float32 too.
         if not isinstance(one, Real) or isinstance(one, bool) or not 1e-18 <= one <= 1e18:
             raise InputError(f"{op}: bandwidth must be a number above 0, from 1e-18 to 1e18, got {one!r}")
-    # In the order of their sizes, whatever order they were given in: the sum is the same to the last bit.
-    rates = sorted((rate_of(kernel, float(one), float(alpha)) for one in bandwidths), reverse=True)
+    rates = [rate_of(kernel, float(one), float(alpha)) for one in bandwidths]
+    if not torch.compiler.is_compiling():
+        # Whatever order they were given in, the sum is the same to the last bit. A compiler's numbers have no order.
+        rates.sort(reverse=True)
     return Kernel(kernel, tuple(rates), float(alpha))
 
 
@@ -108,13 +111,14 @@ def kernel_of(op: str, kernel: Any, bandwidth: Any, alpha: Any) -> Kernel:
     if (bandwidth is not None and not isinstance(bandwidth, Sequence)) or isinstance(bandwidth, str):
         bandwidth = (bandwidth,)
     bandwidths = None if bandwidth is None else tuple(bandwidth)
+    types = tuple(type(one) for one in bandwidths or ())
     if torch.compiler.is_compiling():
-        return _known_kernel.__wrapped__(op, kernel, bandwidths, alpha)
+        return _known_kernel.__wrapped__(op, kernel, bandwidths, alpha, types)
     try:
-        return _known_kernel(op, kernel, bandwidths, alpha)
+        return _known_kernel(op, kernel, bandwidths, alpha, types)
     except TypeError:
         # What cannot be a key is no option either.
-        return _known_kernel.__wrapped__(op, kernel, bandwidths, alpha)
+        return _known_kernel.__wrapped__(op, kernel, bandwidths, alpha, types)
 
 
 def mean_squared_distance(points: Tensor) -> Tensor:
@@ -193,4 +197,4 @@ def check_finite(op: str, result: Tensor, **operands: Tensor) -> None:
 
 def exponentials(rates: Sequence[float]) -> int:
     """How many exponentials Σ exp(-c u) takes, if powers of two of each other need but one between them."""
-    return len({math.frexp(rate)[0] for rate in rates})
+    return len({round(math.log2(rate) % 1.0, 9) % 1.0 for rate in rates})

@@ -37,7 +37,10 @@ class Op:
     ``function`` is the public function and ``reference`` the same in plain PyTorch, differentiable and
     exact in float64. ``samples(device, dtype)`` yields their keyword arguments, among them empty, one-wide,
     prime and strided shapes. ``cost(backward, **arguments)`` is that of a forward, or of a forward that saves
-    and the backward after it.
+    and the backward after it. ``terms(**arguments)``, of an op whose results are sums of terms that cancel, are the
+    sums of the terms' magnitudes, in float64: one number for each output and then for each differentiable
+    argument, the largest of its elements. Rounding errors are in proportion to them. ``launchers`` is the op whose
+    kernels it runs on, where it has none of its own.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Op:
     reference: Callable[..., Any]
     samples: Callable[[torch.device, torch.dtype], Iterator[dict[str, Any]]]
     cost: Callable[..., Cost]
+    terms: Callable[..., list[float]] | None = None
+    launchers: str | None = None
 
 
 OPS: dict[str, Op] = {}
@@ -198,6 +203,8 @@ requested = _requested.get
 def refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why backend `name` cannot serve `op` on such tensors, or None if it can."""
     row = _BY_NAME[name]
+    if op in OPS:
+        op = OPS[op].launchers or op
     return row.available() or row.supports(op, device_type, dtype)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _pairwise, _registry
@@ -216,7 +215,7 @@ def mmd(
             of points of x and y: 2 b² = m / 4, m / 2, m, 2 m and 4 m for rbf and rational_quadratic, b² = m / 4 to 4 m
             likewise for laplacian, and b² = m times 0.1, 0.2, 0.5, 1, 2, 5 and 10 for imq.
         estimator: "unbiased", which leaves out the pairs of a point with itself and can be negative, or "biased".
-        alpha: of rational_quadratic, above 0.
+        alpha: of rational_quadratic, above 0, from 1e-6 to 1e6.
         group: a torch.distributed process group, of which x and y are this rank's rows: the MMD² is that of all ranks'
             rows, whose numbers may differ from rank to rank. Every rank must call it. Each gets the value, and as
             gradient that of its own rows times the number of ranks, so that the mean that DistributedDataParallel
@@ -247,28 +246,39 @@ def mmd(
 
 
 class _RowsOfMMD(torch.autograd.Function):
-    """What x and y have in the sum of all; `call` is (all_x, all_y, firsts, unit, kernel, weights, launchers)."""
+    """`rows_reference`; `call` is (all_x, all_y, firsts, unit, kernel, weights, launchers or None for eager)."""
 
     @staticmethod
     def forward(ctx, x, y, call):
         all_x, all_y, firsts, unit, kernel, weights, launchers = call
-        needs = int(ctx.needs_input_grad[0]) + 2 * int(ctx.needs_input_grad[1])
-        settings = (unit, kernel.name, kernel.rates, kernel.alpha, weights, needs)
-        value, of_x, of_y = launchers.mmd_rows(x, y, all_x, all_y, *firsts, *settings)
-        ctx.save_for_backward(of_x, of_y)
+        needs = ctx.needs_input_grad[:2]
+        if launchers is not None:
+            settings = (unit, kernel.name, kernel.rates, kernel.alpha, weights, needs[0] + 2 * needs[1])
+            value, *gradients = launchers.mmd_rows(x, y, all_x, all_y, *firsts, *settings)
+        else:
+            with torch.enable_grad():
+                rows = [one.detach().requires_grad_(need) for one, need in zip((x, y), needs, strict=True)]
+                value = rows_reference(*rows, all_x, all_y, firsts, unit, kernel, weights)
+            gradients = [
+                torch.autograd.grad(value, one, retain_graph=True)[0] if one.requires_grad else one
+                for one in rows
+            ]
+        ctx.save_for_backward(*gradients)
         ctx.dtype = x.dtype
-        return value
+        return value.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "mmd: with a group it has no second derivatives, for which create_graph=True asks"
+            )
         return *(
             (of_one * grad).to(ctx.dtype) if need else None
             for of_one, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
         ), None
 
 
-@torch.compiler.disable
 def _of_group(
     x: Tensor,
     y: Tensor,
@@ -295,11 +305,8 @@ def _of_group(
     unit = unit_of(kernel, bandwidth, all_x, all_y)
     weights = weights_of(estimator, kernel, all_x.shape[0], all_y.shape[0])
     backend = _registry.choose("mmd", x, y)
-    if backend == "eager":
-        part = rows_reference(x, y, all_x, all_y, firsts, unit, kernel, weights)
-    else:
-        launchers = _registry.kernels(backend, "mmd")
-        part = _RowsOfMMD.apply(x, y, (all_x, all_y, firsts, unit, kernel, weights, launchers))
+    launchers = None if backend == "eager" else _registry.kernels(backend, "mmd")
+    part = _RowsOfMMD.apply(x, y, (all_x, all_y, firsts, unit, kernel, weights, launchers))
     # The ranks' parts have no gradient with respect to the rows of other ranks, and each has all of its own.
     total = part.detach().clone()
     distributed.all_reduce(total, group=group)
@@ -359,6 +366,36 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]
     yield {"x": draw(13, 257) + 8, "y": draw(5, 257) + 8.5, "kernel": "rational_quadratic", "alpha": 2.5}
 
 
+def terms(
+    x: Tensor,
+    y: Tensor,
+    kernel: str = "rbf",
+    bandwidth: float | Sequence[float] | None = None,
+    estimator: str = "unbiased",
+    alpha: float = 1.0,
+) -> list[float]:
+    """Of the value, Σ |weight k|; of the gradients, Σ |weight k'| (|x| + |y|) over the pairs of a point, x and y less
+    the mean of all: `weight k' (x - y)` is summed as two products."""
+    spec = _pairwise.kernel_of("mmd", kernel, bandwidth, alpha)
+    unit = unit_of(spec, bandwidth, x, y)
+    of_x, of_y, across, constant = weights_of(estimator, spec, x.shape[0], y.shape[0])
+    points = torch.cat((x, y)).double()
+    points = (points - points.mean(0)).detach()
+    split = (x.shape[0], y.shape[0])
+    weights = torch.cat([x.new_full((count,), float(index)) for index, count in enumerate(split)]).double()
+    is_same = weights[:, None] == weights
+    weights = torch.where(is_same, torch.where(weights > 0, of_y, of_x)[:, None], across / 2).fill_diagonal_(
+        0
+    )
+    u = _pairwise.squared_distances(points, points).requires_grad_()
+    values = spec.values(u if unit is None else u / unit)
+    (slopes,) = torch.autograd.grad(values.sum(), u)
+    sizes = 4 * (weights * slopes).abs()
+    magnitudes = sizes.sum(1, keepdim=True) * points.abs() + sizes @ points.abs()
+    total = (weights * values).abs().sum().item() + abs(constant)
+    return [total, *(part.max().item() for part in magnitudes.split(split))]
+
+
 def cost(
     backward: bool,
     x: Tensor,
@@ -381,4 +418,4 @@ def cost(
     )
 
 
-OP = _registry.register(_registry.Op("mmd", mmd, reference, samples, cost))
+OP = _registry.register(_registry.Op("mmd", mmd, reference, samples, cost, terms))

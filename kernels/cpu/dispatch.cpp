@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "pairwise.h"
 #include "pointwise.h"
 #include "product.h"
 #include "random.h"
@@ -11,6 +12,7 @@ namespace aefast::cpu {
 
 #define AEFAST_DECLARE(instruction_set)            \
   namespace instruction_set {                      \
+  extern const PairwiseKernels pairwise_kernels;   \
   extern const PointwiseKernels pointwise_kernels; \
   extern const ProductKernels product_kernels;     \
   extern const RandomKernels random_kernels;       \
@@ -24,6 +26,7 @@ AEFAST_DECLARE(avx512)
 namespace {
 
 struct Kernels {
+  const PairwiseKernels& pairwise;
   const PointwiseKernels& pointwise;
   const ProductKernels& product;
   const RandomKernels& random;
@@ -34,13 +37,13 @@ struct Kernels {
 const std::vector<Kernels>& instruction_sets() {
   static const std::vector<Kernels> sets = {
 #if defined(__x86_64__)
-      {avx512::pointwise_kernels, avx512::product_kernels, avx512::random_kernels,
+      {avx512::pairwise_kernels, avx512::pointwise_kernels, avx512::product_kernels, avx512::random_kernels,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-      {avx2::pointwise_kernels, avx2::product_kernels, avx2::random_kernels,
+      {avx2::pairwise_kernels, avx2::pointwise_kernels, avx2::product_kernels, avx2::random_kernels,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-      {baseline::pointwise_kernels, baseline::product_kernels, baseline::random_kernels, true},
+      {baseline::pairwise_kernels, baseline::pointwise_kernels, baseline::product_kernels, baseline::random_kernels, true},
   };
   return sets;
 }
@@ -54,6 +57,8 @@ std::atomic<const Kernels*>& chosen() {
 const Kernels& selected() { return *chosen().load(std::memory_order_relaxed); }
 
 }  // namespace
+
+const PairwiseKernels& pairwise_kernels() { return selected().pairwise; }
 
 const PointwiseKernels& pointwise() { return selected().pointwise; }
 

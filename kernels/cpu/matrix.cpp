@@ -95,6 +95,29 @@ Tensor new_sums(const Tensor& like, int64_t size) {
   return new_tensor(torch_type(accumulator_of(scalar_of(like))), 1, &size, &stride);
 }
 
+Tensor new_accumulators(const Tensor& like, int64_t rows, int64_t cols) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {std::max<int64_t>(1, cols), 1};
+  return new_tensor(torch_type(accumulator_of(scalar_of(like))), 2, sizes, strides);
+}
+
+Tensor new_scalar(const Tensor& like, double value) {
+  const Scalar scalar = accumulator_of(scalar_of(like));
+  const Tensor out = new_tensor(torch_type(scalar), 0, nullptr, nullptr);
+  if (scalar == Scalar::float64)
+    *static_cast<double*>(out.mutable_data_ptr()) = value;
+  else
+    *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(value);
+  return out;
+}
+
+Tensor new_indices(int64_t rows, int64_t cols) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {std::max<int64_t>(1, cols), 1};
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, static_cast<int32_t>(ScalarType::Long), cpu_device(),
+                                                  0, &handle));
+  return Tensor(handle);
+}
+
 void poison_outputs(bool poison) { poisoned = poison; }
 
 void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const Tensor& like) {

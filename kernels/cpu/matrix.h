@@ -42,6 +42,10 @@ Tensor new_vector(const Tensor& like, int64_t size);
 Tensor new_like(const Tensor& like);
 // In the type that elements of `like` are summed in.
 Tensor new_sums(const Tensor& like, int64_t size);
+Tensor new_accumulators(const Tensor& like, int64_t rows, int64_t cols);
+Tensor new_scalar(const Tensor& like, double value);
+// Of int64; not poisoned.
+Tensor new_indices(int64_t rows, int64_t cols);
 void poison_outputs(bool poison);
 
 // What torch calls the CPU.

@@ -90,6 +90,10 @@ AEFAST_HD void write_floats(float* to, Floats x) {
   for (int i = 0; i < kRegisters; ++i) out.lanes[i] = (expression);    \
   return out
 
+#define AEFAST_EACH_OF(Result, name, expression) \
+  Result name;                                   \
+  for (int i = 0; i < kRegisters; ++i) name.lanes[i] = (expression)
+
 AEFAST_HD Floats operator+(Floats a, Floats b) { AEFAST_EACH(Floats, a.lanes[i] + b.lanes[i]); }
 AEFAST_HD Floats operator-(Floats a, Floats b) { AEFAST_EACH(Floats, a.lanes[i] - b.lanes[i]); }
 AEFAST_HD Floats operator*(Floats a, Floats b) { AEFAST_EACH(Floats, a.lanes[i] * b.lanes[i]); }
@@ -338,6 +342,41 @@ AEFAST_HD Floats log(Floats x) {
   const Floats special = select(x < Floats(0.0f), Floats(std::numeric_limits<float>::quiet_NaN()), Floats(-infinity));
   // A NaN goes through as it is.
   return select(x <= Floats(0.0f), special, select(x < Floats(infinity), value, x));
+}
+
+// 2^x for x <= 0, 2 ulp; 0 below -126.5.
+AEFAST_HD Floats exp2_nonpositive(Floats x) {
+  x = at_least(-127.0f, x);
+  // The low bits of the sum are a float's exponent, of which 0 makes it 0.
+  const Floats shifted = x + (kRoundingShift + 127.0f);
+  const Floats r = x - (shifted - (kRoundingShift + 127.0f));
+  // (2^r - 1) / r on |r| <= 1/2
+  const Floats square = r * r;
+  const Floats low = (Floats(5.550332470e-2f) * r + 2.402264791e-1f) * r + 6.931472029e-1f;
+  const Floats high = (Floats(1.535336053e-4f) * r + 1.339887488e-3f) * r + 9.618437367e-3f;
+  return (r * (high * (r * square) + low) + 1.0f) * float_of(bits_of(shifted) << 23);
+}
+
+// 1 / x for x >= 1, 2 ulp.
+AEFAST_HD Floats reciprocal(Floats x) {
+#if defined(__AVX512F__)
+  x = at_most(0x1p126f, x);
+  AEFAST_EACH_OF(Floats, guess, _mm512_maskz_rcp14_ps(0xffff, x.lanes[i]));
+  return guess * (Floats(2.0f) - x * guess);
+#else
+  return Floats(1.0f) / x;
+#endif
+}
+
+// 1 / sqrt(x) for x > 0, 2 ulp.
+AEFAST_HD Floats reciprocal_root(Floats x) {
+#if defined(__AVX512F__)
+  x = at_most(0x1p126f, x);
+  AEFAST_EACH_OF(Floats, guess, _mm512_maskz_rsqrt14_ps(0xffff, x.lanes[i]));
+  return guess * (Floats(1.5f) - (Floats(0.5f) * x * guess) * guess);
+#else
+  return Floats(1.0f) / square_root(x);
+#endif
 }
 
 // exp(-magnitude), 2 ulp; 0 from 87.7 on.

@@ -52,6 +52,27 @@ AEFAST_HD void wide_product(uint32_t a, uint32_t b, uint32_t& high, uint32_t& lo
 
 AEFAST_HD float square_root(float x) { return ::sqrtf(x); }
 
+AEFAST_HD bool is_zero(float x) { return x == 0.0f; }
+AEFAST_HD bool is_zero(double x) { return x == 0.0; }
+AEFAST_HD float log(float x) { return ::logf(x); }
+AEFAST_HD double log(double x) { return ::log(x); }
+
+// 2^x for x <= 0.
+AEFAST_HD float exp2_nonpositive(float x) { return ::exp2f(x); }
+AEFAST_HD double exp2_nonpositive(double x) { return ::exp2(x); }
+
+// 1 / x for x >= 1, and 1 / sqrt(x) for x > 0.
+AEFAST_HD float reciprocal(float x) { return 1.0f / x; }
+AEFAST_HD double reciprocal(double x) { return 1.0 / x; }
+AEFAST_HD float reciprocal_root(float x) {
+#if defined(__CUDA_ARCH__)
+  return ::rsqrtf(x);
+#else
+  return 1.0f / ::sqrtf(x);
+#endif
+}
+AEFAST_HD double reciprocal_root(double x) { return 1.0 / ::sqrt(x); }
+
 AEFAST_HD float expm1_nonpositive(float x) { return ::expm1f(x); }
 AEFAST_HD float tanh(float x) { return ::tanhf(x); }
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 import aefast
 import aefast.functional as AF
 from aefast.ops import OPS
+from aefast.ops._pairwise import KERNELS
 from support import numerics
 
 CPU = torch.device("cpu")
-NAMES = ["reparameterize", "kl_normal", "kl_discrete", "corrupt", "gaussian_head"]
+NAMES = ["reparameterize", "kl_normal", "kl_discrete", "corrupt", "gaussian_head", "mmd"]
 BACKENDS = [
     pytest.param("cpu", "cpu", id="cpu"),
     pytest.param("triton", "cuda", id="triton", marks=pytest.mark.gpu),
@@ -53,6 +54,8 @@ def calls(dtype=torch.float64, rows=6, size=5):
     )
     for noise, options in NOISES.items():
         yield f"corrupt {noise}", functools.partial(AF.corrupt, noise=noise, seed=7, **options), (mu,)
+    for kernel in KERNELS:
+        yield f"mmd {kernel}", functools.partial(AF.mmd, kernel=kernel, bandwidth=(0.7, 1.9)), (mu, logvar)
     layer = leaf(draw(2 * size, 4, seed=4)), leaf(draw(2 * size, seed=5))
     yield "gaussian_head", functools.partial(AF.gaussian_head, seed=7), (leaf(draw(rows, 4)), *layer)
 
@@ -234,6 +237,10 @@ def test_opcheck(backend, device, dtype):
             (ops.kl_discrete_backward, (wide, p, q, backend)),
         ],
         "corrupt": [(ops.corrupt, (mu, seed, *noise, backend))],
+        "mmd": [
+            (ops.mmd, (mu, p, None, "rbf", (2.0, 1.0), 1.0, (0.5, 0.25, -1.0, 2.0), needs, backend))
+            for needs in range(4)
+        ],
         "gaussian_head": [
             (ops.gaussian_head, (h, weight, bias, seed, *limits, backend)),
             (ops.gaussian_head_backward, (grad, wide, None, h, weight, moments, seed, *limits, 5, backend)),

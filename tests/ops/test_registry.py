@@ -14,6 +14,7 @@ import aefast.info
 from aefast import _library
 from aefast.errors import BackendError, InputError
 from aefast.ops import OPS, _registry
+from support import numerics
 from support.processes import environment, run
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
@@ -174,6 +175,7 @@ def test_auto_falls_down_the_table_and_says_so_once(no_cpu_library, caplog):
 
 
 def test_auto_says_nothing_of_backends_for_other_devices(fresh_choices, caplog, monkeypatch):
+    numerics.require_backend("cpu", "linear_act", "cpu", torch.float32)
     monkeypatch.setattr(_library, "load", lambda name: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with caplog.at_level(logging.INFO, logger="aefast"), aefast.backend("auto"):

@@ -4,7 +4,7 @@ The truth is the op's reference in float64 on inputs rounded to the dtype under 
 largest error is at most twice that of plain PyTorch in the same dtype plus twice the rounding noise: the
 spacing of the dtype at the largest true value, or the change of a gradient when each upstream value moves by one
 spacing, whichever is larger. The latter counts where terms cancel in a sum: PyTorch's own error in one number is
-but one draw of it.
+but one draw of it. Where an op says how large its terms are, the spacing at their sum is rounding noise too.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import aefast
+from aefast.ops import _arguments
 from aefast.ops._registry import Op, refusal
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -103,6 +104,16 @@ def rounding_noise(
     return noise
 
 
+def term_noise(op: Op, exact: tuple[Any, list[Tensor]], dtype: torch.dtype) -> list[float]:
+    """The spacing of the accumulator at the sums of the magnitudes of an op's terms, for each result."""
+    sample, upstream = exact
+    sizes = op.terms(**sample)
+    largest = max(grad.abs().max().item() for grad in upstream)
+    eps = torch.finfo(_arguments.accumulator(dtype)).eps * (_FLOAT64_NOISE if dtype == torch.float64 else 1.0)
+    outputs, gradients = sizes[: len(upstream)], sizes[len(upstream) :]
+    return [*(eps * size for size in outputs), *(eps * largest * size for size in gradients)]
+
+
 def check(
     op: Op, backend: str, sample: dict[str, Any], dtype: torch.dtype, expand_grad: bool = False
 ) -> None:
@@ -132,6 +143,8 @@ def check_draws(
         exact = cast(sample, torch.float64), [grad.double() for grad in upstream]
         truth = run(op.reference, *exact)
         noises = rounding_noise(op.reference, *exact, truth, dtype)
+        if op.terms is not None:
+            noises = [max(pair) for pair in zip(noises, term_noise(op, exact, dtype), strict=True)]
         eager = run(op.reference, sample, upstream)
         with aefast.backend(backend):
             found = run(op.function, sample, upstream)

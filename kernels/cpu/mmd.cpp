@@ -1,0 +1,372 @@
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "pairwise_schemas.h"
+#include "points.h"
+
+namespace aefast::cpu {
+namespace {
+
+using pairwise::Function;
+using pairwise::Kind;
+
+// The sum of body(i, j) over all pairs i <= j of `players`, in an order that threads do not change. No two calls at a time
+// have a player in common, and the calls that have one come in a fixed order.
+template <typename Body>
+double tournament(int64_t players, const Body& body) {
+  if (players == 0) return 0.0;
+  // In round 0 all play against themselves. Then player `last` stays where it is while the others move on in a circle,
+  // and each plays against whom it meets; with an odd number of players `last` is nobody.
+  const int64_t last = players - 1 + players % 2, tables = (last + 1) / 2, games = players + last * tables;
+  std::vector<double> results(games);
+  std::vector<std::atomic<int32_t>> played(last + 1);
+  for (auto& rounds : played) rounds.store(0, std::memory_order_relaxed);
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t game = next++; game < games; game = next++) {
+      int64_t i = game, j = game;
+      int32_t round = 0;
+      if (game >= players) {
+        const int64_t turn = (game - players) / tables, table = (game - players) % tables;
+        const int64_t one = table == 0 ? last : (turn + table) % last, other = (turn + last - table) % last;
+        i = std::min(one, other);
+        j = std::max(one, other);
+        round = static_cast<int32_t>(turn) + 1;
+      }
+      // Games are begun in order, so that those waited for are under way.
+      for (const int64_t player : {i, j})
+        while (player < players && played[player].load(std::memory_order_acquire) < round) std::this_thread::yield();
+      if (j < players) results[game] = body(i, j);
+      for (const int64_t player : {i, j}) played[player].store(round + 1, std::memory_order_release);
+    }
+  };
+  const int64_t threads = std::min<int64_t>(static_cast<int64_t>(torch::stable::get_num_threads()), tables);
+  if (threads <= 1)
+    work();
+  else
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) work();
+    });
+  double total = 0.0;
+  for (const double result : results) total += result;
+  return total;
+}
+
+// --- points ----------------------------------------------------------------------------------------------------
+
+// Two samples in blocks, none of which has points of both.
+class Blocks {
+ public:
+  Blocks(const Points& x, const Points& y, const std::vector<double>& centre, bool has_columns)
+      : of_x_(blocks_of(x.count)),
+        counts_{x.count, y.count},
+        dimensions_(x.dimensions),
+        is_double_(x.scalar == Scalar::float64),
+        row_bytes_(kPoints * padded(dimensions_, element_size()) * element_size()),
+        column_bytes_(has_columns ? kPoints * dimensions_ * element_size() : 0),
+        rows_(size_of_all(row_bytes_)),
+        columns_(size_of_all(column_bytes_)) {
+    for_each(count(), [&](int64_t block) {
+      pairwise_kernels().pack(is_double_, sample(block) ? y : x, centre.data(), first(block), points(block), rows(block),
+                              has_columns ? columns(block) : nullptr);
+    });
+  }
+
+  int64_t count() const { return of_x_ + blocks_of(counts_[1]); }
+  int64_t dimensions() const { return dimensions_; }
+  bool is_double() const { return is_double_; }
+  int64_t element_size() const { return is_double_ ? 8 : 4; }
+  int64_t row_bytes() const { return row_bytes_; }
+
+  // Which of the samples a block is of, and where in it its points are.
+  int sample(int64_t block) const { return block < of_x_ ? 0 : 1; }
+  int64_t first(int64_t block) const { return (sample(block) ? block - of_x_ : block) * kPoints; }
+  int64_t points(int64_t block) const { return std::min(kPoints, counts_[sample(block)] - first(block)); }
+
+  char* rows(int64_t block) const { return rows_.get() + block * row_bytes_; }
+  char* columns(int64_t block) const { return columns_.get() + block * column_bytes_; }
+
+ private:
+  int64_t size_of_all(int64_t bytes) const { return count() * bytes; }
+
+  int64_t of_x_;
+  std::array<int64_t, 2> counts_;
+  int64_t dimensions_;
+  bool is_double_;
+  int64_t row_bytes_, column_bytes_;
+  Buffer rows_, columns_;
+};
+
+// The mean of both samples: distances of far points would lose their digits.
+std::vector<double> mean_of(const Points& x, const Points& y) {
+  const int64_t of_x = blocks_of(x.count), blocks = of_x + blocks_of(y.count), dimensions = x.dimensions;
+  std::vector<double> sums(blocks * dimensions), mean(dimensions);
+  for_each(blocks, [&](int64_t block) {
+    const Points& points = block < of_x ? x : y;
+    const int64_t first = (block < of_x ? block : block - of_x) * kPoints;
+    pairwise_kernels().add_coordinates(points, first, std::min(kPoints, points.count - first),
+                                       sums.data() + block * dimensions);
+  });
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t k = 0; k < dimensions; ++k) mean[k] += sums[block * dimensions + k];
+  for (double& one : mean) one /= static_cast<double>(std::max<int64_t>(1, x.count + y.count));
+  return mean;
+}
+
+// Gradients of the points of a Blocks whose samples want one, in rows as the points are.
+class Gradients {
+ public:
+  Gradients(const Blocks& blocks, int64_t needs)
+      : blocks_(blocks), needs_(needs), rows_(needs ? blocks.count() * blocks.row_bytes() : 0) {
+    if (needs) for_each(blocks.count(), [&](int64_t block) { std::memset(at(block), 0, blocks.row_bytes()); });
+  }
+
+  bool is_wanted(int64_t block) const { return needs_ >> blocks_.sample(block) & 1; }
+  void* of(int64_t block) const { return is_wanted(block) ? at(block) : nullptr; }
+
+  // Those of x and of y, of no rows if they are not wanted.
+  std::tuple<Tensor, Tensor> tensors(const Tensor& x, const Tensor& y) const {
+    const std::array<Tensor, 2> out = {of_sample(x, 0), of_sample(y, 1)};
+    const int64_t size = blocks_.element_size(), dimensions = blocks_.dimensions();
+    for_each(blocks_.count(), [&](int64_t block) {
+      if (!is_wanted(block)) return;
+      char* const to = static_cast<char*>(out[blocks_.sample(block)].mutable_data_ptr()) +
+                       blocks_.first(block) * dimensions * size;
+      for (int64_t point = 0; point < blocks_.points(block); ++point)
+        std::memcpy(to + point * dimensions * size, at(block) + point * padded(dimensions, size) * size,
+                    dimensions * size);
+    });
+    return {out[0], out[1]};
+  }
+
+ private:
+  char* at(int64_t block) const { return rows_.get() + block * blocks_.row_bytes(); }
+  Tensor of_sample(const Tensor& like, int sample) const {
+    return new_accumulators(like, needs_ >> sample & 1 ? like.size(0) : 0, like.size(1));
+  }
+
+  const Blocks& blocks_;
+  int64_t needs_;
+  Buffer rows_;
+};
+
+// --- kernel functions --------------------------------------------------------------------------------------------
+
+Kind kind_of(const std::string& name) {
+  const char* const names[] = {"rbf", "laplacian", "imq", "rational_quadratic", "energy"};
+  const auto found = std::find(std::begin(names), std::end(names), name);
+  STD_TORCH_CHECK(found != std::end(names), "unknown kernel ", name);
+  return static_cast<Kind>(found - std::begin(names));
+}
+
+// How often a kernel has to be squared to be the one of that rate, if an error that doubles with each time stays small;
+// 0 if it has to be computed anew.
+int32_t squarings_of(double from, double to, int32_t so_far) {
+  for (int32_t count = 1; so_far + count <= 4; ++count)
+    if (std::abs(to / from - std::ldexp(1.0, count)) < 1e-12 * std::ldexp(1.0, count)) return count;
+  return 0;
+}
+
+// A kernel function, with slopes for gradients of `factor` times its sum.
+template <typename A>
+class KernelFunction {
+ public:
+  KernelFunction(Kind& kind, std::vector<double> rates, double alpha, double unit, double factor) {
+    constexpr double kLog2e = 1.4426950408889634;
+    // A power of 1 needs no logarithm.
+    if (kind == Kind::rational_quadratic && alpha == 1.0) kind = Kind::imq;
+    std::sort(rates.begin(), rates.end());
+    int32_t since = 0;
+    for (size_t k = 0; k < rates.size(); ++k) {
+      const double rate = rates[k] / (kind == Kind::laplacian ? std::sqrt(unit) : unit);
+      const bool is_power = kind == Kind::rbf && sizeof(A) == sizeof(float) && k > 0;
+      const int32_t squarings = is_power ? squarings_of(rates[k - 1], rates[k], since) : 0;
+      since = squarings > 0 ? since + squarings : 0;
+      squarings_.push_back(squarings);
+      const bool is_exponential = kind == Kind::rbf || kind == Kind::laplacian;
+      rate_.push_back(static_cast<A>(is_exponential ? rate * kLog2e : rate));
+      const double slope = kind == Kind::laplacian            ? 0.5
+                           : kind == Kind::rational_quadratic ? alpha
+                                                              : 1.0;
+      weight_.push_back(static_cast<A>(-2.0 * factor * slope * rate));
+    }
+    if (kind == Kind::energy) {
+      rate_.push_back(static_cast<A>(1.0 / std::sqrt(unit)));
+      weight_.push_back(static_cast<A>(-factor / std::sqrt(unit)));
+    }
+    function_ = {static_cast<int64_t>(rates.size()), rate_.data(), weight_.data(), squarings_.data(),
+                 static_cast<A>(alpha)};
+  }
+  KernelFunction(const KernelFunction&) = delete;
+
+  const void* get() const { return &function_; }
+
+ private:
+  std::vector<A> rate_, weight_;
+  std::vector<int32_t> squarings_;
+  Function<A> function_;
+};
+
+template <typename A>
+double unit_of(const OptionalTensor& unit) {
+  return unit ? static_cast<double>(*static_cast<const A*>(unit->const_data_ptr())) : 1.0;
+}
+
+// The three sums of an MMD and what they count for: pairs of two points of x, of two of y, and of one of each.
+template <typename A>
+class Weighted {
+ public:
+  Weighted(const std::string& name, const std::vector<double>& rates, double alpha, const OptionalTensor& unit,
+           const std::vector<double>& weights)
+      : kind_(kind_of(name)), weights_(weights), functions_{make(rates, alpha, unit, 2.0 * weights[0]),
+                                                            make(rates, alpha, unit, 2.0 * weights[1]),
+                                                            make(rates, alpha, unit, weights[2])} {}
+
+  double weight(int sample_i, int sample_j) const { return weights_[index(sample_i, sample_j)]; }
+
+  double sum(int sample_i, int sample_j, const Tile& tile) const {
+    return pairwise_kernels().sum(std::is_same_v<A, double>, kind_, functions_[index(sample_i, sample_j)]->get(), tile);
+  }
+
+ private:
+  static int index(int sample_i, int sample_j) { return sample_i == sample_j ? sample_i : 2; }
+
+  std::unique_ptr<KernelFunction<A>> make(const std::vector<double>& rates, double alpha, const OptionalTensor& unit,
+                                          double factor) {
+    return std::make_unique<KernelFunction<A>>(kind_, rates, alpha, unit_of<A>(unit), factor);
+  }
+
+  Kind kind_;
+  std::vector<double> weights_;
+  std::array<std::unique_ptr<KernelFunction<A>>, 3> functions_;
+};
+
+Tile tile_of(const Blocks& of_i, int64_t i, void* gradient_i, const Blocks& of_j, int64_t j, void* gradient_j,
+             int64_t excluded) {
+  return {of_i.rows(i), of_j.rows(j), of_j.columns(j), gradient_i, gradient_j, nullptr, of_i.points(i), of_j.points(j),
+          of_i.dimensions(), excluded};
+}
+
+template <typename A>
+std::tuple<Tensor, Tensor, Tensor> sum_of_all(const Tensor& x, const Tensor& y, const Weighted<A>& weighted,
+                                              double constant, int64_t needs) {
+  const Points of_x = points_of(x), of_y = points_of(y);
+  const Blocks blocks(of_x, of_y, mean_of(of_x, of_y), true);
+  const Gradients gradients(blocks, needs);
+  const double total = constant + tournament(blocks.count(), [&](int64_t i, int64_t j) {
+    const int sample_i = blocks.sample(i), sample_j = blocks.sample(j);
+    const bool is_same = sample_i == sample_j;
+    // In a tile of a block with itself each pair is met in both orders, in a tile of two in one.
+    Tile tile = tile_of(blocks, i, gradients.of(i), blocks, j, i == j ? nullptr : gradients.of(j), i == j ? 0 : kPoints);
+    const Buffer scratch(tile.gradient_j ? blocks.row_bytes() : 0);
+    tile.scratch = scratch.get();
+    return (is_same && i != j ? 2.0 : 1.0) * weighted.weight(sample_i, sample_j) *
+           weighted.sum(sample_i, sample_j, tile);
+  });
+  const auto [x_gradient, y_gradient] = gradients.tensors(x, y);
+  return {new_scalar(x, total), x_gradient, y_gradient};
+}
+
+template <typename A>
+std::tuple<Tensor, Tensor, Tensor> sum_of_rows(const Tensor& x, const Tensor& y, const Tensor& all_x,
+                                               const Tensor& all_y, std::array<int64_t, 2> firsts,
+                                               const Weighted<A>& weighted, int64_t needs) {
+  const Points of_x = points_of(all_x), of_y = points_of(all_y);
+  const std::vector<double> centre = mean_of(of_x, of_y);
+  const Blocks columns(of_x, of_y, centre, true), rows(points_of(x), points_of(y), centre, false);
+  const Gradients gradients(rows, needs);
+  std::vector<double> parts(rows.count());
+  for_each(rows.count(), [&](int64_t i) {
+    const int sample_i = rows.sample(i);
+    for (int64_t j = 0; j < columns.count(); ++j) {
+      const int sample_j = columns.sample(j);
+      const bool is_same = sample_i == sample_j;
+      const int64_t excluded = is_same ? firsts[sample_i] + rows.first(i) - columns.first(j) : kPoints;
+      const Tile tile = tile_of(rows, i, gradients.of(i), columns, j, nullptr, excluded);
+      parts[i] += (is_same ? 1.0 : 0.5) * weighted.weight(sample_i, sample_j) * weighted.sum(sample_i, sample_j, tile);
+    }
+  });
+  double total = 0.0;
+  for (const double part : parts) total += part;
+  const auto [x_gradient, y_gradient] = gradients.tensors(x, y);
+  return {new_scalar(x, total), x_gradient, y_gradient};
+}
+
+void check(const Tensor& x, const Tensor& y, const OptionalTensor& unit, const std::vector<double>& weights) {
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1), "x and y must be matrices of as many columns");
+  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "y must have the dtype of x");
+  STD_TORCH_CHECK(!unit || (unit->numel() == 1 && scalar_of(*unit) == accumulator_of(scalar_of(x))),
+                  "unit must be a scalar of x's accumulator");
+  STD_TORCH_CHECK(weights.size() == 4, "weights must be four numbers");
+}
+
+std::tuple<Tensor, Tensor, Tensor> mmd(Tensor x, Tensor y, OptionalTensor unit, std::string kernel,
+                                       std::vector<double> rates, double alpha, std::vector<double> weights,
+                                       int64_t needs) {
+  check(x, y, unit, weights);
+  const auto run = [&](auto zero) {
+    const Weighted<decltype(zero)> weighted(kernel, rates, alpha, unit, weights);
+    return sum_of_all(x, y, weighted, weights[3], needs);
+  };
+  return scalar_of(x) == Scalar::float64 ? run(0.0) : run(0.0f);
+}
+
+std::tuple<Tensor, Tensor, Tensor> mmd_rows(Tensor x, Tensor y, Tensor all_x, Tensor all_y, int64_t first_x,
+                                            int64_t first_y, OptionalTensor unit, std::string kernel,
+                                            std::vector<double> rates, double alpha, std::vector<double> weights,
+                                            int64_t needs) {
+  check(x, y, unit, weights);
+  check(x, all_x, unit, weights);
+  check(x, all_y, unit, weights);
+  const auto run = [&](auto zero) {
+    const Weighted<decltype(zero)> weighted(kernel, rates, alpha, unit, weights);
+    return sum_of_rows(x, y, all_x, all_y, {first_x, first_y}, weighted, needs);
+  };
+  return scalar_of(x) == Scalar::float64 ? run(0.0) : run(0.0f);
+}
+
+Tensor kernel_values(Tensor x, Tensor y, OptionalTensor unit, std::string kernel, std::vector<double> rates, double alpha) {
+  check(x, y, unit, {0.0, 0.0, 0.0, 0.0});
+  const Tensor out = new_accumulators(x, x.size(0), y.size(0));
+  const auto run = [&](auto zero) {
+    using A = decltype(zero);
+    Kind kind = kind_of(kernel);
+    const KernelFunction<A> function(kind, rates, alpha, unit_of<A>(unit), 0.0);
+    const Points of_x = points_of(x), of_y = points_of(y);
+    const Blocks blocks(of_x, of_y, mean_of(of_x, of_y), true);
+    const int64_t rows = blocks_of(x.size(0)), columns = blocks_of(y.size(0));
+    for_each(rows * columns, [&](int64_t task) {
+      const int64_t i = task / columns, j = rows + task % columns;
+      A* const to = static_cast<A*>(out.mutable_data_ptr()) + blocks.first(i) * y.size(0) + blocks.first(j);
+      pairwise_kernels().values(std::is_same_v<A, double>, kind, function.get(),
+                                tile_of(blocks, i, nullptr, blocks, j, nullptr, kPoints), to, y.size(0));
+    });
+  };
+  scalar_of(x) == Scalar::float64 ? run(0.0) : run(0.0f);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(aefast_cpu, m) {
+  for (const char* schema : pairwise::kMmdSchemas) m.def(schema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aefast_cpu, CPU, m) {
+  m.impl("mmd", TORCH_BOX(&mmd));
+  m.impl("mmd_rows", TORCH_BOX(&mmd_rows));
+  m.impl("kernel_values", TORCH_BOX(&kernel_values));
+}
+
+}  // namespace aefast::cpu

@@ -1,0 +1,334 @@
+// Compiled once per instruction set; AEFAST_INSTRUCTION_SET names the namespace of each copy.
+#include "pairwise.h"
+
+#include "lanes.h"
+
+namespace aefast::cpu::AEFAST_INSTRUCTION_SET {
+namespace {
+
+using pairwise::Function;
+using pairwise::Kind;
+
+// Rows of a tile that are taken at once: with two vectors of columns their distances fill half of the registers.
+#if defined(__AVX512F__)
+constexpr int64_t kRows = 8;
+#else
+constexpr int64_t kRows = 4;
+#endif
+template <typename T>
+constexpr int64_t kWidth = kVectorBytes / sizeof(T);
+
+// Kernel values far from 1 are of no account, but subnormal ones would take a hundred times as long as others.
+class WithoutSubnormals {
+ public:
+#if defined(__SSE__)
+  WithoutSubnormals() : mode_(_mm_getcsr()) { _mm_setcsr(mode_ | 0x8040); }
+  ~WithoutSubnormals() { _mm_setcsr(mode_); }
+
+ private:
+  unsigned mode_;
+#else
+  WithoutSubnormals() {}
+#endif
+};
+
+// --- points ----------------------------------------------------------------------------------------------------
+
+template <typename T>
+void add_coordinates_of(const Points& points, int64_t first, int64_t count, double* sums) {
+  const T* const data = static_cast<const T*>(points.data);
+  for (int64_t point = first; point < first + count; ++point)
+    for (int64_t k = 0; k < points.dimensions; ++k)
+      sums[k] += static_cast<double>(load(data[point * points.row_stride + k * points.col_stride]));
+}
+
+void add_coordinates(const Points& points, int64_t first, int64_t count, double* sums) {
+  with_type(points.scalar, [&](auto tag) {
+    add_coordinates_of<typename decltype(tag)::type>(points, first, count, sums);
+  });
+}
+
+template <typename A, typename T>
+void pack_points(const Points& points, const double* centre, int64_t first, int64_t count, A* rows, A* columns) {
+  const T* const data = static_cast<const T*>(points.data) + first * points.row_stride;
+  const int64_t width = padded(points.dimensions, sizeof(A));
+  std::memset(rows, 0, kPoints * width * sizeof(A));
+  for (int64_t point = 0; point < count; ++point)
+    for (int64_t k = 0; k < points.dimensions; ++k)
+      rows[point * width + k] =
+          static_cast<A>(static_cast<double>(load(data[point * points.row_stride + k * points.col_stride])) - centre[k]);
+  if (!columns) return;
+  for (int64_t k = 0; k < points.dimensions; ++k)
+    for (int64_t point = 0; point < kPoints; ++point) columns[k * kPoints + point] = rows[point * width + k];
+}
+
+void pack(bool is_double, const Points& points, const double* centre, int64_t first, int64_t count, void* rows,
+          void* columns) {
+  with_type(points.scalar, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (is_double)
+      pack_points<double, T>(points, centre, first, count, static_cast<double*>(rows), static_cast<double*>(columns));
+    else
+      pack_points<float, T>(points, centre, first, count, static_cast<float*>(rows), static_cast<float*>(columns));
+  });
+}
+
+// --- tiles -----------------------------------------------------------------------------------------------------
+
+template <typename A>
+AEFAST_HD Vector<A> broadcast(A value) {
+  return value - Vector<A>{};
+}
+
+// Dimensions whose squares are added one after another: their sums are added in turn, so that rounding errors grow with
+// the root of the dimensions and not with their number.
+constexpr int64_t kTogether = 32;
+
+// Squared distances of kRows rows, one after another, to kPoints columns: u (kRows, kPoints).
+template <typename A>
+AEFAST_HD void squared_distances(const A* rows, const A* columns, int64_t dimensions, A* u) {
+  const int64_t width = padded(dimensions, sizeof(A));
+  for (int64_t col = 0; col < kPoints; col += 2 * kWidth<A>)
+    for (int64_t begin = 0; begin < dimensions; begin += kTogether) {
+      const int64_t end = begin + kTogether < dimensions ? begin + kTogether : dimensions;
+      Vector<A> sums[kRows][2] = {};
+      for (int64_t k = begin; k < end; ++k) {
+        const auto first = read<Vector<A>>(columns + k * kPoints + col),
+                   second = read<Vector<A>>(columns + k * kPoints + col + kWidth<A>);
+        for (int64_t row = 0; row < kRows; ++row) {
+          const Vector<A> x = broadcast(rows[row * width + k]);
+          const Vector<A> a = x - first, b = x - second;
+          sums[row][0] += a * a;
+          sums[row][1] += b * b;
+        }
+      }
+      for (int64_t row = 0; row < kRows; ++row)
+        for (int part = 0; part < 2; ++part) {
+          A* const to = u + row * kPoints + col + part * kWidth<A>;
+          write(to, begin == 0 ? sums[row][part] : read<Vector<A>>(to) + sums[row][part]);
+        }
+    }
+}
+
+// Values at u, of which the sum is added to `total`; slopes take the place of u. Of pairs that are none, whose numbers
+// are not `valid`, both count as 0.
+template <Kind kKind, typename A>
+AEFAST_HD void evaluate_row(const Function<A>& function, A* u, double& total) {
+  using C = Lanes<A>;
+  C sum(A(0));
+  for (int64_t col = 0; col < kPoints; col += kLanes<A>) {
+    C value, slope;
+    pairwise::evaluate<kKind>(function, read_lanes(u + col), value, slope);
+    sum = sum + value;
+    write_lanes(u + col, slope);
+  }
+  A lanes[kLanes<A>];
+  write_lanes(lanes, sum);
+  for (int64_t lane = 0; lane < kLanes<A>; ++lane) total += static_cast<double>(lanes[lane]);
+}
+
+// The same, but for pairs from `end` on and at `excluded`, which may lie anywhere: values and slopes there are 0.
+template <Kind kKind, typename A>
+AEFAST_HD void evaluate_part(const Function<A>& function, int64_t end, int64_t excluded, A* u, double& total) {
+  using C = Lanes<A>;
+  A values[kPoints];
+  for (int64_t col = 0; col < kPoints; col += kLanes<A>) {
+    C value, slope;
+    pairwise::evaluate<kKind>(function, read_lanes(u + col), value, slope);
+    write_lanes(values + col, value);
+    write_lanes(u + col, slope);
+  }
+  for (int64_t col = end; col < kPoints; ++col) u[col] = 0;
+  if (excluded >= 0 && excluded < end) u[excluded] = values[excluded] = 0;
+  for (int64_t col = 0; col < end; ++col) total += static_cast<double>(values[col]);
+}
+
+// gradient[row] += Σ_j w[row][j] (x[row] - y[j]), for kRows rows.
+template <typename A, int kVectors>
+AEFAST_HD void add_row_gradients(const A* w, const A* x, const A* y, int64_t count, int64_t width, int64_t k,
+                                 const A* sums, A* gradient) {
+  Vector<A> products[kRows][kVectors] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    Vector<A> point[kVectors];
+    for (int part = 0; part < kVectors; ++part) point[part] = read<Vector<A>>(y + j * width + k + part * kWidth<A>);
+    for (int64_t row = 0; row < kRows; ++row)
+      for (int part = 0; part < kVectors; ++part) products[row][part] += broadcast(w[row * kPoints + j]) * point[part];
+  }
+  for (int64_t row = 0; row < kRows; ++row)
+    for (int part = 0; part < kVectors; ++part) {
+      const int64_t at = row * width + k + part * kWidth<A>;
+      write(gradient + at, read<Vector<A>>(gradient + at) +
+                               (broadcast(sums[row]) * read<Vector<A>>(x + at) - products[row][part]));
+    }
+}
+
+template <typename A>
+AEFAST_HD void add_row_gradients(const A* w, const A* x, const A* y, int64_t count, int64_t width, A* gradient) {
+  A sums[kRows];
+  for (int64_t row = 0; row < kRows; ++row) {
+    Vector<A> sum = {};
+    for (int64_t col = 0; col < kPoints; col += kWidth<A>) sum += read<Vector<A>>(w + row * kPoints + col);
+    sums[row] = 0;
+    for (int64_t lane = 0; lane < kWidth<A>; ++lane) sums[row] += sum[lane];
+  }
+  int64_t k = 0;
+  for (; k + 2 * kWidth<A> <= width; k += 2 * kWidth<A>)
+    add_row_gradients<A, 2>(w, x, y, count, width, k, sums, gradient);
+  for (; k < width; k += kWidth<A>) add_row_gradients<A, 1>(w, x, y, count, width, k, sums, gradient);
+}
+
+// products[j] += Σ_row w[row][j] x[row], and sums[j] += Σ_row w[row][j].
+template <typename A>
+AEFAST_HD void add_column_products(const A* w, const A* x, int64_t count, int64_t width, A* products, A* sums) {
+  for (int64_t col = 0; col < kPoints; col += kWidth<A>) {
+    auto sum = read<Vector<A>>(sums + col);
+    for (int64_t row = 0; row < kRows; ++row) sum += read<Vector<A>>(w + row * kPoints + col);
+    write(sums + col, sum);
+  }
+  for (int64_t k = 0; k < width; k += kWidth<A>) {
+    Vector<A> points[kRows];
+    for (int64_t row = 0; row < kRows; ++row) points[row] = read<Vector<A>>(x + row * width + k);
+    for (int64_t j = 0; j < count; ++j) {
+      auto sum = read<Vector<A>>(products + j * width + k);
+      for (int64_t row = 0; row < kRows; ++row) sum += broadcast(w[row * kPoints + j]) * points[row];
+      write(products + j * width + k, sum);
+    }
+  }
+}
+
+template <Kind kKind, typename A>
+double sum_tile(const Function<A>& function, const Tile& tile) {
+  const WithoutSubnormals mode;
+  const int64_t width = padded(tile.dimensions, sizeof(A));
+  const A* const x = static_cast<const A*>(tile.rows_i);
+  const A* const y = static_cast<const A*>(tile.rows_j);
+  A* const x_gradient = static_cast<A*>(tile.gradient_i);
+  A* const y_gradient = static_cast<A*>(tile.gradient_j);
+  A* const products = static_cast<A*>(tile.scratch);
+  alignas(64) A w[kRows * kPoints], column_sums[kPoints] = {};
+  // Summed apart from other tiles', which would grow the sum that each term is rounded with.
+  if (y_gradient) std::memset(products, 0, tile.count_j * width * sizeof(A));
+  double total = 0.0;
+  for (int64_t first = 0; first < tile.count_i; first += kRows) {
+    const A* const rows = x + first * width;
+    squared_distances(rows, static_cast<const A*>(tile.columns_j), tile.dimensions, w);
+    const bool is_whole = tile.count_j == kPoints && first + kRows <= tile.count_i &&
+                          (first + tile.excluded + kRows <= 0 || first + tile.excluded >= kPoints);
+    for (int64_t row = 0; row < kRows; ++row) {
+      if (is_whole)
+        evaluate_row<kKind>(function, w + row * kPoints, total);
+      else
+        evaluate_part<kKind>(function, first + row < tile.count_i ? tile.count_j : 0, first + row + tile.excluded,
+                             w + row * kPoints, total);
+    }
+    if (x_gradient) add_row_gradients(w, rows, y, tile.count_j, width, x_gradient + first * width);
+    if (y_gradient) add_column_products(w, rows, tile.count_j, width, products, column_sums);
+  }
+  if (y_gradient)
+    for (int64_t j = 0; j < tile.count_j; ++j)
+      for (int64_t k = 0; k < width; k += kWidth<A>) {
+        const int64_t at = j * width + k;
+        write(y_gradient + at, read<Vector<A>>(y_gradient + at) + (broadcast(column_sums[j]) * read<Vector<A>>(y + at) -
+                                                                   read<Vector<A>>(products + at)));
+      }
+  return total;
+}
+
+template <Kind kKind, typename A>
+void tile_values(const Function<A>& function, const Tile& tile, A* out, int64_t stride) {
+  const WithoutSubnormals mode;
+  const int64_t width = padded(tile.dimensions, sizeof(A));
+  alignas(64) A u[kRows * kPoints];
+  for (int64_t first = 0; first < tile.count_i; first += kRows) {
+    squared_distances(static_cast<const A*>(tile.rows_i) + first * width, static_cast<const A*>(tile.columns_j),
+                      tile.dimensions, u);
+    for (int64_t at = 0; at < kRows * kPoints; at += kLanes<A>) {
+      Lanes<A> value, slope;
+      pairwise::evaluate<kKind>(function, read_lanes(u + at), value, slope);
+      write_lanes(u + at, value);
+    }
+    for (int64_t row = first; row < tile.count_i && row < first + kRows; ++row)
+      std::memcpy(out + row * stride, u + (row - first) * kPoints, tile.count_j * sizeof(A));
+  }
+}
+
+// body(kind) with `kind` as a constant.
+template <typename Body>
+auto with_kind(Kind kind, const Body& body) {
+  switch (kind) {
+    case Kind::laplacian: return body(std::integral_constant<Kind, Kind::laplacian>());
+    case Kind::imq: return body(std::integral_constant<Kind, Kind::imq>());
+    case Kind::rational_quadratic: return body(std::integral_constant<Kind, Kind::rational_quadratic>());
+    case Kind::energy: return body(std::integral_constant<Kind, Kind::energy>());
+    default: return body(std::integral_constant<Kind, Kind::rbf>());
+  }
+}
+
+double sum(bool is_double, Kind kind, const void* function, const Tile& tile) {
+  return with_kind(kind, [&](auto known) {
+    constexpr Kind kKind = decltype(known)::value;
+    return is_double ? sum_tile<kKind>(*static_cast<const Function<double>*>(function), tile)
+                     : sum_tile<kKind>(*static_cast<const Function<float>*>(function), tile);
+  });
+}
+
+void values(bool is_double, Kind kind, const void* function, const Tile& tile, void* out, int64_t stride) {
+  with_kind(kind, [&](auto known) {
+    constexpr Kind kKind = decltype(known)::value;
+    if (is_double)
+      tile_values<kKind>(*static_cast<const Function<double>*>(function), tile, static_cast<double*>(out), stride);
+    else
+      tile_values<kKind>(*static_cast<const Function<float>*>(function), tile, static_cast<float*>(out), stride);
+  });
+}
+
+// --- nearest points --------------------------------------------------------------------------------------------
+
+template <typename A>
+void nearest_of(const Tile& tile, int64_t first_j, A* least, int64_t* index) {
+  const int64_t width = padded(tile.dimensions, sizeof(A));
+  const A* const x = static_cast<const A*>(tile.rows_i);
+  const A infinity = std::numeric_limits<A>::infinity();
+  alignas(64) A u[kRows * kPoints];
+  for (int64_t first = 0; first < tile.count_i; first += kRows) {
+    squared_distances(x + first * width, static_cast<const A*>(tile.columns_j), tile.dimensions, u);
+    for (int64_t row = first; row < tile.count_i && row < first + kRows; ++row) {
+      A* const distances = u + (row - first) * kPoints;
+      for (int64_t j = tile.count_j; j < kPoints; ++j) distances[j] = infinity;
+      Vector<A> smallest = read<Vector<A>>(distances), sum = {};
+      for (int64_t col = 0; col < kPoints; col += kWidth<A>) {
+        const auto one = read<Vector<A>>(distances + col);
+        smallest = one < smallest ? one : smallest;
+        // Of numbers that are not negative, the sum is NaN if one of them is.
+        sum += col + kWidth<A> <= tile.count_j ? one : Vector<A>{};
+      }
+      A best = infinity, total = 0;
+      for (int64_t lane = 0; lane < kWidth<A>; ++lane) {
+        best = smallest[lane] < best ? smallest[lane] : best;
+        total += sum[lane];
+      }
+      for (int64_t j = tile.count_j / kWidth<A> * kWidth<A>; j < tile.count_j; ++j) total += distances[j];
+      const bool has_nan = total != total;
+      // The first block of all has what there is to compare with, be it infinite.
+      if (least[row] != least[row] || !(has_nan || best < least[row] || index[row] < 0)) continue;
+      int64_t at = 0;
+      while (has_nan ? distances[at] == distances[at] : distances[at] != best) ++at;
+      least[row] = distances[at];
+      index[row] = first_j + at;
+    }
+  }
+}
+
+void nearest(bool is_double, const Tile& tile, int64_t first_j, void* least, int64_t* index) {
+  if (is_double)
+    nearest_of(tile, first_j, static_cast<double*>(least), index);
+  else
+    nearest_of(tile, first_j, static_cast<float*>(least), index);
+}
+
+}  // namespace
+
+extern const PairwiseKernels pairwise_kernels;
+const PairwiseKernels pairwise_kernels = {add_coordinates, pack, sum, values, nearest};
+
+}  // namespace aefast::cpu::AEFAST_INSTRUCTION_SET
