@@ -1,5 +1,6 @@
 """The public functions: ``import aefast.functional as AF``."""
 
+from aefast.ops.chamfer import chamfer
 from aefast.ops.corrupt import corrupt
 from aefast.ops.gaussian_head import gaussian_head
 from aefast.ops.kl_discrete import kl_discrete
@@ -7,9 +8,12 @@ from aefast.ops.kl_normal import kl_normal
 from aefast.ops.linear_act import linear_act
 from aefast.ops.mlp import mlp
 from aefast.ops.mmd import mmd
+from aefast.ops.mmd_to_normal import mmd_to_normal
+from aefast.ops.nearest import nearest
 from aefast.ops.reparameterize import reparameterize
 
 __all__ = [
+    "chamfer",
     "corrupt",
     "gaussian_head",
     "kl_discrete",
@@ -17,5 +21,7 @@ __all__ = [
     "linear_act",
     "mlp",
     "mmd",
+    "mmd_to_normal",
+    "nearest",
     "reparameterize",
 ]

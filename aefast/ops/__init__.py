@@ -1,12 +1,25 @@
 """The ops: one file each, and the registry of backends that serve them."""
 
-from aefast.ops import corrupt, gaussian_head, kl_discrete, kl_normal, linear_act, mlp, mmd, reparameterize
+from aefast.ops import (
+    chamfer,
+    corrupt,
+    gaussian_head,
+    kl_discrete,
+    kl_normal,
+    linear_act,
+    mlp,
+    mmd,
+    mmd_to_normal,
+    nearest,
+    reparameterize,
+)
 from aefast.ops._registry import BACKENDS, OPS, backend
 
 __all__ = [
     "BACKENDS",
     "OPS",
     "backend",
+    "chamfer",
     "corrupt",
     "gaussian_head",
     "kl_discrete",
@@ -14,5 +27,7 @@ __all__ = [
     "linear_act",
     "mlp",
     "mmd",
+    "mmd_to_normal",
+    "nearest",
     "reparameterize",
 ]

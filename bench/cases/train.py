@@ -5,16 +5,17 @@ Every side updates its parameters by Adam in its fused form, the fastest that Py
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aefast.bench.case import Learner, TrainingCase, dtypes
 from aefast.bench.variants import Rival
-from aefast.models import VAE, Autoencoder, DenoisingAutoencoder, Model
-from aefast.ops._registry import Cost
+from aefast.models import VAE, Autoencoder, DenoisingAutoencoder, InfoVAE, Model
+from aefast.ops._registry import OPS, Cost
 
 BATCHES = (64, 256, 1024, 4096)
 QUICK_BATCHES = (256,)
@@ -24,10 +25,11 @@ WIDTHS = ((784, 512, 16), (256, 512, 16))
 
 def cases(device: torch.device, quick: bool) -> Iterator[TrainingCase]:
     for dtype in dtypes(device):
-        for inputs, hidden, latent in WIDTHS:
+        for sizes in WIDTHS:
             for batch in QUICK_BATCHES if quick else BATCHES:
-                yield autoencoder(batch, inputs, hidden, latent, dtype, device)
-                yield vae(batch, inputs, hidden, latent, dtype, device)
+                yield autoencoder(batch, *sizes, dtype, device)
+                yield vae(batch, *sizes, dtype, device)
+                yield infovae(batch, *sizes, dtype, device)
         for batch in QUICK_BATCHES if quick else BATCHES:
             yield denoising(batch, *WIDTHS[-1], dtype, device)
 
@@ -35,16 +37,6 @@ def cases(device: torch.device, quick: bool) -> Iterator[TrainingCase]:
 def autoencoder(
     batch: int, inputs: int, hidden: int, latent: int, dtype: torch.dtype, device: torch.device
 ) -> TrainingCase:
-    def make_model() -> Autoencoder:
-        return Autoencoder(
-            input_size=inputs,
-            hidden=(hidden,),
-            latent=latent,
-            output_activation="sigmoid",
-            device=device,
-            dtype=dtype,
-        )
-
     def pythae() -> Callable[[Model], Learner]:
         from pythae.models import AE, AEConfig
         from pythae.models.nn.default_architectures import Decoder_AE_MLP, Encoder_AE_MLP
@@ -65,117 +57,182 @@ def autoencoder(
 
         return learner
 
-    return TrainingCase(
-        "train",
-        "autoencoder",
-        f"{inputs}-{hidden}-{latent}-b{batch}",
-        {"batch": batch, "inputs": inputs, "features": inputs},
+    return _case(
+        Autoencoder,
+        (batch, inputs, hidden, latent),
         dtype,
         device,
-        make_model=make_model,
-        features=inputs,
-        cost=lambda model: step_cost(
-            batch, pairwise((inputs, hidden, latent, hidden, inputs)), dtype, inputs
-        ),
-        is_compiled=batch in QUICK_BATCHES,
-        # The hidden layers of its default networks have this size.
-        rivals={"pythae": Rival("pythae", pythae, ("step",))} if hidden == 512 else {},
+        lambda: dense_cost(batch, inputs, hidden, latent, dtype, inputs),
+        pythae,
+        output_activation="sigmoid",
     )
 
 
 def vae(
     batch: int, inputs: int, hidden: int, latent: int, dtype: torch.dtype, device: torch.device
 ) -> TrainingCase:
-    def make_model() -> VAE:
-        return VAE(input_size=inputs, hidden=(hidden,), latent=latent, device=device, dtype=dtype)
-
     def pythae() -> Callable[[Model], Learner]:
         from pythae.models import VAE as TheirVAE
         from pythae.models import VAEConfig
-        from pythae.models.nn.default_architectures import Decoder_AE_MLP, Encoder_VAE_MLP
 
-        def learner(model: Model) -> Learner:
-            config = VAEConfig(input_dim=(inputs,), latent_dim=latent, reconstruction_loss="mse")
-            theirs = TheirVAE(config, Encoder_VAE_MLP(config), Decoder_AE_MLP(config)).to(device, dtype)
-            # Its decoder ends in a sigmoid, its head is two layers.
-            theirs.decoder.layers[-1] = theirs.decoder.layers[-1][0]
-            encoder, decoder = theirs.encoder, theirs.decoder
-            heads = encoder.embedding, encoder.log_var
-            ordered = [
-                *encoder.layers.parameters(),
-                *(head.weight for head in heads),
-                *(head.bias for head in heads),
-                *decoder.parameters(),
-            ]
-            first, rest = ordered[:2], ordered[6:]
-            own = [*first, *(torch.cat(pair) for pair in (ordered[2:4], ordered[4:6])), *rest]
-            with torch.no_grad():
-                given = [parameter.detach() for parameter in model.parameters()]
-                for target, source in zip((*first, *rest), (*given[:2], *given[4:]), strict=True):
-                    target.copy_(source)
-                for pair, source in zip((ordered[2:4], ordered[4:6]), given[2:4], strict=True):
-                    for target, half in zip(pair, source.chunk(2), strict=True):
-                        target.copy_(half)
-            if [one.shape for one in own] != [one.shape for one in given]:
-                raise RuntimeError("its networks have other layers")
+        config = VAEConfig(input_dim=(inputs,), latent_dim=latent, reconstruction_loss="mse")
+        return functools.partial(_pythae_vae, TheirVAE, config)
 
-            def arranged(gradients: list[Tensor]) -> list[Tensor]:
-                joined = torch.cat(gradients[2:4]), torch.cat(gradients[4:6])
-                return [*gradients[:2], *joined, *gradients[6:]]
-
-            return Learner.of_loss(ordered, lambda data: theirs({"data": data}).loss, arranged)
-
-        return learner
-
-    def cost(model: Model) -> Cost:
-        layers = [*pairwise((inputs, hidden, 2 * latent)), *pairwise((latent, hidden, inputs))]
-        # Of each latent an exponential, and half of a logarithm, a sine and a cosine; and as much in the backward.
-        return step_cost(batch, layers, dtype, 5 * latent)
-
-    return TrainingCase(
-        "train",
-        "vae",
-        f"{inputs}-{hidden}-{latent}-b{batch}",
-        {"batch": batch, "inputs": inputs, "features": inputs},
+    return _case(
+        VAE,
+        (batch, inputs, hidden, latent),
         dtype,
         device,
-        make_model=make_model,
-        features=inputs,
-        cost=cost,
-        is_compiled=batch in QUICK_BATCHES,
-        rivals={"pythae": Rival("pythae", pythae, ("step",))} if hidden == 512 else {},
+        lambda: gaussian_cost(batch, inputs, hidden, latent, dtype),
+        pythae,
+    )
+
+
+def infovae(
+    batch: int, inputs: int, hidden: int, latent: int, dtype: torch.dtype, device: torch.device
+) -> TrainingCase:
+    kl_weight, mmd_weight = 0.5, 10.0
+
+    def pythae() -> Callable[[Model], Learner]:
+        from pythae.models import INFOVAE_MMD, INFOVAE_MMD_Config
+
+        # Its kernels are those of InfoVAE's defaults.
+        config = INFOVAE_MMD_Config(
+            input_dim=(inputs,),
+            latent_dim=latent,
+            reconstruction_loss="mse",
+            alpha=1.0 - kl_weight,
+            lbd=kl_weight + mmd_weight,
+        )
+        return functools.partial(_pythae_vae, INFOVAE_MMD, config)
+
+    def cost() -> Cost:
+        codes = torch.empty(batch, latent, dtype=dtype, device="meta")
+        pairs = OPS["mmd"].cost(True, codes, codes, kernel="imq")
+        dense = gaussian_cost(batch, inputs, hidden, latent, dtype)
+        return Cost(dense.bytes + pairs.bytes, dense.flops + pairs.flops, dense.exps + pairs.exps)
+
+    def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+        # For each of its three sums over pairs, their differences with gradients, and three numbers a kernel.
+        nbytes = 3 * batch * batch * (2 * latent + 3 * 7) * dtype.itemsize
+        most = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 << 30
+        return f"pythae would take {nbytes / 2**30:.1f} GiB" if nbytes > most else None
+
+    return _case(
+        InfoVAE,
+        (batch, inputs, hidden, latent),
+        dtype,
+        device,
+        cost,
+        pythae,
+        refuses,
+        kl_weight=kl_weight,
+        mmd_weight=mmd_weight,
     )
 
 
 def denoising(
     batch: int, inputs: int, hidden: int, latent: int, dtype: torch.dtype, device: torch.device
 ) -> TrainingCase:
-    def make_model() -> DenoisingAutoencoder:
-        return DenoisingAutoencoder(
-            input_size=inputs,
-            hidden=(hidden,),
-            latent=latent,
-            output_activation="sigmoid",
-            noise="gaussian",
-            noise_std=0.2,
-            device=device,
-            dtype=dtype,
-        )
+    return _case(
+        DenoisingAutoencoder,
+        (batch, inputs, hidden, latent),
+        dtype,
+        device,
+        # Of each input half of a logarithm, a sine and a cosine.
+        lambda: dense_cost(batch, inputs, hidden, latent, dtype, 5 * inputs // 2),
+        is_compiled=False,
+        output_activation="sigmoid",
+        noise="gaussian",
+        noise_std=0.2,
+    )
 
+
+def _case(
+    model_class: type[Model],
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    cost: Callable[[], Cost],
+    pythae: Callable[[], Callable[[Model], Learner]] | None = None,
+    refuses: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None,
+    is_compiled: bool = True,
+    **options: object,
+) -> TrainingCase:
+    """The step of a model at sizes (batch, inputs, hidden, latent), with options of its own.
+
+    `pythae` and `refuses` are those of a `Rival`. `is_compiled`: whether torch.compile takes part in quick cases.
+    """
+    batch, inputs, hidden, latent = sizes
+
+    def make_model() -> Model:
+        widths = {"input_size": inputs, "hidden": (hidden,), "latent": latent}
+        return model_class(**widths, **options, device=device, dtype=dtype)
+
+    rivals = {}
+    # The hidden layers of its default networks have this size.
+    if pythae is not None and hidden == 512:
+        rivals["pythae"] = Rival("pythae", pythae, ("step",), refuses)
     return TrainingCase(
         "train",
-        "denoising",
+        model_class.name,
         f"{inputs}-{hidden}-{latent}-b{batch}",
         {"batch": batch, "inputs": inputs, "features": inputs},
         dtype,
         device,
         make_model=make_model,
         features=inputs,
-        # Of each input half of a logarithm, a sine and a cosine.
-        cost=lambda model: step_cost(
-            batch, pairwise((inputs, hidden, latent, hidden, inputs)), dtype, 5 * inputs // 2
-        ),
+        cost=lambda model: cost(),
+        is_compiled=is_compiled and batch in QUICK_BATCHES,
+        rivals=rivals,
     )
+
+
+def _pythae_vae(model_class: type[nn.Module], config: object, model: Model) -> Learner:
+    """Of pythae's VAE or a model derived from it, with the weights of `model`, of one hidden layer."""
+    from pythae.models.nn.default_architectures import Decoder_AE_MLP, Encoder_VAE_MLP
+
+    given = [parameter.detach() for parameter in model.parameters()]
+    theirs = model_class(config, Encoder_VAE_MLP(config), Decoder_AE_MLP(config))
+    theirs = theirs.to(given[0].device, given[0].dtype)
+    # Its decoder ends in a sigmoid, its head is two layers.
+    theirs.decoder.layers[-1] = theirs.decoder.layers[-1][0]
+    encoder, decoder = theirs.encoder, theirs.decoder
+    heads = encoder.embedding, encoder.log_var
+    ordered = [
+        *encoder.layers.parameters(),
+        *(head.weight for head in heads),
+        *(head.bias for head in heads),
+        *decoder.parameters(),
+    ]
+    first, rest = ordered[:2], ordered[6:]
+    own = [*first, *(torch.cat(pair) for pair in (ordered[2:4], ordered[4:6])), *rest]
+    if [one.shape for one in own] != [one.shape for one in given]:
+        raise RuntimeError("its networks have other layers")
+    with torch.no_grad():
+        for target, source in zip((*first, *rest), (*given[:2], *given[4:]), strict=True):
+            target.copy_(source)
+        for pair, source in zip((ordered[2:4], ordered[4:6]), given[2:4], strict=True):
+            for target, half in zip(pair, source.chunk(2), strict=True):
+                target.copy_(half)
+
+    def arranged(gradients: list[Tensor]) -> list[Tensor]:
+        joined = torch.cat(gradients[2:4]), torch.cat(gradients[4:6])
+        return [*gradients[:2], *joined, *gradients[6:]]
+
+    return Learner.of_loss(ordered, lambda data: theirs({"data": data}).loss, arranged)
+
+
+def dense_cost(batch: int, inputs: int, hidden: int, latent: int, dtype: torch.dtype, exps: int) -> Cost:
+    """`step_cost` of an encoder and a decoder of one hidden layer each."""
+    return step_cost(batch, pairwise((inputs, hidden, latent, hidden, inputs)), dtype, exps)
+
+
+def gaussian_cost(batch: int, inputs: int, hidden: int, latent: int, dtype: torch.dtype) -> Cost:
+    """`step_cost` of the same with a Gaussian head, which draws its codes."""
+    layers = [*pairwise((inputs, hidden, 2 * latent)), *pairwise((latent, hidden, inputs))]
+    # Of each latent an exponential, and half of a logarithm, a sine and a cosine; and as much in the backward.
+    return step_cost(batch, layers, dtype, 5 * latent)
 
 
 def step_cost(batch: int, layers: Iterable[tuple[int, int]], dtype: torch.dtype, exps: int) -> Cost:

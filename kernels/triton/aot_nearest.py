@@ -1,0 +1,56 @@
+"""What the kernels of nearest.py are compiled to ahead of time; aot.py says what that means."""
+
+from . import nearest
+from .aot import TARGETS, TORCH_DTYPES, signature
+
+
+def differences(dtype, D, targets=(90,)):
+    wide = "fp64" if dtype == "fp64" else "fp32"
+    types = {"x": f"*{dtype}", "y": f"*{dtype}", "squared": f"*{wide}", "index": "*i64"}
+    types |= dict.fromkeys(("B", "N", "M", "D", "per_split", "stride_x_batch", "stride_x_row"), "i32")
+    element = TORCH_DTYPES[dtype].itemsize
+    return signature(
+        f"nearest {D} {dtype}",
+        nearest.nearest_kernel,
+        types,
+        {
+            "stride_x_col": 1,
+            "STEP": nearest.step_of(D),
+            "GROUPS": 16 // TORCH_DTYPES[wide].itemsize,
+            "ROWS": nearest.ROWS,
+            "LANES": nearest.LANES,
+        },
+        # Clouds of any size.
+        {"B", "N", "M", "D", "stride_x_batch", "stride_x_row"},
+        warps=nearest.WARPS,
+        targets=targets,
+        programs_per_sm=2,
+        load_bits=8 * element,  # a warp's loads lie side by side, or are one
+        options={**nearest.COMPILE, **nearest.REGISTERS},
+    )
+
+
+def products(rows, targets=(90,)):
+    types = {"x": "*fp32", "y": "*fp32", "half_norms": "*fp32", "scores": "*fp32", "index": "*i64"}
+    types |= dict.fromkeys(("B", "N", "M", "D", "per_split"), "i32")
+    return signature(
+        f"nearest product {rows}",
+        nearest.nearest_product_kernel,
+        types,
+        {"PRECISION": "tf32x3", "ROWS": rows, "COLUMNS": 128, "DEPTH": nearest.DEPTH},
+        {"B", "N", "M"},
+        targets=targets,
+        programs_per_sm=2,
+        load_bits=128,
+        # Of a tile of fewer rows Hopper's and Blackwell's instructions for whole warpgroups make nothing.
+        matrix=True,
+    )
+
+
+def signatures():
+    for dtype in ("fp32", "bf16", "fp64"):
+        yield differences(dtype, 3, TARGETS if dtype == "fp32" else (90,))
+        yield differences(dtype, 16, TARGETS)
+    yield products(64, TARGETS)
+    yield products(32, (80,))
+    yield products(16, (80,))
