@@ -53,7 +53,9 @@ def _options(
 
 _RUN = "Run"
 _MODEL = "Model (options not given take the model's default)"
+_LIKELIHOOD = "Of --model vae and infovae"
 _VAE = "Of --model vae"
+_INFOVAE = "Of --model infovae"
 _NOISE = "Of --model denoising"
 
 _TRAIN_EPILOG = """
@@ -66,6 +68,8 @@ aefast train --data patches --hidden 512,128 --latent 32 --epochs 5 --out runs/p
 aefast train --data samples.npy --linear-decoder --activation gelu --out runs/mine
 
 aefast train --data digits --model vae --likelihood bernoulli --latent 8 --epochs 50 --out runs/vae
+
+aefast train --data patches --model infovae --mmd-weight 30 --latent 16 --out runs/infovae
 
 aefast train --data patches --model denoising --noise gaussian --noise-std 0.2 --latent 64 --out runs/denoiser
 
@@ -98,7 +102,7 @@ def train(
         str,
         typer.Option(
             metavar="NAME",
-            help="Which model to train: autoencoder, denoising, stochastic, vae.",
+            help="Which model to train: autoencoder, denoising, infovae, stochastic, vae.",
             rich_help_panel=_RUN,
         ),
     ] = "autoencoder",
@@ -202,22 +206,79 @@ def train(
             metavar="NAME",
             help="What a sample is given its latent: mse, a Gaussian of variance 1; gaussian, one whose variance is "
             "learnt; bernoulli, for data in \\[0, 1]. \\[default: mse]",
-            rich_help_panel=_VAE,
+            rich_help_panel=_LIKELIHOOD,
         ),
-    ] = None,
-    beta: Annotated[
-        float | None,
-        typer.Option(help="Weight of the KL divergence. \\[default: 1]", rich_help_panel=_VAE),
     ] = None,
     kl_warmup_steps: Annotated[
         int | None,
         typer.Option(
             "--kl-warmup-steps",
             "--kl-warmup",
-            help="Steps over which that weight grows from 0. \\[default: 0]",
-            rich_help_panel=_VAE,
+            help="Steps over which the weight of the KL divergence grows from 0. \\[default: 0]",
+            rich_help_panel=_LIKELIHOOD,
         ),
     ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="Weight of the KL divergence. \\[default: 1]", rich_help_panel=_VAE),
+    ] = None,
+    kl_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the KL divergence of each sample's codes to the prior. \\[default: 0]",
+            rich_help_panel=_INFOVAE,
+        ),
+    ] = None,
+    mmd_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the MMD between all codes and the prior. \\[default: 10]",
+            rich_help_panel=_INFOVAE,
+        ),
+    ] = None,
+    mmd_kernel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="rbf, laplacian, imq, rational_quadratic or energy. \\[default: imq]",
+            rich_help_panel=_INFOVAE,
+        ),
+    ] = None,
+    mmd_bandwidth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X[,X...]",
+            help="Width of the kernel, or widths of kernels that are summed. \\[default: multiples of the prior's]",
+            rich_help_panel=_INFOVAE,
+        ),
+    ] = None,
+    mmd_alpha: Annotated[
+        float | None,
+        typer.Option(help="Alpha of rational_quadratic. \\[default: 1]", rich_help_panel=_INFOVAE),
+    ] = None,
+    mmd_estimator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="unbiased or biased. \\[default: unbiased]", rich_help_panel=_INFOVAE
+        ),
+    ] = None,
+    mmd_prior: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What codes are compared with: samples of the prior, or closed_form, the prior itself. "
+            "\\[default: samples]",
+            rich_help_panel=_INFOVAE,
+        ),
+    ] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="Make codes points without noise, as in a Wasserstein autoencoder.",
+            rich_help_panel=_INFOVAE,
+        ),
+    ] = False,
     noise: Annotated[
         str | None,
         typer.Option(
@@ -291,6 +352,14 @@ def train(
         "likelihood": likelihood,
         "beta": beta,
         "kl_warmup_steps": kl_warmup_steps,
+        "kl_weight": kl_weight,
+        "mmd_weight": mmd_weight,
+        "mmd_kernel": mmd_kernel,
+        "mmd_bandwidth": _bandwidths(mmd_bandwidth),
+        "mmd_alpha": mmd_alpha,
+        "mmd_estimator": mmd_estimator,
+        "mmd_prior": mmd_prior,
+        "stochastic": False if deterministic else None,
         "noise": noise,
         "noise_mean": noise_mean,
         "noise_std": noise_std,
@@ -355,6 +424,8 @@ def _held_out_line(measures: dict[str, float]) -> str:
     psnr = f"{measures['psnr']:.1f} dB" if "psnr" in measures else "exact"
     if "noisy_psnr" in measures:
         return f"noisy input {measures['noisy_psnr']:.1f} dB -> denoised {psnr} (held out)"
+    if "mmd" in measures:
+        return f"MMD² to the prior {measures['mmd']:.2e} · reconstruction {psnr} (held out)"
     if "elbo" in measures:
         return f"ELBO {measures['elbo']:,.2f} nats a sample · reconstruction {psnr} (held out)"
     return f"reconstruction {psnr} (held out)"
@@ -449,6 +520,19 @@ def _widths(text: str | None, argument: str) -> tuple[int, ...] | None:
             f"{argument}={text!r}: expected positive integers with commas between them, such as 512,128, "
             "or none"
         ) from None
+
+
+def _bandwidths(text: str | None) -> float | tuple[float, ...] | None:
+    """``"2"`` as 2.0 and ``"1,2,4"`` as (1.0, 2.0, 4.0); None stays None."""
+    if text is None:
+        return None
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"mmd_bandwidth={text!r}: expected a number above 0, or several with commas between them, such as 1,2,4"
+        ) from None
+    return values[0] if len(values) == 1 else values
 
 
 _arguments: list[str] = []

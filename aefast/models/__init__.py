@@ -13,6 +13,7 @@ A model is made from its config, called on a batch, and kept on disk as a folder
 from aefast.models._base import MODELS, Model, ModelConfig, ModelOutput, find_model, from_pretrained, register
 from aefast.models.autoencoder import Autoencoder, AutoencoderConfig
 from aefast.models.denoising import DenoisingAutoencoder, DenoisingConfig
+from aefast.models.infovae import InfoVAE, InfoVAEConfig
 from aefast.models.stochastic import StochasticAutoencoder, StochasticConfig
 from aefast.models.vae import VAE, VAEConfig
 
@@ -23,6 +24,8 @@ __all__ = [
     "AutoencoderConfig",
     "DenoisingAutoencoder",
     "DenoisingConfig",
+    "InfoVAE",
+    "InfoVAEConfig",
     "Model",
     "ModelConfig",
     "ModelOutput",

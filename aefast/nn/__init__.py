@@ -8,6 +8,7 @@ from aefast.nn.corrupt import Corrupt
 from aefast.nn.gaussian_head import GaussianHead
 from aefast.nn.linear_act import LinearAct
 from aefast.nn.mlp import MLP
+from aefast.nn.mmd_loss import MMDLoss
 from aefast.nn.reparameterize import Reparameterize
 
-__all__ = ["MLP", "Corrupt", "GaussianHead", "LinearAct", "Reparameterize"]
+__all__ = ["MLP", "Corrupt", "GaussianHead", "LinearAct", "MMDLoss", "Reparameterize"]

@@ -59,7 +59,8 @@ class TrainResult:
         comparison: throughput beside eager PyTorch, or None if it was not measured.
         held_out: the last epoch's measures on held-out samples, by name: "loss" and, in dB, "psnr" of the
             reconstructions; of a denoiser the loss and PSNR of noisy samples once denoised, and in dB "noisy_psnr",
-            theirs before; of a VAE also "elbo", in nats a sample. Empty if the run was interrupted.
+            theirs before; of a VAE also "elbo", in nats a sample; of an InfoVAE also "mmd", the MMD² of its codes to
+            the prior. Empty if the run was interrupted.
     """
 
     directory: Path

@@ -127,6 +127,7 @@ def test_squares_are_cut_out_of_images(train, data, tmp_path):
         ("denoising", r"noisy input [\d.]+ dB -> denoised -?[\d.]+ dB \(held out\)"),
         ("stochastic", r"reconstruction -?[\d.]+ dB \(held out\)"),
         ("vae", r"ELBO -?[\d,.]+ nats a sample · reconstruction -?[\d.]+ dB \(held out\)"),
+        ("infovae", r"MMD² to the prior -?[\d.e+-]+ · reconstruction -?[\d.]+ dB \(held out\)"),
     ],
 )
 def test_every_model_trains_on_bundled_data(train, tmp_path, capsys, monkeypatch, model, told):

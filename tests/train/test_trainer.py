@@ -16,7 +16,14 @@ from rich.console import Console
 from aefast.bench import memory
 from aefast.data import Dataset
 from aefast.errors import InputError
-from aefast.models import VAE, Autoencoder, DenoisingAutoencoder, StochasticAutoencoder, from_pretrained
+from aefast.models import (
+    VAE,
+    Autoencoder,
+    DenoisingAutoencoder,
+    InfoVAE,
+    StochasticAutoencoder,
+    from_pretrained,
+)
 from aefast.train import CheckpointError, TrainConfig, TrainingError, TrainStep
 from aefast.train import trainer as trainer_module
 from aefast.train.interrupt import Interrupt
@@ -129,11 +136,13 @@ def test_measures_are_told_in_db():
 
 STOCHASTIC = {
     "vae": (VAE, {"likelihood": "gaussian", "kl_warmup_steps": 15}),
+    "infovae": (InfoVAE, {"likelihood": "gaussian", "kl_weight": 0.5, "kl_warmup_steps": 15}),
     "denoising": (DenoisingAutoencoder, {"noise": "masking", "noise_block": 2, "image_shape": (1, 4, 4)}),
     "stochastic": (StochasticAutoencoder, {}),
 }
 MEASURES = {
     "vae": {"val_loss", "val_psnr", "val_elbo"},
+    "infovae": {"val_loss", "val_psnr", "val_elbo", "val_mmd"},
     "denoising": {"val_loss", "val_psnr", "val_noisy_psnr"},
     "stochastic": {"val_loss", "val_psnr"},
 }
@@ -151,7 +160,7 @@ def test_models_with_noise_go_on_bit_for_bit(make_trainer, tmp_path, monkeypatch
     trainer.fit(resume=True, compare=False)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
-    if name == "vae":
+    if name in ("vae", "infovae"):
         assert trainer.model.training_steps == 21
         assert from_pretrained(tmp_path / "parts").training_steps == 21
 
@@ -166,7 +175,7 @@ def test_models_with_noise_tell_their_measures(make_trainer, tmp_path, dataset, 
     for record in records:
         assert {key for key in record if key.startswith("val_")} == MEASURES[name]
         assert record["loss"] == pytest.approx(
-            sum(record[term] for term in ("mse", "reconstruction", "kl") if term in record)
+            sum(record[term] for term in ("mse", "reconstruction", "kl", "mmd") if term in record)
         )
     assert result.held_out == {key.removeprefix("val_"): records[-1][key] for key in MEASURES[name]}
 
@@ -198,7 +207,7 @@ def test_models_with_noise_are_compared(make_trainer, tmp_path, monkeypatch, nam
     model, options = STOCHASTIC[name]
     trainer = make_trainer(tmp_path, model=model, model_options=options, epochs=1)
     assert trainer.fit().comparison.aefast > 0
-    if name == "vae":
+    if name in ("vae", "infovae"):
         assert trainer.model.training_steps == 7
 
 

@@ -1,0 +1,251 @@
+"""The squared maximum mean discrepancy of two samples as a loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import aefast.functional as AF
+from aefast.errors import InputError
+from aefast.nn.linear_act import check_positive_int
+from aefast.ops import _arguments, _pairwise
+from aefast.ops import mmd as op
+
+WAE_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""What the kernels of the Wasserstein autoencoder multiply 2 D σ² by."""
+
+
+class MMDLoss(nn.Module):
+    """``factor * MMD²(x, y)``: `aefast.functional.mmd`, which has the kernels' formulas.
+
+    The class methods make the losses of public code, with its kernels, widths, estimator and factor.
+
+    Args:
+        kernel: "rbf", "laplacian", "imq", "rational_quadratic" or "energy".
+        bandwidth: a number above 0 in the units of x, several for the sum of their kernels, or None for multiples of
+            what the data say.
+        estimator: "unbiased" or "biased".
+        alpha: of rational_quadratic.
+        group: a torch.distributed process group for the MMD of all its ranks' rows; may be set at any time.
+        factor: what the MMD is multiplied by.
+
+    Shape:
+        x (N, D) and y (M, D), one point a row; the loss is a scalar.
+
+    Raises:
+        InputError: an unknown kernel or estimator, or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        kernel: str = "rbf",
+        bandwidth: float | Sequence[float] | None = None,
+        estimator: str = "unbiased",
+        alpha: float = 1.0,
+        group: Any = None,
+        factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        _pairwise.kernel_of("MMDLoss", kernel, bandwidth, alpha)
+        if estimator not in op.ESTIMATORS:
+            raise InputError(
+                f"MMDLoss: estimator must be one of {', '.join(op.ESTIMATORS)}, got {estimator!r}"
+            )
+        _arguments.check_number("factor", factor, "MMDLoss")
+        self.kernel = kernel
+        self.bandwidth = tuple(bandwidth) if isinstance(bandwidth, Sequence) else bandwidth
+        self.estimator = estimator
+        self.alpha = alpha
+        self.group = group
+        self.factor = factor
+
+    @classmethod
+    def wae(
+        cls, latent: int, *, sigma: float = 1.0, scales: Sequence[float] = WAE_SCALES, group: Any = None
+    ) -> MMDLoss:
+        """The penalty of Tolstikhin et al., Wasserstein Auto-Encoders, ICLR 2018, section 4.
+
+        Unbiased, with kernels C / (C + u), C = 2 latent sigma² s for each of the scales s.
+
+        Args:
+            latent: D, the size of the codes.
+            sigma: standard deviation of the prior N(0, sigma² I).
+            scales: s.
+            group: as in `MMDLoss`.
+        """
+        return cls("imq", bandwidth=_prior_bandwidths("wae", latent, "sigma", sigma, scales), group=group)
+
+    @classmethod
+    def pythae(
+        cls,
+        latent: int,
+        kernel: str = "imq",
+        *,
+        kernel_bandwidth: float = 1.0,
+        scales: Sequence[float] | None = WAE_SCALES,
+        group: Any = None,
+    ) -> MMDLoss:
+        """The MMD of WAE_MMD and INFOVAE_MMD in pythae 0.1.2, whose options have these names and defaults.
+
+        Unbiased. With C = 2 latent kernel_bandwidth², "rbf" is exp(-u / C), and "imq" is s C / (s C + u) summed over
+        the scales s.
+
+        Args:
+            latent: D, the size of the codes; its latent_dim.
+            kernel: "imq" or "rbf"; its kernel_choice.
+            kernel_bandwidth: the prior's standard deviation.
+            scales: s; None for 1 alone. rbf has none.
+            group: as in `MMDLoss`.
+        """
+        if kernel not in ("imq", "rbf"):
+            raise InputError(f"MMDLoss.pythae: kernel must be imq or rbf, got {kernel!r}")
+        # exp(-u / C) has 2 b² = C, C / (C + u) has b² = C.
+        scales = (0.5,) if kernel == "rbf" else (1.0,) if scales is None else scales
+        bandwidth = _prior_bandwidths("pythae", latent, "kernel_bandwidth", kernel_bandwidth, scales)
+        return cls(kernel, bandwidth=bandwidth, group=group)
+
+    @classmethod
+    def infovae(cls, latent: int, *, group: Any = None) -> MMDLoss:
+        """The MMD in the code of Zhao, Song, Ermon, InfoVAE (arXiv:1706.02262), and in what was made from it.
+
+        Biased, with the kernel exp(-u / latent²).
+
+        Args:
+            latent: D, the size of the codes.
+            group: as in `MMDLoss`.
+        """
+        check_positive_int(latent, "latent")
+        return cls("rbf", bandwidth=latent / math.sqrt(2.0), estimator="biased", group=group)
+
+    @classmethod
+    def geomloss(cls, loss: str = "gaussian", *, blur: float = 0.05, group: Any = None) -> MMDLoss:
+        """What ``geomloss.SamplesLoss(loss, blur=blur)`` computes of samples of equal weights.
+
+        Half of the biased MMD², with the kernel exp(-u / (2 blur²)), exp(-√u / blur) or -√u.
+
+        Args:
+            loss: "gaussian", "laplacian" or "energy".
+            blur: the kernel's width; energy has none.
+            group: as in `MMDLoss`.
+        """
+        kernels = {"gaussian": "rbf", "laplacian": "laplacian", "energy": "energy"}
+        if not isinstance(loss, str) or loss not in kernels:
+            raise InputError(f"MMDLoss.geomloss: loss must be one of {', '.join(kernels)}, got {loss!r}")
+        return cls(kernels[loss], bandwidth=blur, estimator="biased", group=group, factor=0.5)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        value = AF.mmd(
+            x,
+            y,
+            kernel=self.kernel,
+            bandwidth=self.bandwidth,
+            estimator=self.estimator,
+            alpha=self.alpha,
+            group=self.group,
+        )
+        return value if self.factor == 1 else self.factor * value
+
+    def eager(self) -> nn.Module:
+        """The same in plain PyTorch, of a single process, by matrices of kernel values."""
+        return EagerMMD(self.kernel, self.bandwidth, self.estimator, self.alpha, self.factor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MMDLoss:
+        """With the same process group, which cannot be copied."""
+        options = {
+            name: getattr(self, name) for name in ("bandwidth", "estimator", "alpha", "group", "factor")
+        }
+        return type(self)(self.kernel, **options).train(self.training)
+
+    def extra_repr(self) -> str:
+        return _shown(self)
+
+
+class EagerMMD(nn.Module):
+    """`MMDLoss` as it is written without it."""
+
+    def __init__(
+        self,
+        kernel: str,
+        bandwidth: float | Sequence[float] | None,
+        estimator: str,
+        alpha: float,
+        factor: float,
+    ) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.bandwidth = bandwidth
+        self.estimator = estimator
+        self.alpha = alpha
+        self.factor = factor
+        self._rates = _pairwise.kernel_of("MMDLoss", kernel, bandwidth, alpha).rates
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        wide = _arguments.accumulator(x.dtype)
+        x, y = x.to(wide), y.to(wide)
+        if self.bandwidth is None and self._rates:
+            scale = _pairwise.mean_squared_distance(torch.cat((x, y))).rsqrt()
+            x, y = scale * x, scale * y
+        value = -2.0 * self._gram(x, y).mean()
+        for points in (x, y):
+            gram = self._gram(points, points)
+            if self.estimator == "unbiased":
+                count = len(points)
+                value = value + (gram.sum() - gram.diagonal().sum()) / (count * (count - 1))
+            else:
+                value = value + gram.mean()
+        return value if self.factor == 1 else self.factor * value
+
+    def _gram(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The kernel values (N, M) of all pairs of rows."""
+        if self.kernel == "energy":
+            return -torch.cdist(x, y)
+        if self.kernel == "laplacian":
+            distances = torch.cdist(x, y)
+            return _sum([torch.exp(-rate * distances) for rate in self._rates])
+        u = (x.square().sum(1)[:, None] + y.square().sum(1) - 2.0 * (x @ y.t())).clamp(min=0.0)
+        if self.kernel == "rbf":
+            return _sum([torch.exp(-rate * u) for rate in self._rates])
+        if self.kernel == "imq":
+            return _sum([1.0 / (1.0 + rate * u) for rate in self._rates])
+        return _sum([(1.0 + rate * u).pow(-self.alpha) for rate in self._rates])
+
+    def extra_repr(self) -> str:
+        return _shown(self)
+
+
+def _sum(values: list[torch.Tensor]) -> torch.Tensor:
+    return sum(values[1:], start=values[0])
+
+
+def _shown(loss: MMDLoss | EagerMMD) -> str:
+    """The options that are not the defaults, after the kernel and the estimator."""
+    parts = [loss.kernel, loss.estimator]
+    if loss.bandwidth is not None and loss.kernel != "energy":
+        several = loss.bandwidth if isinstance(loss.bandwidth, tuple) else (loss.bandwidth,)
+        parts.append(f"bandwidth={' '.join(f'{one:g}' for one in several)}")
+    if loss.kernel == "rational_quadratic":
+        parts.append(f"alpha={loss.alpha:g}")
+    if loss.factor != 1:
+        parts.append(f"factor={loss.factor:g}")
+    return ", ".join(parts)
+
+
+def _prior_bandwidths(
+    preset: str, latent: object, name: str, deviation: object, scales: object
+) -> tuple[float, ...]:
+    """b of b² = 2 latent deviation² s, for each of the scales s.
+
+    2 latent deviation² is the mean squared distance of two draws from N(0, deviation² I).
+    """
+    check_positive_int(latent, "latent")
+    if isinstance(scales, str) or not isinstance(scales, Sequence) or not scales:
+        raise InputError(f"MMDLoss.{preset}: scales must be a sequence of numbers above 0, got {scales!r}")
+    for argument, value in ((name, deviation), *(("scales", scale) for scale in scales)):
+        _arguments.check_number(argument, value, f"MMDLoss.{preset}")
+        if value <= 0:
+            raise InputError(f"MMDLoss.{preset}: {argument} must be above 0, got {value!r}")
+    return tuple(deviation * math.sqrt(2.0 * latent * scale) for scale in scales)
