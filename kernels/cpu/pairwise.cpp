@@ -110,26 +110,28 @@ AEFAST_HD void squared_distances(const A* rows, const A* columns, int64_t dimens
     }
 }
 
-// Values at u, of which the sum is added to `total`; slopes take the place of u. Of pairs that are none, whose numbers
-// are not `valid`, both count as 0.
+// Sums values at `count` squared distances; slopes take their place.
 template <Kind kKind, typename A>
-AEFAST_HD void evaluate_row(const Function<A>& function, A* u, double& total) {
+AEFAST_HD double evaluate_all(const Function<A>& function, A* u, int64_t count) {
   using C = Lanes<A>;
   C sum(A(0));
-  for (int64_t col = 0; col < kPoints; col += kLanes<A>) {
+  for (int64_t at = 0; at < count; at += kLanes<A>) {
     C value, slope;
-    pairwise::evaluate<kKind>(function, read_lanes(u + col), value, slope);
+    pairwise::evaluate<kKind>(function, read_lanes(u + at), value, slope);
     sum = sum + value;
-    write_lanes(u + col, slope);
+    write_lanes(u + at, slope);
   }
   A lanes[kLanes<A>];
   write_lanes(lanes, sum);
+  double total = 0.0;
   for (int64_t lane = 0; lane < kLanes<A>; ++lane) total += static_cast<double>(lanes[lane]);
+  return total;
 }
 
-// The same, but for pairs from `end` on and at `excluded`, which may lie anywhere: values and slopes there are 0.
+// The same of a row, in which there are no pairs from `end` on nor at `excluded`, which may lie anywhere: values and
+// slopes there are 0.
 template <Kind kKind, typename A>
-AEFAST_HD void evaluate_part(const Function<A>& function, int64_t end, int64_t excluded, A* u, double& total) {
+AEFAST_HD double evaluate_row(const Function<A>& function, A* u, int64_t end, int64_t excluded) {
   using C = Lanes<A>;
   A values[kPoints];
   for (int64_t col = 0; col < kPoints; col += kLanes<A>) {
@@ -140,7 +142,9 @@ AEFAST_HD void evaluate_part(const Function<A>& function, int64_t end, int64_t e
   }
   for (int64_t col = end; col < kPoints; ++col) u[col] = 0;
   if (excluded >= 0 && excluded < end) u[excluded] = values[excluded] = 0;
+  double total = 0.0;
   for (int64_t col = 0; col < end; ++col) total += static_cast<double>(values[col]);
+  return total;
 }
 
 // gradient[row] += Σ_j w[row][j] (x[row] - y[j]), for kRows rows.
@@ -214,12 +218,12 @@ double sum_tile(const Function<A>& function, const Tile& tile) {
     squared_distances(rows, static_cast<const A*>(tile.columns_j), tile.dimensions, w);
     const bool is_whole = tile.count_j == kPoints && first + kRows <= tile.count_i &&
                           (first + tile.excluded + kRows <= 0 || first + tile.excluded >= kPoints);
-    for (int64_t row = 0; row < kRows; ++row) {
-      if (is_whole)
-        evaluate_row<kKind>(function, w + row * kPoints, total);
-      else
-        evaluate_part<kKind>(function, first + row < tile.count_i ? tile.count_j : 0, first + row + tile.excluded,
-                             w + row * kPoints, total);
+    if (is_whole) {
+      total += evaluate_all<kKind>(function, w, kRows * kPoints);
+    } else {
+      for (int64_t row = 0; row < kRows; ++row)
+        total += evaluate_row<kKind>(function, w + row * kPoints, first + row < tile.count_i ? tile.count_j : 0,
+                                     first + row + tile.excluded);
     }
     if (x_gradient) add_row_gradients(w, rows, y, tile.count_j, width, x_gradient + first * width);
     if (y_gradient) add_column_products(w, rows, tile.count_j, width, products, column_sums);

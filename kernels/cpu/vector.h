@@ -351,10 +351,12 @@ AEFAST_HD Floats exp2_nonpositive(Floats x) {
   const Floats shifted = x + (kRoundingShift + 127.0f);
   const Floats r = x - (shifted - (kRoundingShift + 127.0f));
   // (2^r - 1) / r on |r| <= 1/2
-  const Floats square = r * r;
-  const Floats low = (Floats(5.550332470e-2f) * r + 2.402264791e-1f) * r + 6.931472029e-1f;
-  const Floats high = (Floats(1.535336053e-4f) * r + 1.339887488e-3f) * r + 9.618437367e-3f;
-  return (r * (high * (r * square) + low) + 1.0f) * float_of(bits_of(shifted) << 23);
+  Floats sum = Floats(1.535336053e-4f) * r + 1.339887488e-3f;
+  sum = sum * r + 9.618437367e-3f;
+  sum = sum * r + 5.550332470e-2f;
+  sum = sum * r + 2.402264791e-1f;
+  sum = sum * r + 6.931472029e-1f;
+  return (sum * r + 1.0f) * float_of(bits_of(shifted) << 23);
 }
 
 // 1 / x for x >= 1, 2 ulp.

@@ -94,7 +94,7 @@ def test_expectations_are_the_integrals(kernel, alpha, bandwidth, dimensions):
     of_t = 0.01 * np.exp(log_density - math.lgamma(dimensions / 2))
     of_prior = of_t @ value_of(kernel, 2 * np.exp(2 * t), bandwidth, alpha)
     found, found_of_prior = expectations(kernel, bandwidth, alpha, squares, dimensions)
-    # Relative errors, wherever the kernel is above 1e-6 of its largest value; rbf falls to 1e-100 here, and has none.
+    # Relative errors, wherever the kernel is above 1e-4 of its largest value; rbf falls to 1e-100 here, and has none.
     least = 0.0 if kernel == "rbf" else 1e-15
     np.testing.assert_allclose(found, exact, rtol=1e-11, atol=least)
     np.testing.assert_allclose(found_of_prior, of_prior, rtol=1e-11, atol=least)
@@ -178,7 +178,7 @@ def test_is_zero_on_average_for_samples_of_the_prior(kernel):
 
 
 @pytest.mark.parametrize("alpha", [1e-6, 1e-3, 0.03, 0.1, 0.5, 1.0, 2.5, 7.0, 100.0, 1e4, 1e6])
-@pytest.mark.parametrize("bandwidth", [(1.0,), (1e-3,), (0.5, 1.0, 4.0), (1e-3, 0.1, 40.0, 1e6)])
+@pytest.mark.parametrize("bandwidth", [(1.0,), (1e-3,), (0.5, 1.0, 4.0), (1e-3, 0.1, 40.0, 1e8)])
 def test_sums_of_exponentials_are_the_kernel(alpha, bandwidth):
     """For bandwidths that share nodes and ones that do not, and more exponents than rules with fixed nodes serve."""
     kernel = _pairwise.kernel_of("test", "rational_quadratic", bandwidth, alpha)
