@@ -65,21 +65,25 @@ double tournament(int64_t players, const Body& body) {
 
 // --- points ----------------------------------------------------------------------------------------------------
 
+// Dimensions from which distances are found from products.
+constexpr int64_t kLeastOfProducts = 16;
+
 // Two samples in blocks, none of which has points of both.
 class Blocks {
  public:
-  Blocks(const Points& x, const Points& y, const std::vector<double>& centre, bool has_columns)
+  Blocks(const Points& x, const Points& y, const std::vector<double>& centre, Kind kind)
       : of_x_(blocks_of(x.count)),
         counts_{x.count, y.count},
         dimensions_(x.dimensions),
         is_double_(x.scalar == Scalar::float64),
         row_bytes_(kPoints * padded(dimensions_, element_size()) * element_size()),
-        column_bytes_(has_columns ? kPoints * dimensions_ * element_size() : 0),
+        column_bytes_(kPoints * (dimensions_ + 1) * element_size()),
+        has_products_(!is_double_ && dimensions_ >= kLeastOfProducts && kind != Kind::laplacian && kind != Kind::energy),
         rows_(size_of_all(row_bytes_)),
         columns_(size_of_all(column_bytes_)) {
     for_each(count(), [&](int64_t block) {
-      pairwise_kernels().pack(is_double_, sample(block) ? y : x, centre.data(), first(block), points(block), rows(block),
-                              has_columns ? columns(block) : nullptr);
+      pairwise_kernels().pack(is_double_, has_products_, sample(block) ? y : x, centre.data(), first(block),
+                              points(block), rows(block), columns(block));
     });
   }
 
@@ -96,6 +100,8 @@ class Blocks {
 
   char* rows(int64_t block) const { return rows_.get() + block * row_bytes_; }
   char* columns(int64_t block) const { return columns_.get() + block * column_bytes_; }
+  char* norms(int64_t block) const { return columns(block) + kPoints * dimensions_ * element_size(); }
+  bool has_products() const { return has_products_; }
 
  private:
   int64_t size_of_all(int64_t bytes) const { return count() * bytes; }
@@ -105,6 +111,7 @@ class Blocks {
   int64_t dimensions_;
   bool is_double_;
   int64_t row_bytes_, column_bytes_;
+  bool has_products_;
   Buffer rows_, columns_;
 };
 
@@ -233,6 +240,7 @@ class Weighted {
                                                             make(rates, alpha, unit, 2.0 * weights[1]),
                                                             make(rates, alpha, unit, weights[2])} {}
 
+  Kind kind() const { return kind_; }
   double weight(int sample_i, int sample_j) const { return weights_[index(sample_i, sample_j)]; }
 
   double sum(int sample_i, int sample_j, const Tile& tile) const {
@@ -254,15 +262,15 @@ class Weighted {
 
 Tile tile_of(const Blocks& of_i, int64_t i, void* gradient_i, const Blocks& of_j, int64_t j, void* gradient_j,
              int64_t excluded) {
-  return {of_i.rows(i), of_j.rows(j), of_j.columns(j), gradient_i, gradient_j, nullptr, of_i.points(i), of_j.points(j),
-          of_i.dimensions(), excluded};
+  return {of_i.rows(i), of_i.norms(i), of_j.rows(j), of_j.columns(j), gradient_i, gradient_j, nullptr, of_i.points(i),
+          of_j.points(j), of_i.dimensions(), excluded, of_i.has_products()};
 }
 
 template <typename A>
 std::tuple<Tensor, Tensor, Tensor> sum_of_all(const Tensor& x, const Tensor& y, const Weighted<A>& weighted,
                                               double constant, int64_t needs) {
   const Points of_x = points_of(x), of_y = points_of(y);
-  const Blocks blocks(of_x, of_y, mean_of(of_x, of_y), true);
+  const Blocks blocks(of_x, of_y, mean_of(of_x, of_y), weighted.kind());
   const Gradients gradients(blocks, needs);
   const double total = constant + tournament(blocks.count(), [&](int64_t i, int64_t j) {
     const int sample_i = blocks.sample(i), sample_j = blocks.sample(j);
@@ -284,7 +292,7 @@ std::tuple<Tensor, Tensor, Tensor> sum_of_rows(const Tensor& x, const Tensor& y,
                                                const Weighted<A>& weighted, int64_t needs) {
   const Points of_x = points_of(all_x), of_y = points_of(all_y);
   const std::vector<double> centre = mean_of(of_x, of_y);
-  const Blocks columns(of_x, of_y, centre, true), rows(points_of(x), points_of(y), centre, false);
+  const Blocks columns(of_x, of_y, centre, weighted.kind()), rows(points_of(x), points_of(y), centre, weighted.kind());
   const Gradients gradients(rows, needs);
   std::vector<double> parts(rows.count());
   for_each(rows.count(), [&](int64_t i) {
@@ -344,7 +352,7 @@ Tensor kernel_values(Tensor x, Tensor y, OptionalTensor unit, std::string kernel
     Kind kind = kind_of(kernel);
     const KernelFunction<A> function(kind, rates, alpha, unit_of<A>(unit), 0.0);
     const Points of_x = points_of(x), of_y = points_of(y);
-    const Blocks blocks(of_x, of_y, mean_of(of_x, of_y), true);
+    const Blocks blocks(of_x, of_y, mean_of(of_x, of_y), kind);
     const int64_t rows = blocks_of(x.size(0)), columns = blocks_of(y.size(0));
     for_each(rows * columns, [&](int64_t task) {
       const int64_t i = task / columns, j = rows + task % columns;

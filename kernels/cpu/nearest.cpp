@@ -25,15 +25,15 @@ void find(const Tensor& x, const Tensor& y, A* least, int64_t* index) {
   const int64_t of_x = blocks_of(x.size(1)), of_y = blocks_of(y.size(1));
   // Differences of points as they are lose no digits.
   const std::vector<double> centre(dimensions);
-  const Buffer columns(clouds * of_y * kPoints * dimensions * sizeof(A));
+  const Buffer columns(clouds * of_y * kPoints * (dimensions + 1) * sizeof(A));
   const auto block_of_columns = [&](int64_t block) {
-    return reinterpret_cast<A*>(columns.get()) + block * kPoints * dimensions;
+    return reinterpret_cast<A*>(columns.get()) + block * kPoints * (dimensions + 1);
   };
   for_each(clouds * of_y, [&](int64_t task) {
     const Points points = cloud_of(y, task / of_y);
     const int64_t first = task % of_y * kPoints;
     const Buffer rows(kPoints * width * sizeof(A));
-    pairwise_kernels().pack(kIsDouble, points, centre.data(), first, std::min(kPoints, points.count - first), rows.get(),
+    pairwise_kernels().pack(kIsDouble, false, points, centre.data(), first, std::min(kPoints, points.count - first), rows.get(),
                             block_of_columns(task));
   });
   for_each(clouds * of_x, [&](int64_t task) {
@@ -41,13 +41,13 @@ void find(const Tensor& x, const Tensor& y, A* least, int64_t* index) {
     const Points points = cloud_of(x, cloud);
     const int64_t count = std::min(kPoints, points.count - first), at = cloud * points.count + first;
     const Buffer rows(kPoints * width * sizeof(A));
-    pairwise_kernels().pack(kIsDouble, points, centre.data(), first, count, rows.get(), nullptr);
+    pairwise_kernels().pack(kIsDouble, false, points, centre.data(), first, count, rows.get(), nullptr);
     std::fill_n(least + at, count, std::numeric_limits<A>::infinity());
     std::fill_n(index + at, count, int64_t{-1});
     for (int64_t block = 0; block < of_y; ++block) {
       const int64_t first_j = block * kPoints, count_j = std::min(kPoints, y.size(1) - first_j);
-      const Tile tile{rows.get(), nullptr, block_of_columns(cloud * of_y + block), nullptr, nullptr, nullptr, count, count_j,
-                      dimensions, kPoints};
+      const Tile tile{rows.get(), nullptr, nullptr, block_of_columns(cloud * of_y + block), nullptr, nullptr, nullptr, count, count_j,
+                      dimensions, kPoints, false};
       pairwise_kernels().nearest(kIsDouble, tile, first_j, least + at, index + at);
     }
   });

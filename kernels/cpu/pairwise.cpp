@@ -49,7 +49,8 @@ void add_coordinates(const Points& points, int64_t first, int64_t count, double*
 }
 
 template <typename A, typename T>
-void pack_points(const Points& points, const double* centre, int64_t first, int64_t count, A* rows, A* columns) {
+void pack_points(bool has_products, const Points& points, const double* centre, int64_t first, int64_t count, A* rows,
+                 A* columns) {
   const T* const data = static_cast<const T*>(points.data) + first * points.row_stride;
   const int64_t width = padded(points.dimensions, sizeof(A));
   std::memset(rows, 0, kPoints * width * sizeof(A));
@@ -58,18 +59,29 @@ void pack_points(const Points& points, const double* centre, int64_t first, int6
       rows[point * width + k] =
           static_cast<A>(static_cast<double>(load(data[point * points.row_stride + k * points.col_stride])) - centre[k]);
   if (!columns) return;
+  const A factor = has_products ? A(-2) : A(1);
   for (int64_t k = 0; k < points.dimensions; ++k)
-    for (int64_t point = 0; point < kPoints; ++point) columns[k * kPoints + point] = rows[point * width + k];
+    for (int64_t point = 0; point < kPoints; ++point) columns[k * kPoints + point] = factor * rows[point * width + k];
+  for (int64_t point = 0; point < kPoints; ++point) {
+    double norm = 0.0;
+    for (int64_t k = 0; k < points.dimensions; ++k) {
+      const double coordinate = static_cast<double>(rows[point * width + k]);
+      norm += coordinate * coordinate;
+    }
+    columns[points.dimensions * kPoints + point] = static_cast<A>(norm);
+  }
 }
 
-void pack(bool is_double, const Points& points, const double* centre, int64_t first, int64_t count, void* rows,
-          void* columns) {
+void pack(bool is_double, bool has_products, const Points& points, const double* centre, int64_t first, int64_t count,
+          void* rows, void* columns) {
   with_type(points.scalar, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (is_double)
-      pack_points<double, T>(points, centre, first, count, static_cast<double*>(rows), static_cast<double*>(columns));
+      pack_points<double, T>(has_products, points, centre, first, count, static_cast<double*>(rows),
+                             static_cast<double*>(columns));
     else
-      pack_points<float, T>(points, centre, first, count, static_cast<float*>(rows), static_cast<float*>(columns));
+      pack_points<float, T>(has_products, points, centre, first, count, static_cast<float*>(rows),
+                            static_cast<float*>(columns));
   });
 }
 
@@ -108,6 +120,44 @@ AEFAST_HD void squared_distances(const A* rows, const A* columns, int64_t dimens
           write(to, begin == 0 ? sums[row][part] : read<Vector<A>>(to) + sums[row][part]);
         }
     }
+}
+
+// The same from products, `norms` being those of the rows.
+template <typename A>
+AEFAST_HD void distances_from_products(const A* rows, const A* norms, const A* columns, int64_t dimensions, A* u) {
+  const int64_t width = padded(dimensions, sizeof(A));
+  for (int64_t col = 0; col < kPoints; col += 2 * kWidth<A>) {
+    Vector<A> sums[kRows][2];
+    for (int part = 0; part < 2; ++part) {
+      const auto norm = read<Vector<A>>(columns + dimensions * kPoints + col + part * kWidth<A>);
+      for (int64_t row = 0; row < kRows; ++row) sums[row][part] = broadcast(norms[row]) + norm;
+    }
+    for (int64_t k = 0; k < dimensions; ++k) {
+      const auto first = read<Vector<A>>(columns + k * kPoints + col),
+                 second = read<Vector<A>>(columns + k * kPoints + col + kWidth<A>);
+      for (int64_t row = 0; row < kRows; ++row) {
+        const Vector<A> x = broadcast(rows[row * width + k]);
+        sums[row][0] += x * first;
+        sums[row][1] += x * second;
+      }
+    }
+    for (int64_t row = 0; row < kRows; ++row)
+      for (int part = 0; part < 2; ++part) {
+        // NaN is not less than 0, and stays.
+        const Vector<A> sum = sums[row][part];
+        write(u + row * kPoints + col + part * kWidth<A>, sum < 0 ? Vector<A>{} : sum);
+      }
+  }
+}
+
+template <typename A>
+AEFAST_HD void tile_distances(const Tile& tile, int64_t first, A* u) {
+  const A* const rows = static_cast<const A*>(tile.rows_i) + first * padded(tile.dimensions, sizeof(A));
+  const A* const columns = static_cast<const A*>(tile.columns_j);
+  if (tile.has_products)
+    distances_from_products(rows, static_cast<const A*>(tile.norms_i) + first, columns, tile.dimensions, u);
+  else
+    squared_distances(rows, columns, tile.dimensions, u);
 }
 
 // Sums values at `count` squared distances; slopes take their place.
@@ -181,7 +231,26 @@ AEFAST_HD void add_row_gradients(const A* w, const A* x, const A* y, int64_t cou
   for (; k < width; k += kWidth<A>) add_row_gradients<A, 1>(w, x, y, count, width, k, sums, gradient);
 }
 
-// products[j] += Σ_row w[row][j] x[row], and sums[j] += Σ_row w[row][j].
+// products[j] += Σ_row w[row][j] x[row], of kVectors vectors from k on.
+template <typename A, int kVectors>
+AEFAST_HD void add_column_products(const A* w, const A* x, int64_t count, int64_t width, int64_t k, A* products) {
+  Vector<A> points[kRows][kVectors];
+  for (int64_t row = 0; row < kRows; ++row)
+    for (int part = 0; part < kVectors; ++part)
+      points[row][part] = read<Vector<A>>(x + row * width + k + part * kWidth<A>);
+  for (int64_t j = 0; j < count; ++j) {
+    A* const at = products + j * width + k;
+    Vector<A> sums[kVectors];
+    for (int part = 0; part < kVectors; ++part) sums[part] = read<Vector<A>>(at + part * kWidth<A>);
+    for (int64_t row = 0; row < kRows; ++row) {
+      const Vector<A> weight = broadcast(w[row * kPoints + j]);
+      for (int part = 0; part < kVectors; ++part) sums[part] += weight * points[row][part];
+    }
+    for (int part = 0; part < kVectors; ++part) write(at + part * kWidth<A>, sums[part]);
+  }
+}
+
+// All of them, and sums[j] += Σ_row w[row][j].
 template <typename A>
 AEFAST_HD void add_column_products(const A* w, const A* x, int64_t count, int64_t width, A* products, A* sums) {
   for (int64_t col = 0; col < kPoints; col += kWidth<A>) {
@@ -189,15 +258,9 @@ AEFAST_HD void add_column_products(const A* w, const A* x, int64_t count, int64_
     for (int64_t row = 0; row < kRows; ++row) sum += read<Vector<A>>(w + row * kPoints + col);
     write(sums + col, sum);
   }
-  for (int64_t k = 0; k < width; k += kWidth<A>) {
-    Vector<A> points[kRows];
-    for (int64_t row = 0; row < kRows; ++row) points[row] = read<Vector<A>>(x + row * width + k);
-    for (int64_t j = 0; j < count; ++j) {
-      auto sum = read<Vector<A>>(products + j * width + k);
-      for (int64_t row = 0; row < kRows; ++row) sum += broadcast(w[row * kPoints + j]) * points[row];
-      write(products + j * width + k, sum);
-    }
-  }
+  int64_t k = 0;
+  for (; k + 2 * kWidth<A> <= width; k += 2 * kWidth<A>) add_column_products<A, 2>(w, x, count, width, k, products);
+  for (; k < width; k += kWidth<A>) add_column_products<A, 1>(w, x, count, width, k, products);
 }
 
 template <Kind kKind, typename A>
@@ -215,7 +278,7 @@ double sum_tile(const Function<A>& function, const Tile& tile) {
   double total = 0.0;
   for (int64_t first = 0; first < tile.count_i; first += kRows) {
     const A* const rows = x + first * width;
-    squared_distances(rows, static_cast<const A*>(tile.columns_j), tile.dimensions, w);
+    tile_distances(tile, first, w);
     const bool is_whole = tile.count_j == kPoints && first + kRows <= tile.count_i &&
                           (first + tile.excluded + kRows <= 0 || first + tile.excluded >= kPoints);
     if (is_whole) {
@@ -241,11 +304,9 @@ double sum_tile(const Function<A>& function, const Tile& tile) {
 template <Kind kKind, typename A>
 void tile_values(const Function<A>& function, const Tile& tile, A* out, int64_t stride) {
   const WithoutSubnormals mode;
-  const int64_t width = padded(tile.dimensions, sizeof(A));
   alignas(64) A u[kRows * kPoints];
   for (int64_t first = 0; first < tile.count_i; first += kRows) {
-    squared_distances(static_cast<const A*>(tile.rows_i) + first * width, static_cast<const A*>(tile.columns_j),
-                      tile.dimensions, u);
+    tile_distances(tile, first, u);
     for (int64_t at = 0; at < kRows * kPoints; at += kLanes<A>) {
       Lanes<A> value, slope;
       pairwise::evaluate<kKind>(function, read_lanes(u + at), value, slope);
@@ -290,12 +351,10 @@ void values(bool is_double, Kind kind, const void* function, const Tile& tile, v
 
 template <typename A>
 void nearest_of(const Tile& tile, int64_t first_j, A* least, int64_t* index) {
-  const int64_t width = padded(tile.dimensions, sizeof(A));
-  const A* const x = static_cast<const A*>(tile.rows_i);
   const A infinity = std::numeric_limits<A>::infinity();
   alignas(64) A u[kRows * kPoints];
   for (int64_t first = 0; first < tile.count_i; first += kRows) {
-    squared_distances(x + first * width, static_cast<const A*>(tile.columns_j), tile.dimensions, u);
+    tile_distances(tile, first, u);
     for (int64_t row = first; row < tile.count_i && row < first + kRows; ++row) {
       A* const distances = u + (row - first) * kPoints;
       for (int64_t j = tile.count_j; j < kPoints; ++j) distances[j] = infinity;

@@ -13,7 +13,8 @@ namespace aefast::cpu {
 constexpr int64_t kPoints = 128;
 
 // Coordinates are kept in float or double. Points of a block lie in rows of `padded` elements, those beyond the
-// dimensions being 0, and once more in columns, one dimension after another. Points beyond a block's end are 0.
+// dimensions being 0, and once more in columns, one dimension after another and then their squared norms; there
+// coordinates are times -2 where distances are found from products. Points beyond a block's end are 0.
 constexpr int64_t padded(int64_t dimensions, int64_t element_size) {
   const int64_t whole = 64 / element_size;
   return (dimensions + whole - 1) / whole * whole;
@@ -30,6 +31,7 @@ struct Points {
 // A block of points i against one of points j. Gradients are of rows, as points are kept.
 struct Tile {
   const void* rows_i;
+  const void* norms_i;
   const void* rows_j;
   const void* columns_j;
   void* gradient_i;  // or null
@@ -37,6 +39,9 @@ struct Tile {
   void* scratch;     // room for as much as gradient_j has, if that is wanted
   int64_t count_i, count_j, dimensions;
   int64_t excluded;  // point i and point i + excluded make no pair; kPoints for none
+  // Distances from products take half of the instructions, and lose the digits of those of close points, which a
+  // kernel that is smooth in them never had use for.
+  bool has_products;
 };
 
 // Functions are those of the coordinates' type, float where `is_double` is false.
@@ -45,8 +50,8 @@ struct PairwiseKernels {
   void (*add_coordinates)(const Points& points, int64_t first, int64_t count, double* sums);
 
   // The block of points [first, first + count), less `centre`, as rows and, if they are wanted, as columns.
-  void (*pack)(bool is_double, const Points& points, const double* centre, int64_t first, int64_t count, void* rows,
-               void* columns);
+  void (*pack)(bool is_double, bool has_products, const Points& points, const double* centre, int64_t first,
+               int64_t count, void* rows, void* columns);
 
   // Σ k over the tile's pairs. Of gradients that are wanted, adds those of weights Σ k whose slope `function` has.
   double (*sum)(bool is_double, pairwise::Kind kind, const void* function, const Tile& tile);

@@ -344,19 +344,29 @@ AEFAST_HD Floats log(Floats x) {
   return select(x <= Floats(0.0f), special, select(x < Floats(infinity), value, x));
 }
 
-// 2^x for x <= 0, 2 ulp; 0 below -126.5.
+// 2^x for x <= 0, 2 ulp; 0 below -127.
 AEFAST_HD Floats exp2_nonpositive(Floats x) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  AEFAST_EACH_OF(Floats, r, _mm512_maskz_reduce_ps(0xffff, x.lanes[i], 8));
+#else
   x = at_least(-127.0f, x);
   // The low bits of the sum are a float's exponent, of which 0 makes it 0.
   const Floats shifted = x + (kRoundingShift + 127.0f);
   const Floats r = x - (shifted - (kRoundingShift + 127.0f));
+#endif
   // (2^r - 1) / r on |r| <= 1/2
   Floats sum = Floats(1.535336053e-4f) * r + 1.339887488e-3f;
   sum = sum * r + 9.618437367e-3f;
   sum = sum * r + 5.550332470e-2f;
   sum = sum * r + 2.402264791e-1f;
   sum = sum * r + 6.931472029e-1f;
-  return (sum * r + 1.0f) * float_of(bits_of(shifted) << 23);
+  sum = sum * r + 1.0f;
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  const Floats whole = x - r;
+  AEFAST_EACH(Floats, _mm512_maskz_scalef_ps(0xffff, sum.lanes[i], whole.lanes[i]));
+#else
+  return sum * float_of(bits_of(shifted) << 23);
+#endif
 }
 
 // 1 / x for x >= 1, 2 ulp.

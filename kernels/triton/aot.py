@@ -50,10 +50,15 @@ class Signature:
 
 
 def signature(name, kernel, types, constants, unaligned=(), *, warps=4, stages=3, **budget):
-    """`types` of None make a constant None; i32 and pointers are aligned unless named in `unaligned`."""
+    """`types` of None make a constant None; i32 and pointers are aligned unless named in `unaligned`. A tuple of
+    arguments has a tuple of types."""
     absent = {argument: None for argument, kind in types.items() if kind is None}
     types = {argument: kind for argument, kind in types.items() if kind is not None}
-    aligned = {argument for argument, kind in types.items() if not kind.startswith("tensordesc")}
+    aligned = {
+        argument
+        for argument, kind in types.items()
+        if isinstance(kind, str) and not kind.startswith("tensordesc")
+    }
     constants = {**constants, **absent}
     missing = set(kernel.arg_names) - set(types) - set(constants)
     if missing:
@@ -303,6 +308,12 @@ def pointwise():
 
 def signatures():
     # Not above: it is made of what this file defines.
-    from . import aot_random
+    from . import aot_nearest, aot_pairwise, aot_random
 
-    return [*gemms(), *pointwise(), *aot_random.signatures()]
+    return [
+        *gemms(),
+        *pointwise(),
+        *aot_random.signatures(),
+        *aot_nearest.signatures(),
+        *aot_pairwise.signatures(),
+    ]
