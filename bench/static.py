@@ -68,11 +68,13 @@ LANES = {
     **_table("fma", 128, "FFMA FADD FMUL HFMA2 HADD2 HMUL2 HSETP2 HMNMX2"),
     **_table("fma", 64, "IMAD IDP"),
     **_table(
-        "alu", 64, "IADD3 VIADD VIADDMNMX VIMNMX IMNMX IABS ISETP LEA LOP3 PLOP3 SHF SGXT BMSK PRMT SEL"
+        "alu",
+        64,
+        "IADD3 VIADD VIADDMNMX VIMNMX VIMNMX3 IMNMX IABS ISETP LEA LOP3 PLOP3 SHF SGXT BMSK PRMT SEL",
     ),
     **_table("alu", 64, "FSETP FMNMX FSEL FCHK F2FP I2FP I2IP P2R R2P VOTE MOV CS2R"),
     **_table("xu", 64, "F2F F2I I2F FRND"),
-    **_table("xu", 16, "MUFU POPC FLO BREV"),
+    **_table("xu", 16, "MUFU POPC FLO BREV REDUX"),
     **_table("fp64", 64, "DFMA DADD DMUL DSETP DMNMX"),
     **_table("lsu", 32, "LDG STG LDS STS LDSM STSM LDGSTS LDL STL SHFL"),
     **_table(

@@ -1,4 +1,4 @@
-"""Statistics of samples: whether two come from one distribution.
+"""Statistics of samples: whether two come from one distribution, and whether generated ones are new.
 
 ::
 
@@ -7,5 +7,6 @@
 """
 
 from aefast.stats.mmd_test import MMDTest, mmd_test
+from aefast.stats.novelty import Novelty, novelty
 
-__all__ = ["MMDTest", "mmd_test"]
+__all__ = ["MMDTest", "Novelty", "mmd_test", "novelty"]

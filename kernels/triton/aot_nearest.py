@@ -1,7 +1,28 @@
 """What the kernels of nearest.py are compiled to ahead of time; aot.py says what that means."""
 
+from ..workload import Workload
 from . import nearest
 from .aot import TARGETS, TORCH_DTYPES, signature
+
+POINTS = 8192  # of either side in the launches that are estimated
+
+
+def workload(dtype, D, rows, columns, warps, step, on_tensor_cores=False):
+    """Every distance once, from each point once; passes are those of the loop over the dimensions. Of float32's
+    accuracy a product is three of TF32's."""
+    size = TORCH_DTYPES[dtype].itemsize
+    moved = 2 * POINTS * D * size + POINTS * 12
+    return Workload(
+        f"{POINTS}×{POINTS}×{D}",
+        "tf32" if on_tensor_cores else dtype,
+        POINTS // rows,
+        warps,
+        POINTS * POINTS,
+        bytes=moved,
+        flops=2 * POINTS * POINTS * D * (3 if on_tensor_cores else 1),
+        passes=POINTS // columns * (D // step),
+        distinct_bytes=moved,
+    )
 
 
 def differences(dtype, D, targets=(90,)):
@@ -26,6 +47,14 @@ def differences(dtype, D, targets=(90,)):
         targets=targets,
         programs_per_sm=2,
         load_bits=8 * element,  # a warp's loads lie side by side, or are one
+        workload=workload(
+            dtype,
+            D,
+            nearest.ROWS,
+            nearest.LANES * (16 // TORCH_DTYPES[wide].itemsize),
+            nearest.WARPS,
+            nearest.step_of(D),
+        ),
         options={**nearest.COMPILE, **nearest.REGISTERS},
     )
 
@@ -42,6 +71,7 @@ def products(rows, targets=(90,)):
         targets=targets,
         programs_per_sm=2,
         load_bits=128,
+        workload=workload("fp32", 64, rows, 128, 4, nearest.DEPTH, on_tensor_cores=True),
         # Of a tile of fewer rows Hopper's and Blackwell's instructions for whole warpgroups make nothing.
         matrix=True,
     )

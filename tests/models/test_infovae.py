@@ -404,7 +404,7 @@ def test_autocast(stochastic):
         ({"mmd_bandwidth": "wide"}, "mmd_bandwidth='wide': bandwidth must be a number above 0"),
         ({"mmd_bandwidth": 1, "mmd_kernel": "energy"}, "mmd_bandwidth=1: the energy kernel has no bandwidth"),
         ({"mmd_alpha": 2}, "mmd_alpha=2: the imq kernel has no alpha"),
-        ({"mmd_alpha": 0, "mmd_kernel": "rational_quadratic"}, "mmd_alpha=0: alpha must be a finite number"),
+        ({"mmd_alpha": 0, "mmd_kernel": "rational_quadratic"}, "mmd_alpha=0: alpha must be a number above 0"),
         (
             {"mmd_prior": "closed_form", "mmd_kernel": "laplacian"},
             "mmd_kernel='laplacian': expected one of rbf, imq, .*mmd_prior='closed_form'",

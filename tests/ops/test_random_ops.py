@@ -194,6 +194,8 @@ def test_each_output_alone_has_a_gradient(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_compiles_whole(name):
+    # All of these compile one code object, which the compiler does so many times at most.
+    torch._dynamo.reset()
     numerics.require_backend("cpu", name.split()[0], "cpu", torch.float32)
     function, tensors = call_of(name, torch.float32)
 

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from aefast.errors import InputError
+from aefast.stats import novelty
+
+
+def draw(count, seed, size=6):
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_distances_are_those_of_all_pairs():
+    samples, training, held_out = draw(30, 1), draw(200, 2), draw(40, 3)
+    found = novelty(samples, training, held_out)
+    for ours, points in ((found.distances, samples), (found.held_out, held_out)):
+        torch.testing.assert_close(ours, torch.cdist(points, training).min(1).values)
+    assert torch.equal(found.nearest, torch.cdist(samples, training).argmin(1))
+    closer = (found.distances[:, None] < found.held_out).double().mean()
+    assert found.closer == pytest.approx(closer.item())
+    least = torch.quantile(found.held_out, 0.01)
+    assert found.copies == pytest.approx((found.distances < least).double().mean().item())
+
+
+def test_real_data_copies_and_strangers():
+    training, held_out = draw(2000, 1), draw(1000, 2)
+    # The deviation of the probability is below 0.02 for a thousand of either.
+    assert novelty(draw(1000, 3), training, held_out).closer == pytest.approx(0.5, abs=0.06)
+    copies = novelty(training[:500] + 1e-3, training, held_out)
+    assert copies.closer > 0.99 and copies.copies > 0.99
+    strangers = novelty(draw(500, 4) + 20, training, held_out)
+    assert strangers.closer < 0.01 and strangers.copies == 0
+
+
+def test_ties_count_half():
+    points = draw(50, 1)
+    assert novelty(points, points, points).closer == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": [1.0]}, "samples must be a torch.Tensor, got list"),
+        ({"training": torch.ones(0, 6)}, r"training must have at least one row, got shape \(0, 6\)"),
+        ({"held_out": torch.ones(3, 5)}, "held_out must have as many dimensions as samples, 6"),
+        ({"training": torch.ones(3, 6).double()}, "training must have the dtype of samples, float32"),
+        ({"samples": torch.full((2, 6), float("nan"))}, "must be finite"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {"samples": draw(3, 1), "training": draw(3, 2), "held_out": draw(3, 3)}
+    with pytest.raises(InputError, match=message):
+        novelty(**{**arguments, **change})
