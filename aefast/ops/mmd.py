@@ -25,7 +25,6 @@ def reference(
     bandwidth: float | Sequence[float] | None = None,
     estimator: str = "unbiased",
     alpha: float = 1.0,
-    group: Any = None,
 ) -> Tensor:
     """`mmd` in plain PyTorch, of a single process."""
     spec = _pairwise.kernel_of("mmd", kernel, bandwidth, alpha)
@@ -219,7 +218,8 @@ def mmd(
         group: a torch.distributed process group, of which x and y are this rank's rows: the MMD² is that of all ranks'
             rows, whose numbers may differ from rank to rank. Every rank must call it. Each gets the value, and as
             gradient that of its own rows times the number of ranks, so that the mean that DistributedDataParallel
-            takes of the parameters' gradients is the gradient for all rows. There are no second derivatives.
+            takes of the parameters' gradients is the gradient for all rows. There are no second derivatives, and on a
+            GPU the host waits for the ranks' numbers of rows.
 
     Returns:
         A scalar, in float32, or float64 for float64.

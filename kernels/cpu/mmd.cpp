@@ -170,11 +170,13 @@ class Gradients {
 
 // --- kernel functions --------------------------------------------------------------------------------------------
 
-Kind kind_of(const std::string& name) {
+Kind kind_of(const std::string& name, double alpha) {
   const char* const names[] = {"rbf", "laplacian", "imq", "rational_quadratic", "energy"};
   const auto found = std::find(std::begin(names), std::end(names), name);
   STD_TORCH_CHECK(found != std::end(names), "unknown kernel ", name);
-  return static_cast<Kind>(found - std::begin(names));
+  const Kind kind = static_cast<Kind>(found - std::begin(names));
+  // A power of 1 needs no logarithm.
+  return kind == Kind::rational_quadratic && alpha == 1.0 ? Kind::imq : kind;
 }
 
 // How often a kernel has to be squared to be the one of that rate, if an error that doubles with each time stays small;
@@ -189,10 +191,8 @@ int32_t squarings_of(double from, double to, int32_t so_far) {
 template <typename A>
 class KernelFunction {
  public:
-  KernelFunction(Kind& kind, std::vector<double> rates, double alpha, double unit, double factor) {
+  KernelFunction(Kind kind, std::vector<double> rates, double alpha, double unit, double factor) {
     constexpr double kLog2e = 1.4426950408889634;
-    // A power of 1 needs no logarithm.
-    if (kind == Kind::rational_quadratic && alpha == 1.0) kind = Kind::imq;
     std::sort(rates.begin(), rates.end());
     int32_t since = 0;
     for (size_t k = 0; k < rates.size(); ++k) {
@@ -236,7 +236,7 @@ class Weighted {
  public:
   Weighted(const std::string& name, const std::vector<double>& rates, double alpha, const OptionalTensor& unit,
            const std::vector<double>& weights)
-      : kind_(kind_of(name)), weights_(weights), functions_{make(rates, alpha, unit, 2.0 * weights[0]),
+      : kind_(kind_of(name, alpha)), weights_(weights), functions_{make(rates, alpha, unit, 2.0 * weights[0]),
                                                             make(rates, alpha, unit, 2.0 * weights[1]),
                                                             make(rates, alpha, unit, weights[2])} {}
 
@@ -349,7 +349,7 @@ Tensor kernel_values(Tensor x, Tensor y, OptionalTensor unit, std::string kernel
   const Tensor out = new_accumulators(x, x.size(0), y.size(0));
   const auto run = [&](auto zero) {
     using A = decltype(zero);
-    Kind kind = kind_of(kernel);
+    const Kind kind = kind_of(kernel, alpha);
     const KernelFunction<A> function(kind, rates, alpha, unit_of<A>(unit), 0.0);
     const Points of_x = points_of(x), of_y = points_of(y);
     const Blocks blocks(of_x, of_y, mean_of(of_x, of_y), kind);

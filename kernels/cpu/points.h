@@ -1,30 +1,16 @@
 // Tensors as points, in blocks of which tiles are made.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cstdint>
 #include <memory>
 
 #include "matrix.h"
 #include "pairwise.h"
+#include "parallel.h"
 
 namespace aefast::cpu {
 
 inline int64_t blocks_of(int64_t points) { return (points + kPoints - 1) / kPoints; }
-
-// body(task) for each, by the threads that torch has.
-template <typename Body>
-void for_each(int64_t tasks, const Body& body) {
-  if (tasks <= 1) {
-    if (tasks == 1) body(0);
-    return;
-  }
-  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, tasks, (tasks + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) body(task);
-  });
-}
 
 inline Points points_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), scalar_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};

@@ -1,33 +1,13 @@
-// Samples and divergences of normal distributions, and how rows are shared by threads.
+// Samples and divergences of normal distributions.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-
 #include "matrix.h"
+#include "parallel.h"
 #include "random.h"
 
 namespace aefast::cpu {
-
-// A task has at least so many elements: some 10 microseconds of work, which handing it to a thread is worth.
-constexpr int64_t kElementsOfTask = 1 << 13;
-
-// body(first, count) over `size` rows of so many elements, a multiple of `unit` rows at a time. Tasks do not depend on
-// the threads that share them.
-template <typename Body>
-void for_tasks(int64_t size, int64_t elements, int64_t unit, const Body& body) {
-  const int64_t rows = std::max<int64_t>(1, kElementsOfTask / std::max<int64_t>(1, elements) / unit) * unit;
-  const int64_t tasks = (size + rows - 1) / rows, threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * rows; first < std::min(size, end * rows); first += rows)
-      body(first, std::min(rows, size - first));
-  };
-  if (tasks <= 1)
-    run(0, tasks);
-  else
-    torch::stable::parallel_for(0, tasks, (tasks + threads - 1) / threads, run);
-}
 
 // With its elements side by side within a row.
 inline Tensor with_unit_columns(const Tensor& matrix) {
