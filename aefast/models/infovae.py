@@ -16,10 +16,9 @@ import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.models._base import ModelOutput, check_choice, register
 from aefast.models._dense import DenseConfig
-from aefast.models.vae import VAE, VAEConfig, decoder_mean, kl_weight, negative_log_likelihood
+from aefast.models.vae import VAE, EagerVAE, VAEConfig, decoder_mean, kl_weight, negative_log_likelihood
 from aefast.nn import LinearAct, MMDLoss
 from aefast.ops import _arguments, _pairwise, _registry, mmd_to_normal
-from aefast.ops.mmd import ESTIMATORS
 
 PRIORS = ("samples", "closed_form")
 
@@ -85,7 +84,7 @@ class InfoVAEConfig(DenseConfig):
 
     def _check_mmd(self) -> None:
         check_choice(self.mmd_kernel, "mmd_kernel", _pairwise.KERNELS)
-        check_choice(self.mmd_estimator, "mmd_estimator", ESTIMATORS)
+        check_choice(self.mmd_estimator, "mmd_estimator", _pairwise.ESTIMATORS)
         check_choice(self.mmd_prior, "mmd_prior", PRIORS)
         # The dataclass is frozen; a list given for a tuple is settled here once.
         if isinstance(self.mmd_bandwidth, list):
@@ -276,26 +275,12 @@ def _as_head(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
     return z, z.new_zeros((), dtype=_arguments.accumulator(z.dtype)), z, None
 
 
-class _EagerInfoVAE(nn.Module):
-    """`InfoVAE` in plain PyTorch. The logvar is not clamped, which changes nothing within `LOGVAR_RANGE`."""
+class _EagerInfoVAE(EagerVAE):
+    """`InfoVAE` in plain PyTorch."""
 
     def __init__(self, model: InfoVAE) -> None:
-        super().__init__()
-        self.config = model.config
-        self.encoder = model.encoder.eager() if model.config.hidden else nn.Identity()
-        self.head = model.head.eager()
-        if model.config.stochastic:
-            self.head.sample.logvar_range = None
-        self.decoder = model.decoder.eager()
+        super().__init__(model)
         self.mmd = model.mmd.eager()
-        learnt = model.log_variance
-        self.log_variance = None if learnt is None else nn.Parameter(learnt.detach().clone())
-        steps = model.training_steps
-        self.register_buffer("training_steps", None if steps is None else steps.clone())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z, _, mu, _ = self.head(self.encoder(x))
-        return decoder_mean(self.config.likelihood, self.decoder(z if self.training else mu))
 
 
 def _to_normal(function: Any, config: InfoVAEConfig, z: torch.Tensor) -> torch.Tensor:
@@ -311,7 +296,7 @@ def _to_normal(function: Any, config: InfoVAEConfig, z: torch.Tensor) -> torch.T
 
 def _has_too_few(rows: int, estimator: str) -> bool:
     """Whether there is no MMD of so many codes. The last batch of an epoch may be of any size."""
-    return rows < (2 if estimator == "unbiased" else 1)
+    return rows < _pairwise.fewest_points(estimator)
 
 
 def _say_once_of_few(is_training: bool) -> None:

@@ -189,7 +189,7 @@ class VAE(Model):
         return -(reconstruction + kl) - constant
 
     def eager_twin(self) -> nn.Module:
-        return _EagerVAE(self).train(self.training)
+        return EagerVAE(self).train(self.training)
 
     def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
         z, kl, _, _ = twin.head(twin.encoder(x))
@@ -198,7 +198,7 @@ class VAE(Model):
         return reconstruction + kl_weight(twin, kl) * kl
 
 
-class _EagerVAE(nn.Module):
+class EagerVAE(nn.Module):
     """`VAE` in plain PyTorch. The logvar is not clamped, which changes nothing within `LOGVAR_RANGE`."""
 
     def __init__(self, model: VAE) -> None:
@@ -206,7 +206,8 @@ class _EagerVAE(nn.Module):
         self.config = model.config
         self.encoder = model.encoder.eager() if model.config.hidden else nn.Identity()
         self.head = model.head.eager()
-        self.head.sample.logvar_range = None
+        if isinstance(model.head, GaussianHead):
+            self.head.sample.logvar_range = None
         self.decoder = model.decoder.eager()
         learnt = model.log_variance
         self.log_variance = None if learnt is None else nn.Parameter(learnt.detach().clone())
@@ -244,7 +245,7 @@ def decoder_mean(likelihood: str, output: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(output) if likelihood == "bernoulli" else output
 
 
-def kl_weight(module: VAE | _EagerVAE, kl: torch.Tensor) -> torch.Tensor | float:
+def kl_weight(module: VAE | EagerVAE, kl: torch.Tensor) -> torch.Tensor | float:
     """The weight of the divergence in this forward pass, which counts if `module` is in training mode.
 
     The count stays on its device: nothing waits for it.

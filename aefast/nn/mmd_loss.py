@@ -13,10 +13,7 @@ import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.nn.linear_act import check_positive_int
 from aefast.ops import _arguments, _pairwise
-from aefast.ops import mmd as op
-
-WAE_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""What the kernels of the Wasserstein autoencoder multiply 2 D σ² by."""
+from aefast.ops._pairwise import WAE_SCALES
 
 
 class MMDLoss(nn.Module):
@@ -51,10 +48,7 @@ class MMDLoss(nn.Module):
     ) -> None:
         super().__init__()
         _pairwise.kernel_of("MMDLoss", kernel, bandwidth, alpha)
-        if estimator not in op.ESTIMATORS:
-            raise InputError(
-                f"MMDLoss: estimator must be one of {', '.join(op.ESTIMATORS)}, got {estimator!r}"
-            )
+        _pairwise.check_estimator("MMDLoss", estimator)
         _arguments.check_number("factor", factor, "MMDLoss")
         self.kernel = kernel
         self.bandwidth = tuple(bandwidth) if isinstance(bandwidth, Sequence) else bandwidth

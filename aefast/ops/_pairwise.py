@@ -16,6 +16,10 @@ from aefast.errors import InputError
 from aefast.ops import _arguments, _registry
 
 KERNELS = ("rbf", "laplacian", "imq", "rational_quadratic", "energy")
+ESTIMATORS = ("unbiased", "biased")
+
+WAE_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""What the kernels of the Wasserstein autoencoder multiply 2 D σ² by."""
 
 # Bandwidths of bandwidth=None, in units of the root of the mean squared distance m. Those of the rbf kernel are
 # 2 b² = m / 4 to 4 m in octaves (Long et al., Learning Transferable Features with Deep Adaptation Networks, ICML 2015,
@@ -25,7 +29,7 @@ _OCTAVES = tuple(2.0 ** (0.5 * octave) for octave in range(-2, 3))
 DEFAULT_BANDWIDTHS = {
     "rbf": tuple(math.sqrt(0.5) * factor for factor in _OCTAVES),
     "laplacian": _OCTAVES,
-    "imq": tuple(math.sqrt(scale) for scale in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)),
+    "imq": tuple(math.sqrt(scale) for scale in WAE_SCALES),
     "rational_quadratic": tuple(math.sqrt(0.5) * factor for factor in _OCTAVES),
     "energy": (),
 }
@@ -152,6 +156,24 @@ def kernel_sum(kernel: Kernel, x: Tensor, y: Tensor | None, unit: Tensor | None)
         u = u / unit
     values = kernel.values(u)
     return values.sum() if y is not None else values.sum() - values.diagonal().sum()
+
+
+def check_estimator(op: str, estimator: Any) -> None:
+    if not isinstance(estimator, str) or estimator not in ESTIMATORS:
+        raise InputError(f"{op}: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+
+
+def fewest_points(estimator: str) -> int:
+    """Of which there is an estimate."""
+    return 2 if estimator == "unbiased" else 1
+
+
+def check_counts(op: str, estimator: str, **counts: int) -> None:
+    """That there are enough points, by the names of the arguments."""
+    least = fewest_points(estimator)
+    for name, count in counts.items():
+        if count < least:
+            raise InputError(f"{op}: {name} must have at least {least} rows for {estimator!r}, got {count}")
 
 
 def check_points(op: str, name: str, value: Any) -> None:

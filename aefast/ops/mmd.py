@@ -14,8 +14,6 @@ from aefast.ops import _arguments, _pairwise, _registry
 from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
 from aefast.ops._pairwise import Kernel, kernel_sum
 
-ESTIMATORS = ("unbiased", "biased")
-
 
 def reference(
     x: Tensor,
@@ -234,11 +232,10 @@ def mmd(
     _pairwise.check_points("mmd", "y", y)
     x, y = _pairwise.without_autocast(x, y)
     _pairwise.check_dimensions("mmd", "y", y, "x", x)
-    if estimator not in ESTIMATORS:
-        raise InputError(f"mmd: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    _pairwise.check_estimator("mmd", estimator)
     if group is not None:
         return _of_group(x, y, spec, bandwidth, estimator, group)
-    _check_counts(x.shape[0], y.shape[0], estimator)
+    _pairwise.check_counts("mmd", estimator, x=x.shape[0], y=y.shape[0])
     unit = unit_of(spec, bandwidth, x, y)
     value = weighted_sum(x, y, unit, spec, weights_of(estimator, spec, x.shape[0], y.shape[0]))
     _pairwise.check_finite("mmd", value, x=x, y=y)
@@ -299,7 +296,7 @@ def _of_group(
     for name, found in (("as many dimensions", dimensions), ("one dtype", dtypes)):
         if len(set(found)) > 1:
             raise InputError(f"mmd: x and y must have {name} on every rank of the group")
-    _check_counts(sum(x_counts), sum(y_counts), estimator)
+    _pairwise.check_counts("mmd", estimator, x=sum(x_counts), y=sum(y_counts))
     all_x, all_y = _gather(x, x_counts, group), _gather(y, y_counts, group)
     firsts = sum(x_counts[:rank]), sum(y_counts[:rank])
     unit = unit_of(kernel, bandwidth, all_x, all_y)
@@ -323,13 +320,6 @@ def _gather(rows: Tensor, counts: Sequence[int], group: torch.distributed.Proces
     parts = [torch.empty_like(padded) for _ in counts]
     torch.distributed.all_gather(parts, padded, group=group)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def _check_counts(x_count: int, y_count: int, estimator: str) -> None:
-    least = 2 if estimator == "unbiased" else 1
-    for name, count in (("x", x_count), ("y", y_count)):
-        if count < least:
-            raise InputError(f"mmd: {name} must have at least {least} rows for {estimator!r}, got {count}")
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -287,15 +287,8 @@ def mmd_to_normal(
     """
     _pairwise.check_points("mmd_to_normal", "x", x)
     spec = kernel_of(kernel, bandwidth, alpha)
-    if estimator not in mmd.ESTIMATORS:
-        raise InputError(
-            f"mmd_to_normal: estimator must be one of {', '.join(mmd.ESTIMATORS)}, got {estimator!r}"
-        )
-    least = 2 if estimator == "unbiased" else 1
-    if x.shape[0] < least:
-        raise InputError(
-            f"mmd_to_normal: x must have at least {least} rows for {estimator!r}, got {x.shape[0]}"
-        )
+    _pairwise.check_estimator("mmd_to_normal", estimator)
+    _pairwise.check_counts("mmd_to_normal", estimator, x=x.shape[0])
     (x,) = _pairwise.without_autocast(x)
     value = _discrepancy(x, spec, unit_of(spec, bandwidth, x.shape[1]), estimator, mmd.weighted_sum)
     _pairwise.check_finite("mmd_to_normal", value, x=x)

@@ -218,16 +218,11 @@ def mmd_test(
     _pairwise.check_points(op, "x", x)
     _pairwise.check_points(op, "y", y)
     _pairwise.check_dimensions(op, "y", y, "x", x)
-    if estimator not in mmd.ESTIMATORS:
-        raise InputError(f"{op}: estimator must be one of {', '.join(mmd.ESTIMATORS)}, got {estimator!r}")
+    _pairwise.check_estimator(op, estimator)
     if isinstance(permutations, bool) or not isinstance(permutations, Integral) or permutations < 1:
         raise InputError(f"{op}: permutations must be an int of at least 1, got {permutations!r}")
-    least = 2 if estimator == "unbiased" else 1
+    _pairwise.check_counts(op, estimator, x=len(x), y=len(y))
     for name, value in (("x", x), ("y", y)):
-        if len(value) < least:
-            raise InputError(
-                f"{op}: {name} must have at least {least} rows for {estimator!r}, got {len(value)}"
-            )
         if not value.isfinite().all():
             raise InputError(
                 f"{op}: {name} must be finite, got {int((~value.isfinite()).sum())} elements that are not"

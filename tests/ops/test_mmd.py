@@ -107,7 +107,7 @@ def test_three_points_by_hand():
             assert AF.mmd(x, y, bandwidth=1.0, estimator="biased").item() == pytest.approx(biased, rel=1e-6)
 
 
-@pytest.mark.parametrize("estimator", op.ESTIMATORS)
+@pytest.mark.parametrize("estimator", _pairwise.ESTIMATORS)
 @pytest.mark.parametrize("bandwidths", [(2.0,), FIVE], ids=["one", "five"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_matches_the_formulas(kernel, bandwidths, estimator):
