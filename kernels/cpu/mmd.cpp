@@ -78,7 +78,7 @@ class Blocks {
         is_double_(x.scalar == Scalar::float64),
         row_bytes_(kPoints * padded(dimensions_, element_size()) * element_size()),
         column_bytes_(kPoints * (dimensions_ + 1) * element_size()),
-        has_products_(!is_double_ && dimensions_ >= kLeastOfProducts && kind != Kind::laplacian && kind != Kind::energy),
+        has_products_(!is_double_ && dimensions_ >= kLeastOfProducts && !pairwise::sums_differences(kind)),
         rows_(size_of_all(row_bytes_)),
         columns_(size_of_all(column_bytes_)) {
     for_each(count(), [&](int64_t block) {
@@ -115,8 +115,10 @@ class Blocks {
   Buffer rows_, columns_;
 };
 
-// The mean of both samples: distances of far points would lose their digits.
-std::vector<double> mean_of(const Points& x, const Points& y) {
+// What is subtracted from all points. It is the mean of both samples where products are summed, which of points far from
+// 0 would lose their digits; differences of the points as they are lose none.
+std::vector<double> centre_of(const Points& x, const Points& y, Kind kind) {
+  if (pairwise::sums_differences(kind)) return std::vector<double>(x.dimensions);
   const int64_t of_x = blocks_of(x.count), blocks = of_x + blocks_of(y.count), dimensions = x.dimensions;
   std::vector<double> sums(blocks * dimensions), mean(dimensions);
   for_each(blocks, [&](int64_t block) {
@@ -270,7 +272,7 @@ template <typename A>
 std::tuple<Tensor, Tensor, Tensor> sum_of_all(const Tensor& x, const Tensor& y, const Weighted<A>& weighted,
                                               double constant, int64_t needs) {
   const Points of_x = points_of(x), of_y = points_of(y);
-  const Blocks blocks(of_x, of_y, mean_of(of_x, of_y), weighted.kind());
+  const Blocks blocks(of_x, of_y, centre_of(of_x, of_y, weighted.kind()), weighted.kind());
   const Gradients gradients(blocks, needs);
   const double total = constant + tournament(blocks.count(), [&](int64_t i, int64_t j) {
     const int sample_i = blocks.sample(i), sample_j = blocks.sample(j);
@@ -291,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor> sum_of_rows(const Tensor& x, const Tensor& y,
                                                const Tensor& all_y, std::array<int64_t, 2> firsts,
                                                const Weighted<A>& weighted, int64_t needs) {
   const Points of_x = points_of(all_x), of_y = points_of(all_y);
-  const std::vector<double> centre = mean_of(of_x, of_y);
+  const std::vector<double> centre = centre_of(of_x, of_y, weighted.kind());
   const Blocks columns(of_x, of_y, centre, weighted.kind()), rows(points_of(x), points_of(y), centre, weighted.kind());
   const Gradients gradients(rows, needs);
   std::vector<double> parts(rows.count());
@@ -352,7 +354,7 @@ Tensor kernel_values(Tensor x, Tensor y, OptionalTensor unit, std::string kernel
     const Kind kind = kind_of(kernel, alpha);
     const KernelFunction<A> function(kind, rates, alpha, unit_of<A>(unit), 0.0);
     const Points of_x = points_of(x), of_y = points_of(y);
-    const Blocks blocks(of_x, of_y, mean_of(of_x, of_y), kind);
+    const Blocks blocks(of_x, of_y, centre_of(of_x, of_y, kind), kind);
     const int64_t rows = blocks_of(x.size(0)), columns = blocks_of(y.size(0));
     for_each(rows * columns, [&](int64_t task) {
       const int64_t i = task / columns, j = rows + task % columns;

@@ -197,8 +197,8 @@ AEFAST_HD double evaluate_row(const Function<A>& function, A* u, int64_t end, in
   return total;
 }
 
-// gradient[row] += Σ_j w[row][j] (x[row] - y[j]), for kRows rows.
-template <typename A, int kVectors>
+// gradient[row] += Σ_j w[row][j] (x[row] - y[j]), for kRows rows, of kVectors vectors from k on; `sums` are Σ_j w[row][j].
+template <bool kDifferences, typename A, int kVectors>
 AEFAST_HD void add_row_gradients(const A* w, const A* x, const A* y, int64_t count, int64_t width, int64_t k,
                                  const A* sums, A* gradient) {
   Vector<A> products[kRows][kVectors] = {};
@@ -206,65 +206,87 @@ AEFAST_HD void add_row_gradients(const A* w, const A* x, const A* y, int64_t cou
     Vector<A> point[kVectors];
     for (int part = 0; part < kVectors; ++part) point[part] = read<Vector<A>>(y + j * width + k + part * kWidth<A>);
     for (int64_t row = 0; row < kRows; ++row)
-      for (int part = 0; part < kVectors; ++part) products[row][part] += broadcast(w[row * kPoints + j]) * point[part];
+      for (int part = 0; part < kVectors; ++part) {
+        const Vector<A> weight = broadcast(w[row * kPoints + j]);
+        if constexpr (kDifferences)
+          products[row][part] += weight * (read<Vector<A>>(x + row * width + k + part * kWidth<A>) - point[part]);
+        else
+          products[row][part] += weight * point[part];
+      }
   }
   for (int64_t row = 0; row < kRows; ++row)
     for (int part = 0; part < kVectors; ++part) {
       const int64_t at = row * width + k + part * kWidth<A>;
-      write(gradient + at, read<Vector<A>>(gradient + at) +
-                               (broadcast(sums[row]) * read<Vector<A>>(x + at) - products[row][part]));
+      Vector<A> sum = products[row][part];
+      if constexpr (!kDifferences) sum = broadcast(sums[row]) * read<Vector<A>>(x + at) - sum;
+      write(gradient + at, read<Vector<A>>(gradient + at) + sum);
     }
 }
 
-template <typename A>
+template <bool kDifferences, typename A>
 AEFAST_HD void add_row_gradients(const A* w, const A* x, const A* y, int64_t count, int64_t width, A* gradient) {
-  A sums[kRows];
-  for (int64_t row = 0; row < kRows; ++row) {
-    Vector<A> sum = {};
-    for (int64_t col = 0; col < kPoints; col += kWidth<A>) sum += read<Vector<A>>(w + row * kPoints + col);
-    sums[row] = 0;
-    for (int64_t lane = 0; lane < kWidth<A>; ++lane) sums[row] += sum[lane];
-  }
+  A sums[kRows] = {};
+  if constexpr (!kDifferences)
+    for (int64_t row = 0; row < kRows; ++row) {
+      Vector<A> sum = {};
+      for (int64_t col = 0; col < kPoints; col += kWidth<A>) sum += read<Vector<A>>(w + row * kPoints + col);
+      for (int64_t lane = 0; lane < kWidth<A>; ++lane) sums[row] += sum[lane];
+    }
   int64_t k = 0;
   for (; k + 2 * kWidth<A> <= width; k += 2 * kWidth<A>)
-    add_row_gradients<A, 2>(w, x, y, count, width, k, sums, gradient);
-  for (; k < width; k += kWidth<A>) add_row_gradients<A, 1>(w, x, y, count, width, k, sums, gradient);
+    add_row_gradients<kDifferences, A, 2>(w, x, y, count, width, k, sums, gradient);
+  for (; k < width; k += kWidth<A>)
+    add_row_gradients<kDifferences, A, 1>(w, x, y, count, width, k, sums, gradient);
 }
 
-// products[j] += Σ_row w[row][j] x[row], of kVectors vectors from k on.
-template <typename A, int kVectors>
-AEFAST_HD void add_column_products(const A* w, const A* x, int64_t count, int64_t width, int64_t k, A* products) {
+// products[j] += Σ_row w[row][j] x[row], or Σ_row w[row][j] (x[row] - y[j]), of kVectors vectors from k on.
+template <bool kDifferences, typename A, int kVectors>
+AEFAST_HD void add_column_products(const A* w, const A* x, const A* y, int64_t count, int64_t width, int64_t k,
+                                   A* products) {
   Vector<A> points[kRows][kVectors];
   for (int64_t row = 0; row < kRows; ++row)
     for (int part = 0; part < kVectors; ++part)
       points[row][part] = read<Vector<A>>(x + row * width + k + part * kWidth<A>);
   for (int64_t j = 0; j < count; ++j) {
     A* const at = products + j * width + k;
-    Vector<A> sums[kVectors];
-    for (int part = 0; part < kVectors; ++part) sums[part] = read<Vector<A>>(at + part * kWidth<A>);
+    Vector<A> sums[kVectors] = {}, point[kVectors] = {};
+    if constexpr (kDifferences)
+      for (int part = 0; part < kVectors; ++part) point[part] = read<Vector<A>>(y + j * width + k + part * kWidth<A>);
     for (int64_t row = 0; row < kRows; ++row) {
       const Vector<A> weight = broadcast(w[row * kPoints + j]);
-      for (int part = 0; part < kVectors; ++part) sums[part] += weight * points[row][part];
+      for (int part = 0; part < kVectors; ++part) {
+        if constexpr (kDifferences)
+          sums[part] += weight * (points[row][part] - point[part]);
+        else
+          sums[part] += weight * points[row][part];
+      }
     }
-    for (int part = 0; part < kVectors; ++part) write(at + part * kWidth<A>, sums[part]);
+    for (int part = 0; part < kVectors; ++part) {
+      A* const to = at + part * kWidth<A>;
+      write(to, read<Vector<A>>(to) + sums[part]);
+    }
   }
 }
 
-// All of them, and sums[j] += Σ_row w[row][j].
-template <typename A>
-AEFAST_HD void add_column_products(const A* w, const A* x, int64_t count, int64_t width, A* products, A* sums) {
-  for (int64_t col = 0; col < kPoints; col += kWidth<A>) {
-    auto sum = read<Vector<A>>(sums + col);
-    for (int64_t row = 0; row < kRows; ++row) sum += read<Vector<A>>(w + row * kPoints + col);
-    write(sums + col, sum);
-  }
+// All of them, and sums[j] += Σ_row w[row][j] for those that are of no differences.
+template <bool kDifferences, typename A>
+AEFAST_HD void add_column_products(const A* w, const A* x, const A* y, int64_t count, int64_t width, A* products,
+                                   A* sums) {
+  if constexpr (!kDifferences)
+    for (int64_t col = 0; col < kPoints; col += kWidth<A>) {
+      auto sum = read<Vector<A>>(sums + col);
+      for (int64_t row = 0; row < kRows; ++row) sum += read<Vector<A>>(w + row * kPoints + col);
+      write(sums + col, sum);
+    }
   int64_t k = 0;
-  for (; k + 2 * kWidth<A> <= width; k += 2 * kWidth<A>) add_column_products<A, 2>(w, x, count, width, k, products);
-  for (; k < width; k += kWidth<A>) add_column_products<A, 1>(w, x, count, width, k, products);
+  for (; k + 2 * kWidth<A> <= width; k += 2 * kWidth<A>)
+    add_column_products<kDifferences, A, 2>(w, x, y, count, width, k, products);
+  for (; k < width; k += kWidth<A>) add_column_products<kDifferences, A, 1>(w, x, y, count, width, k, products);
 }
 
 template <Kind kKind, typename A>
 double sum_tile(const Function<A>& function, const Tile& tile) {
+  constexpr bool kDifferences = pairwise::sums_differences(kKind);
   const WithoutSubnormals mode;
   const int64_t width = padded(tile.dimensions, sizeof(A));
   const A* const x = static_cast<const A*>(tile.rows_i);
@@ -288,15 +310,16 @@ double sum_tile(const Function<A>& function, const Tile& tile) {
         total += evaluate_row<kKind>(function, w + row * kPoints, first + row < tile.count_i ? tile.count_j : 0,
                                      first + row + tile.excluded);
     }
-    if (x_gradient) add_row_gradients(w, rows, y, tile.count_j, width, x_gradient + first * width);
-    if (y_gradient) add_column_products(w, rows, tile.count_j, width, products, column_sums);
+    if (x_gradient) add_row_gradients<kDifferences>(w, rows, y, tile.count_j, width, x_gradient + first * width);
+    if (y_gradient) add_column_products<kDifferences>(w, rows, y, tile.count_j, width, products, column_sums);
   }
   if (y_gradient)
     for (int64_t j = 0; j < tile.count_j; ++j)
       for (int64_t k = 0; k < width; k += kWidth<A>) {
         const int64_t at = j * width + k;
-        write(y_gradient + at, read<Vector<A>>(y_gradient + at) + (broadcast(column_sums[j]) * read<Vector<A>>(y + at) -
-                                                                   read<Vector<A>>(products + at)));
+        Vector<A> sum = -read<Vector<A>>(products + at);
+        if constexpr (!kDifferences) sum += broadcast(column_sums[j]) * read<Vector<A>>(y + at);
+        write(y_gradient + at, read<Vector<A>>(y_gradient + at) + sum);
       }
   return total;
 }

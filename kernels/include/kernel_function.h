@@ -11,6 +11,10 @@ namespace aefast::pairwise {
 
 enum class Kind { rbf, laplacian, imq, rational_quadratic, energy };
 
+// Whether gradients Σ w (x - y) are to be summed as they are. Where slopes grow with 1 / distance, x Σ w - Σ w y would
+// lose the digits of what close points do to each other.
+constexpr bool sums_differences(Kind kind) { return kind == Kind::laplacian || kind == Kind::energy; }
+
 // A sum of kernels of one kind. With u a squared distance, the k-th is exp2(-rate[k] u) for rbf and exp2(-rate[k] √u)
 // for laplacian, 1 / (1 + rate[k] u) for imq and its alpha-th power for rational_quadratic, and -rate[0] √u for energy.
 // A kernel of rbf may instead be the one before it, squared so many times: that is what squarings[k] says, 0 for none.
