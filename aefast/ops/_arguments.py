@@ -74,6 +74,7 @@ def check_number(
         expected = {
             (-sys.float_info.max, sys.float_info.max): "a finite number",
             (0.0, sys.float_info.max): "a finite number of at least 0",
+            (1.0, sys.float_info.max): "a finite number of at least 1",
         }.get((low, high), f"a number from {low:g} to {high:g}")
         raise InputError(f"{op}: {name} must be {expected}, got {value!r}")
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "losses.h"
 #include "pairwise.h"
 #include "pointwise.h"
 #include "product.h"
@@ -12,6 +13,7 @@ namespace aefast::cpu {
 
 #define AEFAST_DECLARE(instruction_set)            \
   namespace instruction_set {                      \
+  extern const LossKernels loss_kernels;           \
   extern const PairwiseKernels pairwise_kernels;   \
   extern const PointwiseKernels pointwise_kernels; \
   extern const ProductKernels product_kernels;     \
@@ -26,6 +28,7 @@ AEFAST_DECLARE(avx512)
 namespace {
 
 struct Kernels {
+  const LossKernels& loss;
   const PairwiseKernels& pairwise;
   const PointwiseKernels& pointwise;
   const ProductKernels& product;
@@ -37,13 +40,15 @@ struct Kernels {
 const std::vector<Kernels>& instruction_sets() {
   static const std::vector<Kernels> sets = {
 #if defined(__x86_64__)
-      {avx512::pairwise_kernels, avx512::pointwise_kernels, avx512::product_kernels, avx512::random_kernels,
+      {avx512::loss_kernels, avx512::pairwise_kernels, avx512::pointwise_kernels, avx512::product_kernels,
+       avx512::random_kernels,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-      {avx2::pairwise_kernels, avx2::pointwise_kernels, avx2::product_kernels, avx2::random_kernels,
+      {avx2::loss_kernels, avx2::pairwise_kernels, avx2::pointwise_kernels, avx2::product_kernels, avx2::random_kernels,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-      {baseline::pairwise_kernels, baseline::pointwise_kernels, baseline::product_kernels, baseline::random_kernels, true},
+      {baseline::loss_kernels, baseline::pairwise_kernels, baseline::pointwise_kernels, baseline::product_kernels,
+       baseline::random_kernels, true},
   };
   return sets;
 }
@@ -57,6 +62,8 @@ std::atomic<const Kernels*>& chosen() {
 const Kernels& selected() { return *chosen().load(std::memory_order_relaxed); }
 
 }  // namespace
+
+const LossKernels& loss_kernels() { return selected().loss; }
 
 const PairwiseKernels& pairwise_kernels() { return selected().pairwise; }
 

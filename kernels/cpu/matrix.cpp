@@ -90,6 +90,15 @@ Tensor new_like(const Tensor& like) {
   return new_tensor(like.scalar_type(), like.dim(), sizes.data(), strides.data());
 }
 
+Tensor new_in_layout(const Tensor& like, Scalar scalar) {
+  std::vector<int64_t> sizes(like.dim()), strides(like.dim());
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    sizes[dim] = like.size(dim);
+    strides[dim] = like.stride(dim);
+  }
+  return new_tensor(torch_type(scalar), like.dim(), sizes.data(), strides.data());
+}
+
 Tensor new_sums(const Tensor& like, int64_t size) {
   const int64_t stride = 1;
   return new_tensor(torch_type(accumulator_of(scalar_of(like))), 1, &size, &stride);
@@ -119,6 +128,19 @@ Tensor new_indices(int64_t rows, int64_t cols) {
 }
 
 void poison_outputs(bool poison) { poisoned = poison; }
+
+void check_layout(const char* name, const Tensor& tensor, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.dim() == like.dim(), name, " must have the shape of the other tensors");
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < like.dim(); ++dim) {
+    STD_TORCH_CHECK(tensor.size(dim) == like.size(dim), name, " must have the shape of the other tensors");
+    if (like.size(dim) == 1) continue;
+    STD_TORCH_CHECK(like.numel() == 0 || tensor.stride(dim) == like.stride(dim), name,
+                    " must have the strides of the other tensors");
+    last += (like.size(dim) - 1) * like.stride(dim);
+  }
+  STD_TORCH_CHECK(like.numel() == 0 || last == like.numel() - 1, "tensors must have no gaps and no overlaps");
+}
 
 void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const Tensor& like) {
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols, name, " must be (", rows,

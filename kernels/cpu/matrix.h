@@ -40,6 +40,8 @@ Tensor new_matrix(const Tensor& like, int64_t rows, int64_t cols);
 Tensor new_vector(const Tensor& like, int64_t size);
 // Of `like`'s shape, row-major.
 Tensor new_like(const Tensor& like);
+// Of its strides too.
+Tensor new_in_layout(const Tensor& like, Scalar scalar);
 // In the type that elements of `like` are summed in.
 Tensor new_sums(const Tensor& like, int64_t size);
 Tensor new_accumulators(const Tensor& like, int64_t rows, int64_t cols);
@@ -53,6 +55,10 @@ int32_t cpu_device();
 
 Scalar scalar_of(const Tensor& tensor);
 Scalar accumulator_of(Scalar scalar);
+
+// That the elements of `like` fill a piece of memory, in whatever order of its dimensions, and that those of `tensor`,
+// of its shape, lie in the same order.
+void check_layout(const char* name, const Tensor& tensor, const Tensor& like);
 
 // That `tensor` is a (rows, cols) matrix of `like`'s dtype.
 void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const Tensor& like);

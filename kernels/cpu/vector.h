@@ -318,10 +318,10 @@ AEFAST_HD double exp_and_less_one(double x, double& less_one) {
   return ::exp(x);
 }
 // The same of one double.
-AEFAST_HD double log(double x) { return ::log(x); }
-AEFAST_HD bool is_zero(double x) { return x == 0.0; }
-AEFAST_HD double at_least(double limit, double x) { return x < limit ? limit : x; }
-AEFAST_HD double at_most(double limit, double x) { return x > limit ? limit : x; }
+using elementary::at_least;
+using elementary::at_most;
+using elementary::is_zero;
+using elementary::log;
 
 // Natural logarithm, 2 ulp; -infinity for 0, NaN below.
 AEFAST_HD Floats log(Floats x) {
@@ -424,16 +424,67 @@ AEFAST_HD Floats sigmoid(Floats x) {
   return sigmoid_and_complement(x, complement);
 }
 
-// log(1 + exp(x)), 3 ulp; x itself above `threshold`.
-AEFAST_HD Floats softplus(Floats x, Floats threshold) {
-  const Floats e = exp_of_negative(magnitude(x));
-  // log(1 + e) = 2 atanh(s), and (atanh(s) / s - 1) / s^2 on s <= 1/3 is a polynomial in s^2
-  const Floats s = e / (e + 2.0f);
+// log(1 + e) for 0 <= e <= 1, given s = e / (e + 2): it is 2 atanh(s), and (atanh(s) / s - 1) / s^2 on s <= 1/3 is a
+// polynomial in s^2.
+AEFAST_HD Floats twice_atanh(Floats s) {
   const Floats square = s * s;
   const Floats low = Floats(2.00124545e-1f) * square + 3.33331574e-1f;
   const Floats high = Floats(1.40891710e-1f) * square + 1.39803049e-1f;
-  const Floats log1p = Floats(2.0f) * (s + s * square * (high * (square * square) + low));
-  return select(x > threshold, x, at_least(0.0f, x) + log1p);
+  return Floats(2.0f) * (s + s * square * (high * (square * square) + low));
+}
+
+// log(1 + exp(x)), 3 ulp; x itself above `threshold`.
+AEFAST_HD Floats softplus(Floats x, Floats threshold) {
+  const Floats e = exp_of_negative(magnitude(x));
+  return select(x > threshold, x, at_least(0.0f, x) + twice_atanh(e / (e + 2.0f)));
+}
+
+// log(1 + exp(-|x|)), and in `sigmoid` sigmoid(x), both to 4 ulp.
+AEFAST_HD Floats log1p_exp_and_sigmoid(Floats x, Floats& sigmoid) {
+  const Floats e = exp_of_negative(magnitude(x));
+  // One division for both.
+  const Floats inverse = Floats(1.0f) / ((e + 1.0f) * (e + 2.0f));
+  const Floats large = (e + 2.0f) * inverse;
+  sigmoid = select(x < Floats(0.0f), e * large, large);
+  return twice_atanh(e * ((e + 1.0f) * inverse));
+}
+
+// log(1 - x) for x <= 1, 3 ulp.
+AEFAST_HD Floats log_of_rest(Floats x) {
+  const Floats rest = Floats(1.0f) - x;
+  // What was rounded off, which is nothing from 1/2 on, divided by the rest to first order.
+  const Floats lost = (Floats(1.0f) - rest) - x;
+  return log(rest) + (lost + lost * x);
+}
+
+// x^exponent for x >= 0 and a positive exponent, to 1 + exponent / 2 ulp.
+AEFAST_HD Floats power(Floats x, Floats exponent) {
+  const Masks is_small = x < Floats(0x1p-126f);
+  const Floats scaled = select(is_small, x * 0x1p24f, x);
+  // x = (1 + f) 2^e with sqrt(1/2) <= 1 + f < sqrt(2), as in log().
+  const Words difference = bits_of(scaled) - 0x3f3504f3u;
+  const Floats e = signed_float(signed_shift(difference, 23)) - select(is_small, Floats(24.0f), Floats(0.0f));
+  const Floats f = float_of((difference & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+  const Floats f2 = f * f;
+  const Floats low = (Floats(-1.66233569e-1f) * f + 2.00012267e-1f) * f2 + (Floats(-2.50008196e-1f) * f + 3.33333313e-1f);
+  const Floats high = (Floats(-7.63449371e-2f) * f + 1.27615750e-1f) * f2 + (Floats(-1.31601825e-1f) * f + 1.42017588e-1f);
+  const Floats log1p = f + f2 * (f * (high * (f2 * f2) + low) - 0.5f);
+  // The exponent's leading bits times e is exact, and all of it that is large.
+  const Floats leading = float_of(bits_of(exponent) & 0xfffff000u);
+  const Floats exact = leading * e, rest = (exponent - leading) * e + exponent * (log1p * kLog2e);
+  const Floats shifted = at_most(250.0f, at_least(-250.0f, exact + rest)) + kRoundingShift;
+  const Floats r = at_most(1.0f, at_least(-1.0f, (exact - (shifted - kRoundingShift)) + rest));
+  // (2^r - 1) / r on |r| <= 1/2
+  Floats sum = Floats(1.535336053e-4f) * r + 1.339887488e-3f;
+  sum = sum * r + 9.618437367e-3f;
+  sum = sum * r + 5.550332470e-2f;
+  sum = sum * r + 2.402264791e-1f;
+  sum = sum * r + 6.931472029e-1f;
+  sum = sum * r + 1.0f;
+  // 2^n as two factors: no float holds it in one.
+  const Words n = bits_of(shifted) - bits_of(Floats(kRoundingShift)), half = signed_shift(n, 1);
+  const Floats value = (sum * float_of((half + 127u) << 23)) * float_of((n - half + 127u) << 23);
+  return select(x > Floats(0.0f), select(x < Floats(std::numeric_limits<float>::infinity()), value, x), x);
 }
 
 // Phi(x), the distribution function of N(0, 1), to 9e-8 absolute, and in `density_exp` exp(-x^2 / 2), of which the

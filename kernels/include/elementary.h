@@ -51,11 +51,25 @@ AEFAST_HD void wide_product(uint32_t a, uint32_t b, uint32_t& high, uint32_t& lo
 }
 
 AEFAST_HD float square_root(float x) { return ::sqrtf(x); }
+AEFAST_HD double square_root(double x) { return ::sqrt(x); }
 
 AEFAST_HD bool is_zero(float x) { return x == 0.0f; }
 AEFAST_HD bool is_zero(double x) { return x == 0.0; }
+AEFAST_HD float magnitude(float x) { return ::fabsf(x); }
+AEFAST_HD double magnitude(double x) { return ::fabs(x); }
+// The greater and the lesser of x and a limit; NaN if x is.
+AEFAST_HD float at_least(float limit, float x) { return x < limit ? limit : x; }
+AEFAST_HD double at_least(double limit, double x) { return x < limit ? limit : x; }
+AEFAST_HD float at_most(float limit, float x) { return x > limit ? limit : x; }
+AEFAST_HD double at_most(double limit, double x) { return x > limit ? limit : x; }
 AEFAST_HD float log(float x) { return ::logf(x); }
 AEFAST_HD double log(double x) { return ::log(x); }
+// log(1 - x) for x <= 1.
+AEFAST_HD float log_of_rest(float x) { return ::log1pf(-x); }
+AEFAST_HD double log_of_rest(double x) { return ::log1p(-x); }
+// x^exponent for x >= 0 and a positive exponent.
+AEFAST_HD float power(float x, float exponent) { return ::powf(x, exponent); }
+AEFAST_HD double power(double x, double exponent) { return ::pow(x, exponent); }
 
 // 2^x for x <= 0.
 AEFAST_HD float exp2_nonpositive(float x) { return ::exp2f(x); }
@@ -85,14 +99,18 @@ AEFAST_HD float quick_quotient(float x, float y) {
 #endif
 }
 
-// log(1 + exp(x)), x itself above the threshold, to two spacings; without log1p's branches.
+// log(1 + e) for 0 <= e <= 1, given s = e / (e + 2), without log1p's branches: it is 2 atanh(s), and
+// (atanh(s) / s - 1) / s^2 on s <= 1/3 is a polynomial in s^2.
+AEFAST_HD float twice_atanh(float s) {
+  const float square = s * s;
+  const float low = ::fmaf(2.00124545e-1f, square, 3.33331574e-1f), high = ::fmaf(1.40891710e-1f, square, 1.39803049e-1f);
+  return 2.0f * ::fmaf(s * square, ::fmaf(high, square * square, low), s);
+}
+
+// log(1 + exp(x)), x itself above the threshold, to two spacings.
 AEFAST_HD float softplus(float x, float threshold) {
   const float e = ::expf(-::fabsf(x));
-  // log(1 + e) = 2 atanh(s), and (atanh(s) / s - 1) / s^2 on s <= 1/3 is a polynomial in s^2.
-  const float s = quick_quotient(e, e + 2.0f), square = s * s;
-  const float low = ::fmaf(2.00124545e-1f, square, 3.33331574e-1f), high = ::fmaf(1.40891710e-1f, square, 1.39803049e-1f);
-  const float log1p = 2.0f * ::fmaf(s * square, ::fmaf(high, square * square, low), s);
-  return x > threshold ? x : (x < 0.0f ? 0.0f : x) + log1p;
+  return x > threshold ? x : (x < 0.0f ? 0.0f : x) + twice_atanh(quick_quotient(e, e + 2.0f));
 }
 
 // sigmoid(x), and in `complement` 1 - sigmoid(x) without cancellation.
@@ -130,6 +148,21 @@ AEFAST_HD double sigmoid_and_complement(double x, double& complement) {
 AEFAST_HD double normal_cdf(double x, double& density_exp) {
   density_exp = ::exp(-0.5 * x * x);
   return 0.5 * ::erfc(-x * 0.70710678118654752440);
+}
+
+// log(1 + exp(-|x|)), and in `sigmoid` sigmoid(x).
+AEFAST_HD float log1p_exp_and_sigmoid(float x, float& sigmoid) {
+  const float e = ::expf(-::fabsf(x));
+  // One division for both.
+  const float inverse = quick_quotient(1.0f, (e + 1.0f) * (e + 2.0f));
+  const float large = (e + 2.0f) * inverse;
+  sigmoid = x < 0.0f ? e * large : large;
+  return twice_atanh(e * ((e + 1.0f) * inverse));
+}
+AEFAST_HD double log1p_exp_and_sigmoid(double x, double& sigmoid) {
+  const double e = ::exp(-::fabs(x)), large = 1.0 / (1.0 + e);
+  sigmoid = x < 0.0 ? e * large : large;
+  return ::log1p(e);
 }
 
 template <typename T>
