@@ -10,6 +10,7 @@ from aefast.ops.mlp import mlp
 from aefast.ops.mmd import mmd
 from aefast.ops.mmd_to_normal import mmd_to_normal
 from aefast.ops.nearest import nearest
+from aefast.ops.reconstruction_loss import reconstruction_loss
 from aefast.ops.reparameterize import reparameterize
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "mmd",
     "mmd_to_normal",
     "nearest",
+    "reconstruction_loss",
     "reparameterize",
 ]

@@ -126,10 +126,16 @@ def _forward_backward(
     function: Callable[..., Any], inputs: list[Tensor], upstream: list[Tensor]
 ) -> list[Tensor]:
     out = _as_list(function(*inputs))
-    return [*(one.detach() for one in out), *torch.autograd.grad(out, inputs, upstream)]
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    return [*(one.detach() for one in out), *torch.autograd.grad(out, wanted, upstream)]
 
 
 _RUN = {"fwd": _forward, "fwdbwd": _forward_backward}
+
+
+def _gradient_of(output: Tensor) -> Tensor:
+    """What flows into it: noise, and for a scalar, which is a loss, the 1 that ``backward()`` begins with."""
+    return torch.ones_like(output) if output.dim() == 0 else torch.randn_like(output)
 
 
 def _as_list(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
@@ -140,9 +146,9 @@ def _as_list(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 class OpCase(Case):
     """An op at one shape, forward, and forward with backward.
 
-    ``make()`` gives a fresh set of inputs, all of which require gradients; ``aefast``, ``eager`` and what the rivals
-    load take such a set and return a tensor or several. ``eager_forward``, where it is given, is the faster code that
-    may be written when no gradient is wanted.
+    ``make()`` gives a fresh set of inputs, of which those that require gradients get them; ``aefast``, ``eager`` and
+    what the rivals load take such a set and return a tensor or several. ``eager_forward``, where it is given, is the
+    faster code that may be written when no gradient is wanted.
 
     ``arguments(*inputs)`` are those of the op's function, from which its cost is known.
 
@@ -168,9 +174,9 @@ class OpCase(Case):
     def trial(self, mode: str) -> Trial:
         inputs = self.make()
         run = _RUN[mode]
-        exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+        exact_inputs = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
         with torch.no_grad():
-            upstream = [torch.randn_like(one) for one in _as_list(self.eager(*inputs))]
+            upstream = [_gradient_of(one) for one in _as_list(self.eager(*inputs))]
         # Outputs at a kink get no gradient in the check.
         checked = upstream
         if self.kinks is not None:
@@ -201,7 +207,7 @@ class OpCase(Case):
         found = collect({name: lambda name=name: results(name) for name in functions}, missing)
 
         def fresh() -> tuple[list[Tensor], list[Tensor]]:
-            return self.make(), [torch.randn_like(one) for one in upstream]
+            return self.make(), [_gradient_of(one) for one in upstream]
 
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *upstream))
         count = max(len(found), timing.input_sets(nbytes))

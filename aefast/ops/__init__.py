@@ -11,6 +11,7 @@ from aefast.ops import (
     mmd,
     mmd_to_normal,
     nearest,
+    reconstruction_loss,
     reparameterize,
 )
 from aefast.ops._registry import BACKENDS, OPS, backend
@@ -29,5 +30,6 @@ __all__ = [
     "mmd",
     "mmd_to_normal",
     "nearest",
+    "reconstruction_loss",
     "reparameterize",
 ]

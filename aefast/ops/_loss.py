@@ -59,8 +59,11 @@ class Loss:
         if self.kind == "bce_with_logits":
             return F.binary_cross_entropy_with_logits(input, target, reduction="none")
         if self.kind == "bce":
+            device_type = input.device.type
+            if not torch.amp.is_autocast_available(device_type):
+                return F.binary_cross_entropy(input, target, reduction="none")
             # Which autocast refuses, whatever the dtype.
-            with torch.autocast(input.device.type, enabled=False):
+            with torch.autocast(device_type, enabled=False):
                 return F.binary_cross_entropy(input, target, reduction="none")
         if self.kind == "huber":
             return F.huber_loss(input, target, reduction="none", delta=self.parameter)

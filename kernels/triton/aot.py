@@ -308,7 +308,7 @@ def pointwise():
 
 def signatures():
     # Not above: it is made of what this file defines.
-    from . import aot_nearest, aot_pairwise, aot_random
+    from . import aot_loss, aot_nearest, aot_pairwise, aot_random
 
     return [
         *gemms(),
@@ -316,4 +316,5 @@ def signatures():
         *aot_random.signatures(),
         *aot_nearest.signatures(),
         *aot_pairwise.signatures(),
+        *aot_loss.signatures(),
     ]

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .activation import widen
-from .linear_act import COMPILE, compatible, on_device
+from .linear_act import COMPILE, compatible, on_device, power_of_two
 from .rows import unit_of
 
 __all__ = ["compatible", "loss_gradient"]
@@ -49,6 +49,15 @@ def loss_gradient_kernel(
         tl.store(out + at, value.to(out.dtype.element_ty), mask=offsets < n)
 
 
+def shares(n, itemsize, samples):
+    """(elements of a block, unit of n) for samples of n elements."""
+    block = BLOCK_BYTES // itemsize
+    if samples == 1:
+        return block, 1
+    # All samples begin where the first does, modulo 16 bytes.
+    return power_of_two(n, 32, block), unit_of(itemsize, n)
+
+
 def loss_gradient(gradient, grad, normalizer):
     """gradient dense, in whatever order of its dimensions; grad a scalar, or (B,) for a gradient (B, ...) with the
     first dimension outermost. The result is gradient * (grad * normalizer), in the layout of gradient."""
@@ -57,10 +66,8 @@ def loss_gradient(gradient, grad, normalizer):
         return out
     samples = grad.numel()
     n = gradient.numel() // samples
-    block = BLOCK_BYTES // gradient.itemsize
+    block, unit = shares(n, gradient.itemsize, samples)
     blocks = triton.cdiv(n, block)
-    # All samples begin where the first does, modulo 16 bytes.
-    unit = unit_of(gradient.itemsize, n) if samples > 1 else 1
     with on_device(gradient):
         loss_gradient_kernel[(samples * blocks,)](
             gradient,

@@ -1,4 +1,4 @@
-"""What holds for all ops that draw noise or measure divergences; test_<op>.py has what is of one alone."""
+"""What holds for all ops that draw noise or measure divergences or losses; test_<op>.py has what is of one alone."""
 
 import functools
 import itertools
@@ -15,12 +15,27 @@ from aefast.ops._pairwise import KERNELS
 from support import numerics
 
 CPU = torch.device("cpu")
-NAMES = ["reparameterize", "kl_normal", "kl_discrete", "corrupt", "gaussian_head", "mmd"]
+NAMES = [
+    "reparameterize",
+    "kl_normal",
+    "kl_discrete",
+    "corrupt",
+    "gaussian_head",
+    "mmd",
+    "reconstruction_loss",
+]
 BACKENDS = [
     pytest.param("cpu", "cpu", id="cpu"),
     pytest.param("triton", "cuda", id="triton", marks=pytest.mark.gpu),
     pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.gpu),
 ]
+LOSSES = {
+    **{kind: {} for kind in ("mse", "rmse", "l1", "bce_with_logits")},
+    "huber": {"delta": 0.8},
+    "lp": {"p": 2.5, "reduction": "batchmean"},
+    "charbonnier": {"eps": 0.3, "reduction": "none"},
+    "bce": {"reduction": "sum"},
+}
 NOISES = {
     "gaussian": {"mean": 0.25, "std": 0.5},
     "salt_and_pepper": {"p": 0.3, "low": -1.0, "high": 2.0},
@@ -56,6 +71,15 @@ def calls(dtype=torch.float64, rows=6, size=5):
         yield f"corrupt {noise}", functools.partial(AF.corrupt, noise=noise, seed=7, **options), (mu,)
     for kernel in KERNELS:
         yield f"mmd {kernel}", functools.partial(AF.mmd, kernel=kernel, bandwidth=(0.7, 1.9)), (mu, logvar)
+    for kind, options in LOSSES.items():
+        # Cross-entropies have targets, and one of them inputs, from 0 to 1; twice theirs, too.
+        first = leaf(0.4 * draw(rows, size).sigmoid()) if kind == "bce" else mu
+        second = leaf(0.4 * draw(rows, size, seed=3).sigmoid()) if kind.startswith("bce") else logvar
+        yield (
+            f"reconstruction_loss {kind}",
+            functools.partial(AF.reconstruction_loss, kind=kind, **options),
+            (first, second),
+        )
     layer = leaf(draw(2 * size, 4, seed=4)), leaf(draw(2 * size, seed=5))
     yield "gaussian_head", functools.partial(AF.gaussian_head, seed=7), (leaf(draw(rows, 4)), *layer)
 
@@ -243,6 +267,16 @@ def test_opcheck(backend, device, dtype):
             (ops.mmd, (mu, p, None, "rbf", (2.0, 1.0), 1.0, (0.5, 0.25, -1.0, 2.0), needs, backend))
             for needs in range(4)
         ],
+        "reconstruction_loss": [
+            *(
+                (ops.reconstruction_loss, (p, q, kind, 1.5, 0.25, root, 0.5, keeps, False, backend))
+                for kind, root, keeps in (("mse", True, True), ("lp", False, True), ("huber", False, False))
+            ),
+            (ops.reconstruction_loss_elements, (mu, q, "bce_with_logits", 0.0, False, backend)),
+            (ops.reconstruction_loss_backward, (wide.sum(), mu, logvar, "l1", 0.0, 0.5, backend)),
+            (ops.reconstruction_loss_backward, (grad.float(), mu, logvar, "charbonnier", 0.5, 1.0, backend)),
+            (ops.loss_gradient, (grad, wide, 0.5, backend)),
+        ],
         "gaussian_head": [
             (ops.gaussian_head, (h, weight, bias, seed, *limits, backend)),
             (ops.gaussian_head_backward, (grad, wide, None, h, weight, moments, seed, *limits, 5, backend)),
@@ -251,7 +285,9 @@ def test_opcheck(backend, device, dtype):
     for name, its in cases.items():
         numerics.require_backend(backend, name, device, dtype)
         for op, arguments in its:
-            wants = (False,) if "backward" in op.__name__ else (False, True)
+            # What a backward calls is differentiated through the reference.
+            is_forward = not op.__name__.endswith(("backward", "loss_gradient"))
+            wants = (False, True) if is_forward else (False,)
             for want in wants:
                 given = [
                     value.clone().requires_grad_(want and value.is_floating_point())
