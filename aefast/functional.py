@@ -6,6 +6,7 @@ from aefast.ops.gaussian_head import gaussian_head
 from aefast.ops.kl_discrete import kl_discrete
 from aefast.ops.kl_normal import kl_normal
 from aefast.ops.linear_act import linear_act
+from aefast.ops.linear_reconstruction_loss import linear_reconstruction_loss
 from aefast.ops.mlp import mlp
 from aefast.ops.mmd import mmd
 from aefast.ops.mmd_to_normal import mmd_to_normal
@@ -20,6 +21,7 @@ __all__ = [
     "kl_discrete",
     "kl_normal",
     "linear_act",
+    "linear_reconstruction_loss",
     "mlp",
     "mmd",
     "mmd_to_normal",

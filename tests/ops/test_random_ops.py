@@ -23,6 +23,7 @@ NAMES = [
     "gaussian_head",
     "mmd",
     "reconstruction_loss",
+    "linear_reconstruction_loss",
 ]
 BACKENDS = [
     pytest.param("cpu", "cpu", id="cpu"),
@@ -80,6 +81,11 @@ def calls(dtype=torch.float64, rows=6, size=5):
             functools.partial(AF.reconstruction_loss, kind=kind, **options),
             (first, second),
         )
+    for kind, options in {"mse": {"output_activation": "silu"}, "rmse": {}, "bce_with_logits": {}}.items():
+        operands = leaf(draw(rows, 4)), leaf(draw(size, 4, seed=3)), leaf(draw(size, seed=4))
+        target = leaf(0.4 * draw(rows, size, seed=5).sigmoid())
+        function = functools.partial(AF.linear_reconstruction_loss, kind=kind, **options)
+        yield f"linear_reconstruction_loss {kind}", function, (*operands, target)
     layer = leaf(draw(2 * size, 4, seed=4)), leaf(draw(2 * size, seed=5))
     yield "gaussian_head", functools.partial(AF.gaussian_head, seed=7), (leaf(draw(rows, 4)), *layer)
 
@@ -276,6 +282,13 @@ def test_opcheck(backend, device, dtype):
             (ops.reconstruction_loss_backward, (wide.sum(), mu, logvar, "l1", 0.0, 0.5, backend)),
             (ops.reconstruction_loss_backward, (grad.float(), mu, logvar, "charbonnier", 0.5, 1.0, backend)),
             (ops.loss_gradient, (grad, wide, 0.5, backend)),
+        ],
+        "linear_reconstruction_loss": [
+            (
+                ops.linear_reconstruction_loss,
+                (h, weight, bias, moments, activation, "mse", 0.0, 0.25, 0.5, needs, False, backend),
+            )
+            for activation, needs in (("silu", 0), ("relu", 7), ("identity", 2))
         ],
         "gaussian_head": [
             (ops.gaussian_head, (h, weight, bias, seed, *limits, backend)),
