@@ -200,6 +200,42 @@ def train(
             rich_help_panel=_MODEL,
         ),
     ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Between samples and reconstructions: mse, rmse, l1, huber, lp, charbonnier, bce, bce_with_logits, or "
+            "pyramid, of images at several resolutions. \\[default: mse, or what the model's likelihood says]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    loss_p: Annotated[
+        float | None,
+        typer.Option(help="Power of lp, and of pyramid. \\[default of pyramid: 1]", rich_help_panel=_MODEL),
+    ] = None,
+    loss_eps: Annotated[
+        float | None,
+        typer.Option(
+            help="Eps of charbonnier; given with pyramid, its levels are compared as charbonnier does. "
+            "\\[default of charbonnier: 0.001]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    loss_delta: Annotated[
+        float | None, typer.Option(help="Delta of huber. \\[default: 1]", rich_help_panel=_MODEL)
+    ] = None,
+    pyramid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="average, gaussian or laplacian. \\[default: average]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    pyramid_levels: Annotated[
+        int | None,
+        typer.Option(help="Resolutions that pyramid compares. \\[default: 4]", rich_help_panel=_MODEL),
+    ] = None,
     likelihood: Annotated[
         str | None,
         typer.Option(
@@ -319,8 +355,8 @@ def train(
         str | None,
         typer.Option(
             metavar="C,H,W",
-            help="Shape of a sample, for such squares. \\[default: the data's]",
-            rich_help_panel=_NOISE,
+            help="Shape of a sample, for such squares and for pyramid. \\[default: the data's]",
+            rich_help_panel=_MODEL,
         ),
     ] = None,
 ) -> int:
@@ -349,6 +385,12 @@ def train(
         "decoder_hidden": _widths(decoder_hidden, "decoder_hidden"),
         "linear_decoder": linear_decoder or None,
         "output_activation": output_activation,
+        "loss": loss,
+        "loss_p": loss_p,
+        "loss_eps": loss_eps,
+        "loss_delta": loss_delta,
+        "pyramid": pyramid,
+        "pyramid_levels": pyramid_levels,
         "likelihood": likelihood,
         "beta": beta,
         "kl_warmup_steps": kl_warmup_steps,
@@ -370,8 +412,8 @@ def train(
         "image_shape": _widths(image_shape, "image_shape"),
     }
     given = {name: value for name, value in options.items() if value is not None}
-    # The options are checked before the data is read, for which any shape will do.
-    _model_config(model_class, given, given.get("image_shape") or (1, 1, 1))
+    # The options are checked before the data is read, for which any shape will do that has levels enough.
+    _model_config(model_class, given, given.get("image_shape") or (1, 1024, 1024))
 
     console = Console()
 
@@ -410,8 +452,8 @@ def _model_config(
 ) -> ModelConfig:
     """The config of a model of that class for samples of that shape, from the options given."""
     options = {"input_size": math.prod(sample_shape), **options}
-    if "noise_block" in options and "image_shape" not in options:
-        # Of images with their channels last, or of which that cannot be told, squares cannot be cut.
+    if ("noise_block" in options or options.get("loss") == "pyramid") and "image_shape" not in options:
+        # Images with their channels last, or of which that cannot be told, have to be described.
         if len(sample_shape) == 2:
             options["image_shape"] = (1, *sample_shape)
         elif len(sample_shape) == 3 and sample_shape[0] in (1, 3):

@@ -22,9 +22,6 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
-# What a `loss` option may name. Each takes (reconstruction, target) of one shape and returns a scalar.
-RECONSTRUCTION_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"mse": F.mse_loss}
-
 MODELS: dict[str, type[Model]] = {}
 """The models by the name that config files and the command line call them."""
 
@@ -116,16 +113,27 @@ class ModelOutput:
     """What a model returns for a batch of B samples.
 
     Attributes:
-        reconstruction: the shape of the input.
+        made: the reconstruction, or what makes it.
         latent: (B, latent).
         loss: scalar, the sum of `terms`, to call ``backward()`` on.
         terms: the scalars that add up to the loss, by name.
     """
 
-    reconstruction: torch.Tensor
+    made: torch.Tensor | Callable[[], torch.Tensor]
     latent: torch.Tensor
     loss: torch.Tensor
     terms: dict[str, torch.Tensor]
+
+    @property
+    def reconstruction(self) -> torch.Tensor:
+        """The shape of the input.
+
+        In training mode the loss may do without it. Then it is made when it is first asked for, from the latent and
+        from the parameters of that moment, and gradients flow through it.
+        """
+        if not isinstance(self.made, torch.Tensor):
+            self.made = self.made()
+        return self.made
 
 
 class Model(nn.Module):

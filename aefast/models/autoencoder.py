@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
 
-from aefast.models._base import RECONSTRUCTION_LOSSES, Model, ModelOutput, check_choice, register
-from aefast.models._dense import DenseConfig, make_decoder, make_encoder
+from aefast.errors import InputError
+from aefast.models._base import Model, ModelOutput, register
+from aefast.models._dense import make_decoder, make_encoder
+from aefast.models._reconstruction import LOSSES, LossConfig, does_without
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderConfig(DenseConfig):
-    """Options of `Autoencoder`: those of `DenseConfig`, and the loss.
-
-    Attributes:
-        loss: reconstruction loss: "mse", the mean over all elements.
-    """
+class AutoencoderConfig(LossConfig):
+    """Options of `Autoencoder`: those of `LossConfig`, with "mse" as the loss; all are means over all elements."""
 
     loss: str = "mse"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self.loss, "loss", RECONSTRUCTION_LOSSES)
+        if self.loss is None:
+            raise InputError(f"loss=None: expected one of {', '.join(LOSSES)}")
 
 
 @register("autoencoder")
@@ -55,12 +55,13 @@ class Autoencoder(Model):
         super().__init__(config, **options)
         self.encoder = make_encoder(self.config, device, dtype)
         self.decoder = make_decoder(self.config, device, dtype)
+        self.decoder_loss = self.config.decoder_loss("mean")
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         return self.encoder(self.flatten(x))
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        return self.decoder(latent)
+        return self.decoder_loss.mean_of(self.decoder(latent))
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
         return self._reconstruct(x, x)
@@ -68,12 +69,32 @@ class Autoencoder(Model):
     def _reconstruct(self, seen: torch.Tensor, target: torch.Tensor) -> ModelOutput:
         """What the model makes of `seen`, at the cost of its difference to `target`."""
         latent = self.encode(seen)
-        reconstruction = self.decode(latent).reshape(target.shape)
-        loss = RECONSTRUCTION_LOSSES[self.config.loss](reconstruction, target)
-        return ModelOutput(reconstruction, latent, loss, {self.config.loss: loss})
+        flat = self.flatten(target)
+        if does_without(self):
+            loss = self.decoder_loss.of_latent(self.decoder, latent, flat)
+            made = functools.partial(self._decoded, latent, target.shape)
+        else:
+            output = self.decoder(latent)
+            loss = self.decoder_loss(output, flat)
+            made = self.decoder_loss.mean_of(output).reshape(target.shape)
+        return ModelOutput(made, latent, loss, {self.config.loss: loss})
+
+    def _decoded(self, latent: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        return self.decode(latent).reshape(shape)
 
     def eager_twin(self) -> nn.Sequential:
-        return nn.Sequential(OrderedDict(encoder=self.encoder.eager(), decoder=self.decoder.eager()))
+        return self._eager_twin()
+
+    def _eager_twin(self, **first: nn.Module) -> nn.Sequential:
+        """With modules before the encoder."""
+        last = {"mean": nn.Sigmoid()} if self._has_logits else {}
+        stack = OrderedDict(first, encoder=self.encoder.eager(), decoder=self.decoder.eager(), **last)
+        return nn.Sequential(stack).train(self.training)
 
     def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return RECONSTRUCTION_LOSSES[self.config.loss](twin(x), x)
+        output = twin[:-1](x) if self._has_logits else twin(x)
+        return self.decoder_loss.eager(output, x)
+
+    @property
+    def _has_logits(self) -> bool:
+        return self.config.loss == "bce_with_logits"

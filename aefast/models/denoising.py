@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -13,7 +11,6 @@ from torch import nn
 
 from aefast.errors import InputError
 from aefast.models._base import ModelOutput, check_choice, register
-from aefast.models._dense import check_sizes
 from aefast.models.autoencoder import Autoencoder, AutoencoderConfig
 from aefast.nn import Corrupt
 from aefast.ops import corrupt as op
@@ -29,7 +26,6 @@ class DenoisingConfig(AutoencoderConfig):
         noise_p: the chance of the other noises.
         noise_low, noise_high: what salt and pepper set.
         noise_block: side of masking's squares, in pixels. Above 1 it needs image_shape.
-        image_shape: (C, H, W) of a sample, the order in which its features are flattened.
 
     An option of the noise that is None has the default that `aefast.functional.corrupt` gives it.
     """
@@ -41,7 +37,6 @@ class DenoisingConfig(AutoencoderConfig):
     noise_low: float | None = None
     noise_high: float | None = None
     noise_block: int | None = None
-    image_shape: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,18 +49,9 @@ class DenoisingConfig(AutoencoderConfig):
                     f"noise_{name}={value!r}: {self.noise} noise has no such option; it takes {listed}"
                 )
             op.noise_of(self.noise, {name: value}, f"noise_{name}={value!r}")
-        if self.image_shape is None:
-            if (self.noise_block or 1) > 1:
-                raise InputError(
-                    f"noise_block={self.noise_block}: needs image_shape, the (C, H, W) of a sample, "
-                    "to cut squares out of"
-                )
-            return
-        shape = check_sizes(self.image_shape, "image_shape")
-        object.__setattr__(self, "image_shape", shape)
-        if len(shape) != 3 or math.prod(shape) != self.input_size:
+        if self.image_shape is None and (self.noise_block or 1) > 1:
             raise InputError(
-                f"image_shape={shape!r}: expected (C, H, W) with a product of {self.input_size}, the input_size"
+                f"noise_block={self.noise_block}: needs image_shape, the (C, H, W) of a sample, to cut squares out of"
             )
 
     @property
@@ -150,6 +136,4 @@ class DenoisingAutoencoder(Autoencoder):
         noise, shape = self.noise.eager(), self.config.image_shape
         if shape is not None:
             noise = nn.Sequential(nn.Unflatten(1, shape), noise, nn.Flatten())
-        return nn.Sequential(
-            OrderedDict(noise=noise, encoder=self.encoder.eager(), decoder=self.decoder.eager())
-        ).train(self.training)
+        return self._eager_twin(noise=noise)

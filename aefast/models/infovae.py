@@ -15,8 +15,8 @@ from torch import nn
 import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.models._base import ModelOutput, check_choice, register
-from aefast.models._dense import DenseConfig
-from aefast.models.vae import VAE, EagerVAE, VAEConfig, decoder_mean, kl_weight, negative_log_likelihood
+from aefast.models._reconstruction import LossConfig
+from aefast.models.vae import VAE, EagerVAE, VAEConfig, kl_weight
 from aefast.nn import LinearAct, MMDLoss
 from aefast.ops import _arguments, _pairwise, _registry, mmd_to_normal
 
@@ -24,8 +24,8 @@ PRIORS = ("samples", "closed_form")
 
 
 @dataclasses.dataclass(frozen=True)
-class InfoVAEConfig(DenseConfig):
-    """Options of `InfoVAE`: those of `DenseConfig`, and the objective.
+class InfoVAEConfig(LossConfig):
+    """Options of `InfoVAE`: those of `LossConfig`, and the objective; of a loss as in `aefast.models.VAEConfig`.
 
     The paper's α and λ are α = 1 - kl_weight and λ = kl_weight + mmd_weight, that is, kl_weight = 1 - α and
     mmd_weight = α + λ - 1.
@@ -207,14 +207,11 @@ class InfoVAE(VAE):
         return self.mmd(z, torch.randn_like(z))
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
-        reconstruction, kl, output, z, mu = self._estimate(self.flatten(x))
+        reconstruction, kl, made, latent, z = self._pass(x)
         kl = kl_weight(self, kl) * kl
         mmd = self.config.mmd_weight * self.prior_mmd(z)
-        if not self.training:
-            z, output = mu, self.decoder(mu)
-        mean = decoder_mean(self.config.likelihood, output).reshape(x.shape)
         terms = {"reconstruction": reconstruction, "kl": kl, "mmd": mmd}
-        return ModelOutput(mean, z, reconstruction + kl + mmd, terms)
+        return ModelOutput(made, latent, reconstruction + kl + mmd, terms)
 
     def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `VAE.evaluate`, with the "mmd" of the same codes, without its weight; no "elbo" of points."""
@@ -226,7 +223,7 @@ class InfoVAE(VAE):
             "mse": F.mse_loss(self.decode(mu), flat),
             "mmd": mmd,
         }
-        if config.stochastic:
+        if config.stochastic and config.loss is None:
             measures["elbo"] = self._elbo(reconstruction, kl)
         return measures
 
@@ -236,9 +233,8 @@ class InfoVAE(VAE):
     def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
         config = self.config
         z, kl, _, _ = twin.head(twin.encoder(x))
-        output = twin.decoder(z)
-        reconstruction = negative_log_likelihood(config.likelihood, output, x, twin.log_variance)
-        loss = reconstruction + kl_weight(twin, kl) * kl
+        value = self.decoder_loss.eager(twin.decoder(z), x)
+        loss = self._reconstruction_term(value, twin.log_variance) + kl_weight(twin, kl) * kl
         if _has_too_few(len(z), config.mmd_estimator):
             return loss
         if config.mmd_prior == "closed_form":

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from aefast.models._base import Model, ModelOutput, register
-from aefast.models._dense import DenseConfig, make_decoder, make_encoder
+from aefast.models._dense import make_decoder, make_encoder
+from aefast.models._reconstruction import LossConfig, does_without
 from aefast.nn import Corrupt
-from aefast.ops import _arguments
 
 
 @dataclasses.dataclass(frozen=True)
-class StochasticConfig(DenseConfig):
-    """Options of `StochasticAutoencoder`: those of `DenseConfig`."""
+class StochasticConfig(LossConfig):
+    """Options of `StochasticAutoencoder`: those of `LossConfig`. A loss, summed over the features, takes the place of
+    -log p(x|h)."""
 
 
 @register("stochastic")
@@ -61,6 +62,7 @@ class StochasticAutoencoder(Model):
         self.encoder = make_encoder(self.config, device, dtype)
         self.noise = Corrupt("gaussian", std=1.0)
         self.decoder = make_decoder(self.config, device, dtype)
+        self.decoder_loss = self.config.decoder_loss("batchmean", "mse")
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """The means f(x) of p(h|x): x (B, ...) to (B, latent)."""
@@ -68,7 +70,7 @@ class StochasticAutoencoder(Model):
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """The means g(h) of p(x|h): (B, latent) to (B, input_size)."""
-        return self.decoder(latent)
+        return self.decoder_loss.mean_of(self.decoder(latent))
 
     def sample_latent(self, x: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
         """A draw of h from p(h|x) for each row of x (B, ...): (B, latent)."""
@@ -85,18 +87,30 @@ class StochasticAutoencoder(Model):
         flat = self.flatten(x)
         mean = self.encoder(flat)
         latent = self.noise.corrupt(mean)
+        if does_without(self):
+            loss = self._term(self.decoder_loss.of_latent(self.decoder, latent, flat))
+            made = functools.partial(self._decoded, latent, x.shape)
+            return ModelOutput(made, latent, loss, {"reconstruction": loss})
         output = self.decoder(latent)
-        loss = _loss(output, flat)
+        loss = self._term(self.decoder_loss(output, flat))
         if not self.training:
             latent, output = mean, self.decoder(mean)
-        return ModelOutput(output.reshape(x.shape), latent, loss, {"reconstruction": loss})
+        made = self.decoder_loss.mean_of(output).reshape(x.shape)
+        return ModelOutput(made, latent, loss, {"reconstruction": loss})
+
+    def _decoded(self, latent: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        return self.decode(latent).reshape(shape)
+
+    def _term(self, value: torch.Tensor) -> torch.Tensor:
+        """-log p(x|h) without its constant, of the squares of a batch; or the loss in its place."""
+        return 0.5 * value if self.config.loss is None else value
 
     def eager_twin(self) -> nn.Module:
         return _EagerStochastic(self).train(self.training)
 
     def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
         mean = twin.encoder(x)
-        return _loss(twin.decoder(mean + torch.randn_like(mean)), x)
+        return self._term(self.decoder_loss.eager(twin.decoder(mean + torch.randn_like(mean)), x))
 
 
 class _EagerStochastic(nn.Module):
@@ -106,13 +120,8 @@ class _EagerStochastic(nn.Module):
         super().__init__()
         self.encoder = model.encoder.eager()
         self.decoder = model.decoder.eager()
+        self.mean_of = model.decoder_loss.mean_of
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.encoder(x)
-        return self.decoder(h + torch.randn_like(h) if self.training else h)
-
-
-def _loss(output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """1/2 ‖x - output‖², summed over the features and averaged over the batch, in float32 at least."""
-    wide = _arguments.accumulator(output.dtype)
-    return 0.5 * F.mse_loss(output.to(wide), x.to(wide), reduction="sum") / len(x)
+        return self.mean_of(self.decoder(h + torch.randn_like(h) if self.training else h))

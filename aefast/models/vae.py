@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from typing import Any
@@ -13,10 +14,11 @@ from torch import nn
 
 from aefast.errors import InputError
 from aefast.models._base import Model, ModelOutput, check_choice, register
-from aefast.models._dense import DenseConfig, make_decoder
+from aefast.models._dense import make_decoder
+from aefast.models._reconstruction import LossConfig, does_without
 from aefast.nn import MLP, GaussianHead
 from aefast.nn.linear_act import check_positive_int
-from aefast.ops import _arguments, _registry
+from aefast.ops import _registry
 
 LIKELIHOODS = ("mse", "bernoulli", "gaussian")
 
@@ -26,8 +28,11 @@ divergence and their gradients finite in float16 too."""
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEConfig(DenseConfig):
-    """Options of `VAE`: those of `DenseConfig`, and the objective.
+class VAEConfig(LossConfig):
+    """Options of `VAE`: those of `LossConfig`, and the objective.
+
+    A loss, summed over the features, takes the place of -log p(x|z); then there is no likelihood and no evidence lower
+    bound.
 
     Attributes:
         likelihood: p(x|z), with g the decoder. "mse": N(g(z), I), whose -log is half the sum of squared errors and a
@@ -47,6 +52,8 @@ class VAEConfig(DenseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.likelihood, "likelihood", LIKELIHOODS)
+        if self.loss is not None and self.likelihood != "mse":
+            raise InputError(f"loss={self.loss!r}: give either a loss or a likelihood, not both")
         if self.likelihood == "bernoulli" and self.output_activation != "identity":
             raise InputError(
                 f"output_activation={self.output_activation!r}: expected 'identity', because the outputs of a "
@@ -122,6 +129,8 @@ class VAE(Model):
         self.log_variance = nn.Parameter(torch.zeros((), device=device, dtype=dtype)) if learnt else None
         steps = torch.zeros((), device=device, dtype=torch.int64) if config.kl_warmup_steps else None
         self.register_buffer("training_steps", steps)
+        kind = "bce_with_logits" if config.likelihood == "bernoulli" else "mse"
+        self.decoder_loss = config.decoder_loss("batchmean", kind)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """The posterior means of a batch: x (B, ...) to (B, latent)."""
@@ -133,7 +142,7 @@ class VAE(Model):
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """The mean of p(x|z): (B, latent) to (B, input_size)."""
-        return decoder_mean(self.config.likelihood, self.decoder(latent))
+        return self.decoder_loss.mean_of(self.decoder(latent))
 
     def sample(self, count: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
         """The decoder's mean for `count` draws from the prior N(0, I): (count, input_size).
@@ -154,34 +163,69 @@ class VAE(Model):
         same value in training and in eval mode for the same noise. For "bernoulli" it bounds the probability of
         binary data; of values in between it is the usual figure of merit, but no bound.
         """
+        if self.config.loss is not None:
+            raise InputError(f"elbo: this model has no likelihood, but the loss {self.config.loss!r}")
         return self._elbo(*self._estimate(self.flatten(x))[:2])
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
-        reconstruction, kl, output, z, mu = self._estimate(self.flatten(x))
+        reconstruction, kl, made, latent, _ = self._pass(x)
         kl = kl_weight(self, kl) * kl
-        if not self.training:
-            z, output = mu, self.decoder(mu)
-        mean = decoder_mean(self.config.likelihood, output).reshape(x.shape)
-        return ModelOutput(mean, z, reconstruction + kl, {"reconstruction": reconstruction, "kl": kl})
+        return ModelOutput(made, latent, reconstruction + kl, {"reconstruction": reconstruction, "kl": kl})
+
+    def _pass(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """The reconstruction's loss and the KL divergence of x (B, ...); the reconstruction, or what makes it, and the
+        latent, as the mode has them; and the sample that the former are of."""
+        flat = self.flatten(x)
+        reconstruction, kl, output, z, mu = self._estimate(flat, not does_without(self))
+        if output is None:
+            return reconstruction, kl, functools.partial(self._decoded, z, x.shape), z, z
+        latent, output = (z, output) if self.training else (mu, self.decoder(mu))
+        return reconstruction, kl, self.decoder_loss.mean_of(output).reshape(x.shape), latent, z
+
+    def _decoded(self, latent: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        return self.decode(latent).reshape(shape)
 
     def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As `Model.evaluate`, with the "elbo" of the same sample, in nats."""
+        """As `Model.evaluate`, with the "elbo" of the same sample, in nats, unless there is a loss in its place."""
         flat = self.flatten(x)
         reconstruction, kl, _, _, mu = self._estimate(flat)
-        return {
+        measures = {
             "loss": reconstruction + self.config.beta * kl,
             "mse": F.mse_loss(self.decode(mu), flat),
-            "elbo": self._elbo(reconstruction, kl),
         }
+        if self.config.loss is None:
+            measures["elbo"] = self._elbo(reconstruction, kl)
+        return measures
 
-    def _estimate(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """-log p(x|z) and the KL divergence in nats, the decoder's output for z, z itself, and mu."""
+    def _estimate(self, flat: torch.Tensor, makes_output: bool = True) -> tuple[Any, ...]:
+        """-log p(x|z), or the loss in its place, and the KL divergence in nats; the decoder's output for z, if it is to
+        be made; z itself, and mu."""
         if self.config.likelihood == "bernoulli":
             _check_probabilities(flat)
         z, kl, mu, _ = self.head(self.encoder(flat))
-        output = self.decoder(z)
-        reconstruction = negative_log_likelihood(self.config.likelihood, output, flat, self.log_variance)
-        return reconstruction, kl, output, z, mu
+        if makes_output:
+            output = self.decoder(z)
+            value = self.decoder_loss(output, flat)
+        else:
+            output = None
+            value = self.decoder_loss.of_latent(self.decoder, z, flat)
+        return self._reconstruction_term(value, self.log_variance), kl, output, z, mu
+
+    def _reconstruction_term(self, value: torch.Tensor, log_variance: torch.Tensor | None) -> torch.Tensor:
+        """-log p(x|z) in nats, which for "mse" leaves out its constant, half of log 2π a feature; or the loss in its
+        place.
+
+        Args:
+            value: `decoder_loss` of a batch.
+            log_variance: log σ² of "gaussian".
+        """
+        config = self.config
+        if config.loss is not None or config.likelihood == "bernoulli":
+            return value
+        if config.likelihood == "mse":
+            return 0.5 * value
+        constant = config.input_size * (log_variance + math.log(2 * math.pi))
+        return 0.5 * (value * torch.exp(-log_variance) + constant)
 
     def _elbo(self, reconstruction: torch.Tensor, kl: torch.Tensor) -> torch.Tensor:
         is_complete = self.config.likelihood != "mse"
@@ -193,9 +237,8 @@ class VAE(Model):
 
     def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
         z, kl, _, _ = twin.head(twin.encoder(x))
-        output = twin.decoder(z)
-        reconstruction = negative_log_likelihood(self.config.likelihood, output, x, twin.log_variance)
-        return reconstruction + kl_weight(twin, kl) * kl
+        value = self.decoder_loss.eager(twin.decoder(z), x)
+        return self._reconstruction_term(value, twin.log_variance) + kl_weight(twin, kl) * kl
 
 
 class EagerVAE(nn.Module):
@@ -213,36 +256,11 @@ class EagerVAE(nn.Module):
         self.log_variance = None if learnt is None else nn.Parameter(learnt.detach().clone())
         steps = model.training_steps
         self.register_buffer("training_steps", None if steps is None else steps.clone())
+        self.mean_of = model.decoder_loss.mean_of
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z, _, mu, _ = self.head(self.encoder(x))
-        return decoder_mean(self.config.likelihood, self.decoder(z if self.training else mu))
-
-
-def negative_log_likelihood(
-    likelihood: str, output: torch.Tensor, x: torch.Tensor, log_variance: torch.Tensor | None
-) -> torch.Tensor:
-    """-log p(x|z) in nats, summed over the features and averaged over the batch, in float32 at least.
-
-    Args:
-        likelihood: one of `LIKELIHOODS`; "mse" leaves out the constant, half of log 2π a feature.
-        output: (B, features), what the decoder gives.
-        x: (B, features).
-        log_variance: log σ² of "gaussian".
-    """
-    wide = _arguments.accumulator(output.dtype)
-    output, x = output.to(wide), x.to(wide)
-    if likelihood == "bernoulli":
-        return F.binary_cross_entropy_with_logits(output, x, reduction="sum") / len(x)
-    squares = F.mse_loss(output, x, reduction="sum") / len(x)
-    if likelihood == "mse":
-        return 0.5 * squares
-    return 0.5 * (squares * torch.exp(-log_variance) + x.shape[1] * (log_variance + math.log(2 * math.pi)))
-
-
-def decoder_mean(likelihood: str, output: torch.Tensor) -> torch.Tensor:
-    """The mean of p(x|z) for the decoder's output."""
-    return torch.sigmoid(output) if likelihood == "bernoulli" else output
+        return self.mean_of(self.decoder(z if self.training else mu))
 
 
 def kl_weight(module: VAE | EagerVAE, kl: torch.Tensor) -> torch.Tensor | float:

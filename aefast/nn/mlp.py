@@ -119,6 +119,48 @@ class MLP(nn.Module):
             alpha=self.alpha,
         )
 
+    def reconstruction_loss(
+        self,
+        x: torch.Tensor,
+        target: torch.Tensor,
+        kind: str = "mse",
+        *,
+        p: float | None = None,
+        eps: float = 1e-3,
+        delta: float = 1.0,
+        reduction: str = "mean",
+    ) -> torch.Tensor:
+        """`aefast.functional.reconstruction_loss` of the output for x, which never exists as a whole.
+
+        The last layer and the loss are one op, `aefast.functional.linear_reconstruction_loss`, unless a layer was
+        replaced or carries hooks.
+
+        Args:
+            x: (\\*, features[0]).
+            target: (\\*, features[-1]), what the output is compared with.
+            kind, p, eps, delta: the loss.
+            reduction: "mean", "sum" or "batchmean".
+        """
+        options = {"p": p, "eps": eps, "delta": delta, "reduction": reduction}
+        if not self._is_plain():
+            return AF.reconstruction_loss(self(x), target, kind, **options)
+        *hidden, last = self._modules.values()
+        parameters = {"negative_slope": self.negative_slope, "alpha": self.alpha}
+        if hidden:
+            x = AF.mlp(
+                x,
+                [layer.weight for layer in hidden],
+                [layer.bias for layer in hidden],
+                self.activations[:-1],
+                **parameters,
+            )
+        return AF.linear_reconstruction_loss(
+            *(x, last.weight, last.bias, target, kind),
+            output_activation=self.activations[-1],
+            **options,
+            **parameters,
+        )
+
     def eager(self) -> nn.Sequential:
         """The same stack in plain PyTorch, with copies of the parameters and the same state dict keys.
 

@@ -279,10 +279,9 @@ def linear_reconstruction_loss(
     _arguments.check_activation_parameter(
         output_activation, negative_slope, alpha, "linear_reconstruction_loss"
     )
-    given = h
     h, weight, bias = _arguments.autocast(h, weight, bias)
     linear_act.check_layer(h, weight, bias, "linear_reconstruction_loss", "weight", "bias", "h")
-    _check_target(target, given, h, weight)
+    _check_target(target, h, weight)
     activation = specification(output_activation, float(negative_slope), float(alpha))
     normalizer = _loss.normalizer_of(reduction, target.shape)
     backend = _registry.choose("linear_reconstruction_loss", h, weight, bias, target)
@@ -336,8 +335,7 @@ def _launch(
     return torch.ops.aefast.linear_reconstruction_loss.default(*arguments)[0]
 
 
-def _check_target(target: Any, given: Tensor, h: Tensor, weight: Tensor) -> None:
-    """`given` is h before autocast."""
+def _check_target(target: Any, h: Tensor, weight: Tensor) -> None:
     op = "linear_reconstruction_loss"
     _arguments.check_tensor("target", target, op)
     _arguments.check_floating("target", target, op)
@@ -348,7 +346,8 @@ def _check_target(target: Any, given: Tensor, h: Tensor, weight: Tensor) -> None
             f"{op}: target must be {expected} to match h of shape {_arguments.shape_of(h)} and weight of shape "
             f"{_arguments.shape_of(weight)}, got shape {_arguments.shape_of(target)}"
         )
-    _arguments.check_like("target", target, "h", given if target.dtype != h.dtype else h, op)
+    is_autocast = torch.amp.is_autocast_available(h.device.type) and torch.is_autocast_enabled(h.device.type)
+    _arguments.check_like("target", target.to(h.dtype) if is_autocast else target, "h", h, op)
 
 
 def _is_outside(probabilities: Tensor) -> Tensor:
