@@ -9,7 +9,17 @@ from aefast.nn.gaussian_head import GaussianHead
 from aefast.nn.linear_act import LinearAct
 from aefast.nn.mlp import MLP
 from aefast.nn.mmd_loss import MMDLoss
+from aefast.nn.pyramid_loss import PyramidLoss
 from aefast.nn.reconstruction_loss import ReconstructionLoss
 from aefast.nn.reparameterize import Reparameterize
 
-__all__ = ["MLP", "Corrupt", "GaussianHead", "LinearAct", "MMDLoss", "ReconstructionLoss", "Reparameterize"]
+__all__ = [
+    "MLP",
+    "Corrupt",
+    "GaussianHead",
+    "LinearAct",
+    "MMDLoss",
+    "PyramidLoss",
+    "ReconstructionLoss",
+    "Reparameterize",
+]

@@ -12,6 +12,7 @@ from aefast.ops import (
     mmd,
     mmd_to_normal,
     nearest,
+    pyramid_loss,
     reconstruction_loss,
     reparameterize,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "mmd",
     "mmd_to_normal",
     "nearest",
+    "pyramid_loss",
     "reconstruction_loss",
     "reparameterize",
 ]

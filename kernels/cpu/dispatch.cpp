@@ -7,6 +7,7 @@
 #include "pairwise.h"
 #include "pointwise.h"
 #include "product.h"
+#include "pyramid.h"
 #include "random.h"
 
 namespace aefast::cpu {
@@ -17,6 +18,7 @@ namespace aefast::cpu {
   extern const PairwiseKernels pairwise_kernels;   \
   extern const PointwiseKernels pointwise_kernels; \
   extern const ProductKernels product_kernels;     \
+  extern const PyramidKernels pyramid_kernels;     \
   extern const RandomKernels random_kernels;       \
   }
 AEFAST_DECLARE(baseline)
@@ -32,6 +34,7 @@ struct Kernels {
   const PairwiseKernels& pairwise;
   const PointwiseKernels& pointwise;
   const ProductKernels& product;
+  const PyramidKernels& pyramid;
   const RandomKernels& random;
   bool supported;
 };
@@ -41,14 +44,15 @@ const std::vector<Kernels>& instruction_sets() {
   static const std::vector<Kernels> sets = {
 #if defined(__x86_64__)
       {avx512::loss_kernels, avx512::pairwise_kernels, avx512::pointwise_kernels, avx512::product_kernels,
-       avx512::random_kernels,
+       avx512::pyramid_kernels, avx512::random_kernels,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-      {avx2::loss_kernels, avx2::pairwise_kernels, avx2::pointwise_kernels, avx2::product_kernels, avx2::random_kernels,
+      {avx2::loss_kernels, avx2::pairwise_kernels, avx2::pointwise_kernels, avx2::product_kernels,
+       avx2::pyramid_kernels, avx2::random_kernels,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
       {baseline::loss_kernels, baseline::pairwise_kernels, baseline::pointwise_kernels, baseline::product_kernels,
-       baseline::random_kernels, true},
+       baseline::pyramid_kernels, baseline::random_kernels, true},
   };
   return sets;
 }
@@ -70,6 +74,8 @@ const PairwiseKernels& pairwise_kernels() { return selected().pairwise; }
 const PointwiseKernels& pointwise() { return selected().pointwise; }
 
 const ProductKernels& product_kernels() { return selected().product; }
+
+const PyramidKernels& pyramid_kernels() { return selected().pyramid; }
 
 const RandomKernels& random_kernels() { return selected().random; }
 

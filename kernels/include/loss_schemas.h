@@ -7,6 +7,9 @@
 // derivative. `checked` makes numbers outside of [0, 1] where bce has none an error.
 // reconstruction_loss_elements: the losses, in the value's dtype and the input's layout. Its gradient is normalizer *
 // grad * the losses' derivative; grad in the value's dtype, a scalar or of the input's layout.
+// pyramid_loss: input and target (B, C, H, W), contiguous or channels_last; `pyramid`, `penalty`, `parameter` and
+// `factors` as in Form of aefast/ops/pyramid_loss.py. The samples' sums (B,) are float32, or float64 for float64; the
+// gradient is that of their sum.
 // loss_gradient: normalizer * grad * gradient; grad, in the value's dtype, is a scalar or (B,) for a gradient (B, ...),
 // whose first dimension is then the outermost in memory.
 #pragma once
@@ -23,6 +26,11 @@ constexpr std::array<const char*, 3> kReconstructionLossSchemas = {
 
     "reconstruction_loss_backward(Tensor grad, Tensor input, Tensor target, str kind, float parameter, "
     "float normalizer) -> Tensor",
+};
+
+constexpr std::array<const char*, 1> kPyramidLossSchemas = {
+    "pyramid_loss(Tensor input, Tensor target, str pyramid, str penalty, float parameter, float[] factors, "
+    "bool needs_gradient) -> (Tensor, Tensor)",
 };
 
 constexpr std::array<const char*, 1> kLossGradientSchemas = {

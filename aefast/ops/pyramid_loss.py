@@ -1,0 +1,413 @@
+"""Losses over the levels of an image pyramid, with value and gradient from one pass over the images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aefast.errors import InputError
+from aefast.ops import _arguments, _loss, _registry
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+
+PYRAMIDS = ("average", "gaussian", "laplacian")
+TAPS = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
+
+
+def levels_of(images: Tensor, levels: int = 4, pyramid: str = "average") -> list[Tensor]:
+    """The pyramid of images (B, C, H, W), in plain PyTorch and in their dtype: the finest level first.
+
+    - "average": each level has the means of the squares of 2 × 2 elements of the one before; what is left over of an
+      odd side is dropped.
+    - "gaussian": each level is the one before, blurred by [1, 4, 6, 4, 1] / 16 along either side, with borders
+      reflected, and of that every second element, the first one among them.
+    - "laplacian": the differences of each gaussian level and the next one, expanded to its size, and the last gaussian
+      level. To expand is to put zeros between the elements, to blur, and to multiply by 4 (Burt and Adelson, The
+      Laplacian Pyramid as a Compact Image Code, IEEE Transactions on Communications 31, 1983).
+    """
+    found = [images]
+    for _ in range(levels - 1):
+        found.append(_halved(found[-1]) if pyramid == "average" else _blurred(found[-1])[..., ::2, ::2])
+    if pyramid == "laplacian":
+        bands = [fine - expanded(coarse, fine.shape[-2:]) for fine, coarse in zip(found, found[1:])]
+        found = [*bands, found[-1]]
+    return found
+
+
+def expanded(images: Tensor, size: Sequence[int]) -> Tensor:
+    """A level of a gaussian pyramid, (B, C, H, W), at the size (height, width) of the next finer one."""
+    for dim, length in ((-1, size[-1]), (-2, size[-2])):
+        # Behind each column, or row, one of zeros.
+        pairs = torch.stack((images, torch.zeros_like(images)), dim)
+        images = pairs.flatten(dim - 1, dim).narrow(dim, 0, length)
+    return 4.0 * _blurred(images)
+
+
+def _planes(images: Tensor) -> Tensor:
+    """(B, C, H, W) as (B · C, 1, H, W)."""
+    return images.flatten(0, 1)[:, None]
+
+
+def _halved(images: Tensor) -> Tensor:
+    return F.avg_pool2d(_planes(images), 2)[:, 0].unflatten(0, images.shape[:2])
+
+
+def _blurred(images: Tensor) -> Tensor:
+    blurred = _planes(images)
+    for dim, border in ((-2, (0, 0, 2, 2)), (-1, (2, 2, 0, 0))):
+        padded = F.pad(blurred, border, mode="reflect")
+        # Products of slices, since autocast would make those of a convolution in half precision.
+        taps = [tap * padded.narrow(dim, at, images.shape[dim]) for at, tap in enumerate(TAPS)]
+        blurred = sum(taps[1:], start=taps[0])
+    return blurred[:, 0].unflatten(0, images.shape[:2])
+
+
+def sizes_of(pyramid: str, levels: int, height: int, width: int) -> list[tuple[int, int]]:
+    """The heights and widths of the levels."""
+    odd = 0 if pyramid == "average" else 1
+    sizes = [(height, width)]
+    for _ in range(levels - 1):
+        height, width = (height + odd) // 2, (width + odd) // 2
+        sizes.append((height, width))
+    return sizes
+
+
+def _most_levels(pyramid: str, side: int) -> int:
+    """Of images with the shorter side `side`: squares of 2 × 2 take two elements of it, and a blur three."""
+    least, odd = (2, 0) if pyramid == "average" else (3, 1)
+    levels = 1
+    while side >= least:
+        side = (side + odd) // 2
+        levels += 1
+    return levels
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What ops and launchers are told of a loss.
+
+    Of each sample, Σ_l factors[l] · Σ phi(residual) over all elements of level l; of that the sum over the samples if
+    `summed`, times `normalizer`. phi is |r|^parameter for the penalty "power" and √(r² + parameter²) for "charbonnier".
+    """
+
+    pyramid: str
+    penalty: str
+    parameter: float
+    factors: tuple[float, ...]
+    normalizer: float
+    summed: bool
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return dataclasses.astuple(self)
+
+    @property
+    def of_launchers(self) -> tuple[Any, ...]:
+        return self.pyramid, self.penalty, self.parameter, self.factors
+
+    def finished(self, sums: Tensor) -> Tensor:
+        """The loss, of the samples' sums."""
+        value = sums.sum() if self.summed else sums
+        return value if self.normalizer == 1.0 else value * self.normalizer
+
+
+def _form_of(
+    pyramid: str, loss: _loss.Loss, weights: Sequence[float], reduction: str, shape: torch.Size, folded: bool
+) -> Form:
+    """With `folded` the normaliser is in the factors."""
+    samples, channels, height, width = shape
+    counts = [channels * rows * columns for rows, columns in sizes_of(pyramid, len(weights), height, width)]
+    if reduction == "sum":
+        factors, normalizer = list(weights), 1.0
+    else:
+        # Of a mean the levels count alike, whatever their size.
+        factors = [weight * (counts[0] / max(1, count)) for weight, count in zip(weights, counts, strict=True)]
+        total = counts[0] * (samples if reduction == "mean" else 1)
+        normalizer = 1.0 / total if total > 0 else math.nan
+        if folded and total > 0:
+            factors, normalizer = [factor * normalizer for factor in factors], 1.0
+    power = {"l1": 1.0, "mse": 2.0, "lp": loss.parameter}.get(loss.kind)
+    penalty, parameter = ("charbonnier", loss.parameter) if power is None else ("power", power)
+    return Form(pyramid, penalty, parameter, tuple(factors), normalizer, reduction != "none")
+
+
+def form_reference(input: Tensor, target: Tensor, form: Form) -> Tensor:
+    """A loss in plain PyTorch. What is linear is done with the residual alone."""
+    wide = _arguments.accumulator(input.dtype)
+    sums = 0.0
+    levels = levels_of(input.to(wide) - target.to(wide), len(form.factors), form.pyramid)
+    for factor, residual in zip(form.factors, levels, strict=True):
+        if form.penalty == "charbonnier":
+            values = (residual.square() + form.parameter * form.parameter).sqrt()
+        elif form.parameter == 2.0:
+            values = residual.square()
+        else:
+            values = residual.abs() if form.parameter == 1.0 else residual.abs().pow(form.parameter)
+        sums = sums + factor * values.sum((1, 2, 3))
+    return form.finished(sums)
+
+
+def reference(
+    input: Tensor,
+    target: Tensor,
+    *,
+    levels: int = 4,
+    p: float | str = 1,
+    pyramid: str = "average",
+    weights: Sequence[float] | None = None,
+    reduction: str = "mean",
+    eps: float = 1e-3,
+) -> Tensor:
+    """`pyramid_loss` in plain PyTorch."""
+    loss, weights = checked("pyramid_loss", levels, p, pyramid, weights, reduction, eps)
+    return form_reference(input, target, _form_of(pyramid, loss, weights, reduction, input.shape, False))
+
+
+# input and target (B, C, H, W) of one dtype, both contiguous or both channels_last, of sides that the pyramid has so
+# many levels of; the rest as in `Form`. The loss is () if `summed`, and else (B,), in the accumulator. What is kept of
+# the gradient lacks the normaliser; it has the input's dtype and layout, or no elements if it is not wanted.
+_FORM = "str pyramid, str penalty, float parameter, float[] factors, float normalizer, bool summed"
+define(
+    f"pyramid_loss(Tensor input, Tensor target, {_FORM}, bool with_gradient, str backend) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(LIBRARY, "pyramid_loss", "CompositeExplicitAutograd")
+def _(
+    input, target, pyramid, penalty, parameter, factors, normalizer, summed, with_gradient, backend
+):
+    form = Form(pyramid, penalty, parameter, tuple(factors), normalizer, summed)
+    launch = _registry.kernels(backend, "pyramid_loss").pyramid_loss
+    sums, gradient = launch(input, target, *form.of_launchers, with_gradient)
+    # An op's result may not be what a launcher's caller keeps.
+    return form.finished(sums), gradient
+
+
+@torch.library.register_fake("aefast::pyramid_loss", lib=LIBRARY)
+def _(
+    input, target, pyramid, penalty, parameter, factors, normalizer, summed, with_gradient, backend
+):
+    value = input.new_empty(() if summed else input.shape[:1], dtype=_arguments.accumulator(input.dtype))
+    return value, torch.empty_like(input) if with_gradient else input.new_empty(0)
+
+
+class _PyramidLoss(torch.autograd.Function):
+    """`call` is (form, backend, launchers to call at once or None)."""
+
+    @staticmethod
+    def forward(ctx, input, target, call):
+        form, backend, launchers = call
+        if launchers is not None:
+            sums, gradient = launchers.pyramid_loss(input, target, *form.of_launchers, True)
+            value = form.finished(sums)
+        else:
+            with below_autograd():
+                value, gradient = torch.ops.aefast.pyramid_loss.default(
+                    input, target, *form.arguments, True, backend
+                )
+        ctx.save_for_backward(input, target, gradient)
+        ctx.call = form, backend
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        form, backend = ctx.call
+        input, target, gradient = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if _registry.wants_reference(grad):
+            gradients = _registry.differentiate(
+                lambda input, target: form_reference(input, target, form), (input, target), needs, grad
+            )
+            return *gradients, None
+        by_input = _loss.scaled(gradient, grad, form.normalizer, backend)
+        return by_input if needs[0] else None, -by_input if needs[1] else None, None
+
+
+_apply = direct_apply(_PyramidLoss)
+
+
+@torch.library.impl(LIBRARY, "pyramid_loss", "Autograd")
+def _(
+    input, target, pyramid, penalty, parameter, factors, normalizer, summed, with_gradient, backend
+):
+    """The loss's gradient is autograd's, and none is returned beside it."""
+    form = Form(pyramid, penalty, parameter, tuple(factors), normalizer, summed)
+    if _registry.is_transformed():
+        value = form_reference(input, target, form)
+    elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        value = _PyramidLoss.apply(input, target, (form, backend, None))
+    else:
+        with below_autograd():
+            return torch.ops.aefast.pyramid_loss.default(
+                input, target, *form.arguments, with_gradient, backend
+            )
+    return value, input.new_empty(0)
+
+
+def checked(
+    op: str, levels: Any, p: Any, pyramid: Any, weights: Any, reduction: Any, eps: Any
+) -> tuple[_loss.Loss, tuple[float, ...]]:
+    """The loss of an element, and the weights of the levels.
+
+    Raises:
+        InputError: an unknown name, or a number out of its range.
+    """
+    if not isinstance(pyramid, str) or pyramid not in PYRAMIDS:
+        raise InputError(f"{op}: pyramid must be one of {', '.join(PYRAMIDS)}, got {pyramid!r}")
+    if isinstance(levels, bool) or not isinstance(levels, Integral) or levels < 1:
+        raise InputError(f"{op}: levels must be an integer of at least 1, got {levels!r}")
+    if isinstance(p, str):
+        if p != "charbonnier":
+            raise InputError(f"{op}: p must be a number of at least 1, or 'charbonnier', got {p!r}")
+        loss = _loss.loss_of(op, "charbonnier", None, eps, 1.0)
+    else:
+        _arguments.check_number("p", p, op, 1.0)
+        loss = _loss.loss_of(op, "lp", p, eps, 1.0)
+    _arguments.check_reduction(reduction, op)
+    if weights is None:
+        return loss, (1.0,) * int(levels)
+    if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != levels:
+        raise InputError(f"{op}: weights must be a sequence of {levels} numbers, one a level, got {weights!r}")
+    for weight in weights:
+        _arguments.check_number("each of weights", weight, op, 0.0)
+    return loss, tuple(float(weight) for weight in weights)
+
+
+def pyramid_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    levels: int = 4,
+    p: float | str = 1,
+    pyramid: str = "average",
+    weights: Sequence[float] | None = None,
+    reduction: str = "mean",
+    eps: float = 1e-3,
+) -> Tensor:
+    """The difference of two batches of images at several scales: Σ_l w_l · mean |P_l(input) - P_l(target)|^p.
+
+    P_l is level l of a pyramid, and level 0 the image itself; `aefast.ops.pyramid_loss.levels_of` makes them. Pyramids
+    are linear, so that of input - target is all that is made, in one pass that gives value and gradient.
+
+    - "average": means of 2 × 2 elements, as ``F.avg_pool2d(..., 2)``, which drops what is left over of an odd side.
+    - "gaussian": blurred by [1, 4, 6, 4, 1] / 16 along either side, with borders reflected, and of that every second
+      element: Burt and Adelson, The Laplacian Pyramid as a Compact Image Code, IEEE Transactions on Communications 31,
+      1983.
+    - "laplacian": the differences of a gaussian level and the next one, expanded to its size, and the last gaussian
+      level. With p = 1 it is Lap_1 of Bojanowski et al., Optimizing the Latent Space of Generative Networks
+      (arXiv:1707.05776), up to a factor: the mean over a level is 4^l times its sum.
+
+    Args:
+        input: (B, C, H, W): float32, bfloat16, float16 or float64, any strides; contiguous and channels_last ones are
+            not copied. Half precision is computed in float32, and so is everything under autocast.
+        target: of the shape and device of input.
+        levels: how many, at least 1. The average pyramid needs sides of at least 2^(levels - 1); the others sides of
+            at least 3 before each blur, after which a side n is ⌈n / 2⌉.
+        p: the power, at least 1, or "charbonnier" for √(r² + eps²) in the place of |r|^p. The gradient of |r| is 0 at 0.
+        pyramid: one of the names above.
+        weights: w_l, one a level, at least 0; None for 1.
+        reduction: "mean", within each level over all of its elements; "sum", Σ_l w_l Σ |…|^p; or "none", for each
+            sample the mean within it.
+        eps: of charbonnier, at least 0.
+
+    Returns:
+        A scalar, or (B,) for "none"; in float32 for half precision. Gradients have the dtype of their tensor, and the
+        layout of input if that is contiguous or channels_last.
+
+    Raises:
+        InputError: a shape, dtype, device, name or number is not as above; the message names it.
+        BackendError: the backend asked for cannot serve the call.
+    """
+    _loss.check_pair("pyramid_loss", input, target)
+    loss, weights = checked("pyramid_loss", levels, p, pyramid, weights, reduction, eps)
+    shape = input.shape
+    if len(shape) != 4:
+        raise InputError(f"pyramid_loss: input must be (B, C, H, W), got shape {_arguments.shape_of(input)}")
+    side = min(shape[2:])
+    if side < 1:
+        raise InputError(
+            f"pyramid_loss: input must have sides of at least 1, got shape {_arguments.shape_of(input)}"
+        )
+    if levels > _most_levels(pyramid, side):
+        raise InputError(
+            f"pyramid_loss: levels must be at most {_most_levels(pyramid, side)} for a pyramid of kind {pyramid!r} of "
+            f"images of {shape[2]} × {shape[3]}, got {levels}"
+        )
+    if target.device != input.device:
+        raise InputError(
+            f"pyramid_loss: target must be on the device of input, {input.device}, got {target.device}"
+        )
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    # Half precision does not hold the derivatives of every power.
+    dtype = dtype if loss.is_kept(dtype) else torch.float32
+    input, target = input.to(dtype), target.to(dtype)
+    backend = _registry.choose("pyramid_loss", input, target)
+    folded = _loss.is_folded(backend, input.dtype)
+    form = _form_of(pyramid, loss, weights, reduction, shape, folded)
+    if backend == "eager":
+        return form_reference(input, target, form)
+    is_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    layout = torch.channels_last if is_last else torch.contiguous_format
+    input, target = input.contiguous(memory_format=layout), target.contiguous(memory_format=layout)
+    if not _registry.is_direct(backend, input, target):
+        return torch.ops.aefast.pyramid_loss.default(input, target, *form.arguments, False, backend)[0]
+    launchers = _registry.kernels(backend, "pyramid_loss")
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        return _apply(input, target, (form, backend, launchers))
+    return form.finished(launchers.pyramid_loss(input, target, *form.of_launchers, False)[0])
+
+
+def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Every pyramid, power and reduction over sizes and strides: no images, the smallest, odd and prime sides, one side
+    longer than a tile, channels first and last, few and many."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pair(*shape: int, layout: torch.memory_format = torch.contiguous_format) -> dict[str, Tensor]:
+        drawn = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        input, target = (one.to(device, dtype).contiguous(memory_format=layout) for one in drawn)
+        return {"input": input, "target": target}
+
+    last = torch.channels_last
+    yield {**pair(2, 3, 16, 24), "reduction": "none"}
+    yield {**pair(2, 3, 16, 24, layout=last), "p": 2}
+    yield {**pair(3, 1, 1, 1), "levels": 1}
+    yield {**pair(1, 2, 19, 45), "weights": (1.0, 0.5, 0.0, 2.0), "reduction": "sum"}
+    yield {**pair(2, 5, 33, 17, layout=last), "levels": 5, "p": 3}
+    yield {**pair(1, 1, 34, 131), "levels": 6, "p": "charbonnier", "eps": 0.25}
+    yield {**pair(1, 2, 5, 2100), "levels": 3}
+    yield {**pair(0, 3, 8, 8), "reduction": "none"}
+    yield {**pair(3, 0, 8, 8), "reduction": "sum"}
+    for index, pyramid in enumerate(("gaussian", "laplacian")):
+        settings = {"pyramid": pyramid}
+        yield {**pair(2, 3, 16, 24), **settings, "reduction": "none"}
+        yield {**pair(2, 3, 16, 24, layout=last), **settings, "p": 2}
+        yield {**pair(1, 2, 3, 4), **settings, "levels": 2}
+        yield {**pair(2, 1, 5, 3, layout=last), **settings, "levels": 1 + index, "p": 1.5}
+        yield {**pair(1, 2, 19, 45), **settings, "weights": (1.0, 0.5, 0.0, 2.0), "reduction": "sum"}
+        yield {**pair(1, 18, 17, 23, layout=last), **settings, "levels": 4, "p": "charbonnier"}
+        yield {**pair(1, 1, 34, 131), **settings, "levels": 5, "p": 3}
+        yield {**pair(0, 3, 8, 8), **settings, "levels": 3, "reduction": "none"}
+    one = pair(4, 3, 20, 12)
+    yield {"input": one["input"][::2, 1:, ::2, ::3], "target": one["target"][1::2, :2, 1::2, 1::3], "levels": 3}
+    yield {**pair(2, 3, 9, 12), "target": one["target"][:1, :1, :1].expand(2, 3, 9, 12), "p": 1.5, "levels": 2}
+    yield {
+        "input": pair(2, 3, 8, 8, layout=last)["input"],
+        "target": pair(2, 3, 8, 8)["target"],
+        "levels": 2,
+        "reduction": "none",
+    }
+
+
+def cost(backward: bool, input: Tensor, target: Tensor, **settings: Any) -> _registry.Cost:
+    """Input and target are read once, and the gradient of each that wants one is written once."""
+    gradients = (input.requires_grad + target.requires_grad) if backward else 0
+    return _registry.Cost((2 + gradients) * input.numel() * input.element_size(), 0, 0)
+
+
+OP = _registry.register(_registry.Op("pyramid_loss", pyramid_loss, reference, samples, cost))

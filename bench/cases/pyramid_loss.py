@@ -1,0 +1,98 @@
+"""`pyramid_loss` beside the pyramids of both images, and the one of their difference, in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import aefast.functional as AF
+from aefast.bench.case import OpCase, dtypes, training_inputs
+from aefast.bench.variants import Rival
+
+LEVELS = 4
+# (pyramid, p) at (batch, channels, height, width): batches of small pictures, and few large ones.
+MAIN = (64, 3, 128, 128)
+LARGE = (8, 3, 512, 512)
+CASES = (
+    ("average", 1, MAIN),
+    ("average", 2, MAIN),
+    ("average", 1, LARGE),
+    ("gaussian", 1, MAIN),
+    ("laplacian", 1, MAIN),
+    ("laplacian", 1, LARGE),
+)
+QUICK_CASES = (("average", 1, MAIN), ("laplacian", 1, MAIN))
+TAPS = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[OpCase]:
+    for dtype in dtypes(device):
+        for pyramid, p, shape in QUICK_CASES if quick else CASES:
+            is_compiled = not quick and shape == MAIN and p == 1
+            yield case(pyramid, p, shape, dtype, device, is_compiled=is_compiled)
+    if not quick:
+        last = torch.channels_last
+        yield case("average", 1, MAIN, dtypes(device)[0], device, layout=last)
+
+
+def case(
+    pyramid: str,
+    p: int,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: torch.memory_format = torch.contiguous_format,
+    is_compiled: bool = False,
+) -> OpCase:
+    penalty: Callable[[Tensor], Tensor] = torch.abs if p == 1 else torch.square
+    made = PYRAMIDS[pyramid]
+
+    def aefast(input: Tensor, target: Tensor) -> Tensor:
+        return AF.pyramid_loss(input, target, levels=LEVELS, p=p, pyramid=pyramid)
+
+    def eager(input: Tensor, target: Tensor) -> Tensor:
+        if pyramid == "average":
+            # PyTorch has the difference and its mean in one op.
+            mean = F.l1_loss if p == 1 else F.mse_loss
+            return sum(mean(one, other) for one, other in zip(made(input), made(target), strict=True))
+        return of_difference(input, target)
+
+    def of_difference(input: Tensor, target: Tensor) -> Tensor:
+        return sum(penalty(level).mean() for level in made(input - target))
+
+    def make() -> list[Tensor]:
+        input, target = (
+            one.detach().contiguous(memory_format=layout)
+            for one in training_inputs(device, dtype, shape, shape, scales=(1.0, 1.0))
+        )
+        return [input.requires_grad_(), target]
+
+    def arguments(input: Tensor, target: Tensor) -> dict[str, Any]:
+        return {"input": input, "target": target}
+
+    of_layout = "-channels_last" if layout is torch.channels_last else ""
+    return OpCase(
+        "pyramid_loss",
+        f"{pyramid}-l{LEVELS}-p{p}",
+        "x".join(map(str, shape)) + of_layout,
+        {"batch": shape[0], "features": shape[1] * shape[2] * shape[3]},
+        dtype,
+        device,
+        make=make,
+        aefast=aefast,
+        eager=eager,
+        arguments=arguments,
+        is_compiled=is_compiled,
+        rivals={"difference": Rival("torch", lambda: of_difference)} if pyramid == "average" else {},
+    )
+
+
+def averages(images: Tensor) -> list[Tensor]:
+    levels = [images]
+    for _ in range(LEVELS - 1):
+        levels.append(F.avg_pool2d(levels[-1], 2))
+    return levels
