@@ -66,7 +66,7 @@ def test_training_compares_what_is_made_of_noise_with_the_clean(options):
 def test_eval_reconstructs_what_it_is_given(options):
     model, x = make(**options).eval(), data()
     output = model(x)
-    plain = Autoencoder(AutoencoderConfig(**SIZES))
+    plain = Autoencoder(AutoencoderConfig(**SIZES)).eval()
     plain.load_state_dict(model.state_dict())
     assert torch.equal(output.reconstruction, plain(x).reconstruction)
     assert torch.equal(output.loss, plain(x).loss)

@@ -142,7 +142,7 @@ def test_autocast():
 
 
 def test_bad_options_are_named():
-    with pytest.raises(InputError, match="unknown option 'loss'"):
-        make(loss="mse")
+    with pytest.raises(InputError, match="unknown option 'gamma'"):
+        make(gamma=1)
     with pytest.raises(InputError, match="latent=-1: expected a positive integer"):
         make(latent=-1)

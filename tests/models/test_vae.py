@@ -312,7 +312,7 @@ def test_the_learnt_variance_is_the_mean_squared_error():
         ({"kl_warmup_steps": 2.0}, "kl_warmup_steps=2.0"),
         ({"kl_warmup_steps": False}, "kl_warmup_steps=False"),
         ({"latent": 0}, "latent=0: expected a positive integer"),
-        ({"loss": "mse"}, "unknown option 'loss'"),
+        ({"gamma": 1}, "unknown option 'gamma'"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -1,0 +1,144 @@
+"""The losses that models take by name, with and without the reconstruction."""
+
+import pytest
+import torch
+
+from aefast.errors import InputError
+from aefast.models import MODELS, Autoencoder, DenoisingAutoencoder, from_pretrained
+from aefast.models._reconstruction import LOSSES
+
+SHAPE = (2, 6, 5)
+OPTIONS = {
+    **{loss: {} for loss in LOSSES},
+    "lp": {"loss_p": 1.5},
+    "huber": {"loss_delta": 0.4},
+    "charbonnier": {"loss_eps": 0.1},
+    "bce": {"output_activation": "sigmoid"},
+    "pyramid": {"pyramid_levels": 2, "image_shape": SHAPE},
+}
+
+
+def make(name, loss, **options):
+    torch.manual_seed(0)
+    given = OPTIONS[loss] | options
+    return MODELS[name](input_size=60, hidden=(8,), latent=3, activation="tanh", loss=loss, **given)
+
+
+def data():
+    return torch.rand(7, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("loss", OPTIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_takes_every_loss(name, loss):
+    """In training, where the last layer and the loss are one op, value and gradients are those of eval mode's path."""
+    model, x = make(name, loss), data()
+    options = {"noise_std": 0.0} if name == "denoising" else {}
+    if options:
+        model = make(name, loss, **options)
+    results = []
+    for makes_reconstruction in (False, True):
+        torch.manual_seed(5)
+        if makes_reconstruction:
+            # A hook on the last layer wants its output, which the fused op never makes.
+            model.decoder.layers[-1].register_forward_hook(lambda *_: None)
+        out = model(x)
+        results.append(
+            [out.loss, *torch.autograd.grad(out.loss, list(model.parameters()), allow_unused=True)]
+        )
+        assert out.reconstruction.shape == x.shape
+        assert out.reconstruction is out.reconstruction
+        torch.testing.assert_close(out.reconstruction, model.decode(out.latent).reshape(x.shape))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("loss", OPTIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_eager_twin_has_the_loss(name, loss):
+    model, x = make(name, loss), data().flatten(1)
+    output = torch.rand(7, 60, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(model.decoder_loss.eager(output, x), model.decoder_loss(output, x))
+    if name == "autoencoder":
+        torch.testing.assert_close(model.eager_loss(model.eager_twin(), x), model(x).loss)
+
+
+def test_gradients_flow_through_the_reconstruction():
+    model, x = make("autoencoder", "mse"), data()
+    out = model(x)
+    (out.reconstruction - x).square().mean().backward()
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    out = model(x)
+    out.loss.backward()
+    torch.testing.assert_close(found, [parameter.grad for parameter in model.parameters()])
+
+
+def test_logits_become_probabilities():
+    for training in (True, False):
+        model = make("autoencoder", "bce_with_logits").train(training)
+        reconstruction = model(data()).reconstruction
+        assert reconstruction.min() > 0 and reconstruction.max() < 1
+    torch.testing.assert_close(model.eager_twin()(data().flatten(1)), reconstruction.flatten(1))
+
+
+def test_options_are_saved(tmp_path):
+    model = make("denoising", "pyramid", pyramid="laplacian", loss_p=1.5)
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert isinstance(loaded, DenoisingAutoencoder) and loaded.config == model.config
+    x = data()
+    torch.testing.assert_close(loaded(x).loss, model.eval()(x).loss)
+
+
+def test_compiled_models_have_the_loss():
+    model, x = make("autoencoder", "huber"), data()
+
+    def loss(x):
+        return model(x).loss
+
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True)(x), loss(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "mae"}, "loss='mae': expected one of mse, rmse, l1"),
+        ({"loss": None}, "loss=None: expected one of mse"),
+        ({"loss": "lp"}, "p must be a number of at least 1 for lp, got None"),
+        ({"loss": "lp", "loss_p": 0.5}, "p must be a finite number of at least 1, got 0.5"),
+        ({"loss": "mse", "loss_p": 2.0}, "loss_p=2.0: loss 'mse' has no such option; it takes none"),
+        ({"loss": "huber", "loss_eps": 2.0}, "loss_eps=2.0: .* it takes loss_delta"),
+        ({"loss": "bce"}, "output_activation='identity': expected 'sigmoid'"),
+        (
+            {"loss": "bce_with_logits", "output_activation": "relu"},
+            "output_activation='relu': expected 'identity'",
+        ),
+        ({"loss": "pyramid"}, r"loss='pyramid': needs image_shape, the \(C, H, W\)"),
+        ({"loss": "pyramid", "image_shape": SHAPE}, "levels must be"),
+        ({"loss": "pyramid", "image_shape": (2, 6)}, r"image_shape=\(2, 6\): expected \(C, H, W\)"),
+        (
+            {
+                "loss": "pyramid",
+                "image_shape": SHAPE,
+                "pyramid_levels": 2,
+                "loss_p": 1.0,
+                "loss_eps": 0.1,
+            },
+            "loss_eps=0.1: give either loss_p or loss_eps",
+        ),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(InputError, match=message):
+        Autoencoder(input_size=60, **options)
+
+
+def test_a_loss_takes_the_place_of_a_likelihood():
+    with pytest.raises(InputError, match="loss='l1': give either a loss or a likelihood, not both"):
+        MODELS["vae"](input_size=60, loss="l1", likelihood="gaussian")
+    model = make("vae", "l1").eval()
+    assert "elbo" not in model.evaluate(data())
+    with pytest.raises(InputError, match="elbo: this model has no likelihood, but the loss 'l1'"):
+        model.elbo(data())
+    output, x = torch.rand(7, 60), data().flatten(1)
+    torch.testing.assert_close(model.decoder_loss(output, x), (output - x).abs().sum(1).mean())
