@@ -95,7 +95,7 @@ def elements():
         ("bce_with_logits", "fp32", "elements", (90,)),
     ):
         size = TORCH_DTYPES[dtype].itemsize
-        block = reconstruction_loss.BLOCK_BYTES // size
+        block = reconstruction_loss.block_of(size)
         accumulated = f"*{wide(dtype)}"
         # The losses are as wide as their gradient.
         least = COUNT * (2 * size + (4 if grad is None else size) + 4 * (grad == "elements"))

@@ -128,11 +128,30 @@ def bce(x, target):
 
 
 @triton.jit
+def log1p_and_reciprocal(e):
+    """(log(1 + e), 1 / (1 + e)) for 0 <= e <= 1."""
+    if e.dtype == tl.float64:
+        log1p, reciprocal = log1p_unit(e), 1.0 / (1.0 + e)
+    else:
+        # One division for both. With s = e / (2 + e) the logarithm is 2 atanh(s), and (atanh(s) / s - 1) / s² on
+        # s <= 1/3 is a polynomial in s².
+        inverse = 1.0 / ((1.0 + e) * (2.0 + e))
+        reciprocal = (2.0 + e) * inverse
+        s = e * ((1.0 + e) * inverse)
+        q = s * s
+        series = q * 1.40891710e-1 + 1.39803049e-1
+        series = q * series + 2.00124545e-1
+        series = q * series + 3.33331574e-1
+        log1p = 2.0 * (s + s * q * series)
+    return log1p, reciprocal
+
+
+@triton.jit
 def bce_with_logits(x, target):
     e = exp_nonpositive(-tl.abs(x))
-    large = 1.0 / (1.0 + e)
+    log1p, large = log1p_and_reciprocal(e)
     slope = tl.where(x < 0.0, e * large, large) - target
-    return tl.abs(x) * tl.where(x > 0.0, 1.0 - target, target) + log1p_unit(e), slope
+    return tl.abs(x) * tl.where(x > 0.0, 1.0 - target, target) + log1p, slope
 
 
 @triton.jit

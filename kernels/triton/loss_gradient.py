@@ -10,7 +10,7 @@ from .rows import unit_of
 
 __all__ = ["compatible", "loss_gradient"]
 
-BLOCK_BYTES = 8192  # of a program: four loads of 16 bytes for each of 128 threads
+BLOCK_BYTES = 4096  # of a program: two loads of 16 bytes for each of 128 threads
 
 
 @triton.jit

@@ -21,7 +21,7 @@ __all__ = [
     "reconstruction_loss_elements",
 ]
 
-BLOCK_BYTES = 4096  # of an operand: two loads of 16 bytes for each of 128 threads
+BLOCK = 1024  # elements: eight for each of 128 threads, which in half precision are a load of 16 bytes
 PROGRAMS = 4096  # thirty for each of a large GPU's multiprocessors
 PARTIALS = tl.constexpr(1024)  # that total_kernel adds up at a time
 
@@ -149,11 +149,15 @@ def reconstruction_loss_elements_kernel(
 
 
 def shares(count, itemsize):
-    """(elements of a block, blocks of a program, programs) for so many elements."""
-    block = BLOCK_BYTES // itemsize
+    """(elements of a block, blocks of a program, programs) for so many elements of that size."""
+    block = block_of(itemsize)
     blocks = triton.cdiv(count, block)
     steps = max(1, triton.cdiv(blocks, PROGRAMS))
     return block, steps, triton.cdiv(blocks, steps)
+
+
+def block_of(itemsize):
+    return min(BLOCK, 4 * BLOCK // itemsize)
 
 
 def reconstruction_loss(input, target, kind, parameter, normalizer, root, scale, with_gradient, checked):
@@ -190,7 +194,7 @@ def reconstruction_loss(input, target, kind, parameter, normalizer, root, scale,
 def elements(grad, input, target, out, kind, parameter, normalizer):
     if input.numel() == 0:
         return out
-    block = BLOCK_BYTES // input.itemsize
+    block = block_of(input.itemsize)
     with on_device(input):
         reconstruction_loss_elements_kernel[(triton.cdiv(input.numel(), block),)](
             grad,

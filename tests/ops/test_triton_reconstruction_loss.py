@@ -51,7 +51,7 @@ def test_samples(dtype):
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_runs_of_blocks(loss, monkeypatch):
     """More blocks than programs, the last of them partly filled, and programs that are left with nothing."""
-    monkeypatch.setattr(kernels, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(kernels, "BLOCK", 64)
     monkeypatch.setattr(kernels, "PROGRAMS", 5)
     for count in (64, 63, 65, 640, 64 * 12 + 1, 64 * 11, 1):
         input, target = pair(count)
