@@ -8,6 +8,21 @@ namespace {
 
 using loss::Kind;
 
+// Elements ahead of which memory is asked for: where a loss takes many instructions a processor does not look far enough.
+constexpr int64_t kAhead = 1024;
+
+// Asks for what is kAhead behind the vector at *from, to read it, or to write it.
+template <typename T>
+AEFAST_HD void prefetch(const T* from) {
+  for (int64_t byte = 0; byte < kLanes<T> * static_cast<int64_t>(sizeof(T)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(from + kAhead) + byte, 0);
+}
+template <typename T>
+AEFAST_HD void prefetch(T* to) {
+  for (int64_t byte = 0; byte < kLanes<T> * static_cast<int64_t>(sizeof(T)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<char*>(to + kAhead) + byte, 1);
+}
+
 // Elements whose losses are summed in their accumulator, lane by lane, before they are summed in double.
 constexpr int64_t kPiece = 1024;
 
@@ -72,6 +87,9 @@ LossSum sum_loop(const LossOperands& operands, double scale, void* gradient_out,
     for_lanes<T>(count - begin < kPiece ? count - begin : kPiece,
                  [&](int64_t col, auto... valid) __attribute__((always_inline)) {
                    const int64_t at = begin + col;
+                   prefetch(inputs + at);
+                   prefetch(targets + at);
+                   if constexpr (kHasGradient) prefetch(gradient + at);
                    const C input = read_lanes(inputs + at, valid...), target = read_lanes(targets + at, valid...);
                    C slope;
                    total = total + leading_lanes(loss::evaluate<K>(input, target, parameter, slope), valid...);
