@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from numbers import Integral
@@ -35,7 +36,7 @@ def levels_of(images: Tensor, levels: int = 4, pyramid: str = "average") -> list
     for _ in range(levels - 1):
         found.append(_halved(found[-1]) if pyramid == "average" else _blurred(found[-1])[..., ::2, ::2])
     if pyramid == "laplacian":
-        bands = [fine - expanded(coarse, fine.shape[-2:]) for fine, coarse in zip(found, found[1:])]
+        bands = [fine - expanded(coarse, fine.shape[-2:]) for fine, coarse in itertools.pairwise(found)]
         found = [*bands, found[-1]]
     return found
 
@@ -127,7 +128,9 @@ def _form_of(
         factors, normalizer = list(weights), 1.0
     else:
         # Of a mean the levels count alike, whatever their size.
-        factors = [weight * (counts[0] / max(1, count)) for weight, count in zip(weights, counts, strict=True)]
+        factors = [
+            weight * (counts[0] / max(1, count)) for weight, count in zip(weights, counts, strict=True)
+        ]
         total = counts[0] * (samples if reduction == "mean" else 1)
         normalizer = 1.0 / total if total > 0 else math.nan
         if folded and total > 0:
@@ -179,20 +182,15 @@ define(
 
 
 @torch.library.impl(LIBRARY, "pyramid_loss", "CompositeExplicitAutograd")
-def _(
-    input, target, pyramid, penalty, parameter, factors, normalizer, summed, with_gradient, backend
-):
+def _(input, target, pyramid, penalty, parameter, factors, normalizer, summed, with_gradient, backend):
     form = Form(pyramid, penalty, parameter, tuple(factors), normalizer, summed)
     launch = _registry.kernels(backend, "pyramid_loss").pyramid_loss
     sums, gradient = launch(input, target, *form.of_launchers, with_gradient)
-    # An op's result may not be what a launcher's caller keeps.
     return form.finished(sums), gradient
 
 
 @torch.library.register_fake("aefast::pyramid_loss", lib=LIBRARY)
-def _(
-    input, target, pyramid, penalty, parameter, factors, normalizer, summed, with_gradient, backend
-):
+def _(input, target, pyramid, penalty, parameter, factors, normalizer, summed, with_gradient, backend):
     value = input.new_empty(() if summed else input.shape[:1], dtype=_arguments.accumulator(input.dtype))
     return value, torch.empty_like(input) if with_gradient else input.new_empty(0)
 
@@ -233,9 +231,7 @@ _apply = direct_apply(_PyramidLoss)
 
 
 @torch.library.impl(LIBRARY, "pyramid_loss", "Autograd")
-def _(
-    input, target, pyramid, penalty, parameter, factors, normalizer, summed, with_gradient, backend
-):
+def _(input, target, pyramid, penalty, parameter, factors, normalizer, summed, with_gradient, backend):
     """The loss's gradient is autograd's, and none is returned beside it."""
     form = Form(pyramid, penalty, parameter, tuple(factors), normalizer, summed)
     if _registry.is_transformed():
@@ -273,7 +269,9 @@ def checked(
     if weights is None:
         return loss, (1.0,) * int(levels)
     if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != levels:
-        raise InputError(f"{op}: weights must be a sequence of {levels} numbers, one a level, got {weights!r}")
+        raise InputError(
+            f"{op}: weights must be a sequence of {levels} numbers, one a level, got {weights!r}"
+        )
     for weight in weights:
         _arguments.check_number("each of weights", weight, op, 0.0)
     return loss, tuple(float(weight) for weight in weights)
@@ -306,10 +304,11 @@ def pyramid_loss(
     Args:
         input: (B, C, H, W): float32, bfloat16, float16 or float64, any strides; contiguous and channels_last ones are
             not copied. Half precision is computed in float32, and so is everything under autocast.
-        target: of the shape and device of input.
+        target: of the shape and device of input; of two dtypes both are computed in the wider one.
         levels: how many, at least 1. The average pyramid needs sides of at least 2^(levels - 1); the others sides of
             at least 3 before each blur, after which a side n is ⌈n / 2⌉.
-        p: the power, at least 1, or "charbonnier" for √(r² + eps²) in the place of |r|^p. The gradient of |r| is 0 at 0.
+        p: the power, at least 1, or "charbonnier" for √(r² + eps²) in the place of |r|^p, whose gradient is
+            0 at r = 0.
         pyramid: one of the names above.
         weights: w_l, one a level, at least 0; None for 1.
         reduction: "mean", within each level over all of its elements; "sum", Σ_l w_l Σ |…|^p; or "none", for each
@@ -394,8 +393,17 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]
         yield {**pair(1, 1, 34, 131), **settings, "levels": 5, "p": 3}
         yield {**pair(0, 3, 8, 8), **settings, "levels": 3, "reduction": "none"}
     one = pair(4, 3, 20, 12)
-    yield {"input": one["input"][::2, 1:, ::2, ::3], "target": one["target"][1::2, :2, 1::2, 1::3], "levels": 3}
-    yield {**pair(2, 3, 9, 12), "target": one["target"][:1, :1, :1].expand(2, 3, 9, 12), "p": 1.5, "levels": 2}
+    yield {
+        "input": one["input"][::2, 1:, ::2, ::3],
+        "target": one["target"][1::2, :2, 1::2, 1::3],
+        "levels": 3,
+    }
+    yield {
+        **pair(2, 3, 9, 12),
+        "target": one["target"][:1, :1, :1].expand(2, 3, 9, 12),
+        "p": 1.5,
+        "levels": 2,
+    }
     yield {
         "input": pair(2, 3, 8, 8, layout=last)["input"],
         "target": pair(2, 3, 8, 8)["target"],

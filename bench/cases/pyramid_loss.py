@@ -1,7 +1,8 @@
-"""`pyramid_loss` beside the pyramids of both images, and the one of their difference, in PyTorch."""
+"""`pyramid_loss` beside the pyramids of both images, and the pyramid of their difference, in PyTorch."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,3 +97,39 @@ def averages(images: Tensor) -> list[Tensor]:
     for _ in range(LEVELS - 1):
         levels.append(F.avg_pool2d(levels[-1], 2))
     return levels
+
+
+def gaussians(images: Tensor) -> list[Tensor]:
+    levels = [images]
+    for _ in range(LEVELS - 1):
+        levels.append(_reduced(levels[-1]))
+    return levels
+
+
+def laplacians(images: Tensor) -> list[Tensor]:
+    levels = gaussians(images)
+    bands = [fine - _expanded(coarse, fine.shape[-2:]) for fine, coarse in itertools.pairwise(levels)]
+    return [*bands, levels[-1]]
+
+
+def _reduced(images: Tensor) -> Tensor:
+    """Blurred, and of that every second element: by one convolution, of each channel as an image of its own."""
+    taps = images.new_tensor(TAPS)
+    planes = F.pad(images.flatten(0, 1)[:, None], (2, 2, 2, 2), mode="reflect")
+    reduced = F.conv2d(planes, (taps[:, None] * taps)[None, None], stride=2)
+    return reduced[:, 0].unflatten(0, images.shape[:2])
+
+
+def _expanded(images: Tensor, size: torch.Size) -> Tensor:
+    """At the finer size: no zeros are put between the elements, since most of their products are known."""
+    for dim, length in ((-1, size[-1]), (-2, size[-2])):
+        count = images.shape[dim]
+        first, last = images.narrow(dim, 1, 1), images.narrow(dim, count - 1 - length % 2, 1)
+        padded = torch.cat((first, images, last), dim)
+        left, right = padded.narrow(dim, 0, count), padded.narrow(dim, 2, count)
+        pairs = torch.stack(((left + right) / 8 + images * 0.75, (images + right) / 2), dim)
+        images = pairs.flatten(dim - 1, dim).narrow(dim, 0, length)
+    return images
+
+
+PYRAMIDS = {"average": averages, "gaussian": gaussians, "laplacian": laplacians}

@@ -30,9 +30,7 @@ POWERS = (1, 1.5, 2, 3, "charbonnier")
 def pair(*shape, dtype=torch.float64, layout=torch.contiguous_format, seed=3, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     drawn = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    return [
-        one.to(device, dtype).contiguous(memory_format=layout).detach().requires_grad_() for one in drawn
-    ]
+    return [one.to(device, dtype).contiguous(memory_format=layout).detach().requires_grad_() for one in drawn]
 
 
 def blurred(images):
@@ -62,8 +60,11 @@ def by_hand(input, target, levels=4, p=1, pyramid="average", weights=None, reduc
     for weight, one, other in zip(weights or [1.0] * levels, *pyramids, strict=True):
         residual = one - other
         values = (residual**2 + eps**2).sqrt() if p == "charbonnier" else residual.abs() ** p
-        reduced = {"mean": values.mean, "sum": values.sum, "none": lambda: values.flatten(1).mean(1)}
-        total = total + weight * reduced[reduction]()
+        if reduction == "none":
+            values = values.flatten(1).mean(1)
+        else:
+            values = values.sum() if reduction == "sum" else values.mean()
+        total = total + weight * values
     return total
 
 
@@ -171,7 +172,9 @@ def test_average_is_the_loop_over_avg_pool2d():
     found = AF.pyramid_loss(input, target)
     torch.testing.assert_close(found, expected)
     for ours, theirs in zip(
-        torch.autograd.grad(found, (input, target)), torch.autograd.grad(expected, (input, target)), strict=True
+        torch.autograd.grad(found, (input, target)),
+        torch.autograd.grad(expected, (input, target)),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
 
@@ -217,7 +220,7 @@ def test_no_residual_no_gradient(instruction_set, pyramid, p):
 @pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_scaled_losses_in_half_precision(instruction_set, pyramid, p, reduction):
-    """Of a loss times 65536, as a GradScaler has it. Gradients of the loss itself would be float16's smallest numbers."""
+    """Of a loss times 65536, as a GradScaler has it: gradients of the loss itself are among float16's smallest numbers."""
     tensors = pair(4, 3, 64, 64, dtype=torch.float16)
     settings = {"p": p, "pyramid": pyramid, "reduction": reduction}
     value = AF.pyramid_loss(*tensors, **settings)
@@ -246,9 +249,10 @@ def test_gradients_have_the_layout_of_the_input(dtype):
     numerics.require_backend("cpu", OP.name, "cpu", dtype)
     for layout in LAYOUTS.values():
         tensors = pair(2, 3, 16, 16, dtype=dtype, layout=layout)
-        for gradient in with_gradients(AF.pyramid_loss, tensors)[1:]:
+        _, of_input, of_target = with_gradients(AF.pyramid_loss, tensors)
+        for gradient in (of_input, of_target):
             assert gradient.dtype == dtype and gradient.is_contiguous(memory_format=layout)
-        assert torch.equal(*(sign * one for sign, one in zip((1, -1), with_gradients(AF.pyramid_loss, tensors)[1:])))
+        assert torch.equal(of_input, -of_target)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -280,7 +284,9 @@ def test_backward_again_adds_the_same():
 def test_inputs_that_require_no_gradient_get_none():
     numerics.require_backend("cpu", OP.name, "cpu", torch.float64)
     for needs in ((True, False), (False, True), (True, True)):
-        tensors = [one.detach().requires_grad_(need) for one, need in zip(pair(2, 1, 9, 9), needs, strict=True)]
+        tensors = [
+            one.detach().requires_grad_(need) for one, need in zip(pair(2, 1, 9, 9), needs, strict=True)
+        ]
         wanted = [one for one in tensors if one.requires_grad]
         found = torch.autograd.grad(AF.pyramid_loss(*tensors, levels=2), wanted)
         expected = torch.autograd.grad(by_hand(*tensors, levels=2), wanted)
@@ -297,8 +303,10 @@ def settings_of(pyramid):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_first_and_second_derivatives(pyramid, p, reduction):
     numerics.require_backend("cpu", OP.name, "cpu", torch.float64)
-    function = functools.partial(AF.pyramid_loss, levels=2, p=p, pyramid=pyramid, reduction=reduction, eps=0.5)
-    tensors = pair(2, 1, 5, 6)
+    function = functools.partial(
+        AF.pyramid_loss, levels=2, p=p, pyramid=pyramid, reduction=reduction, eps=0.5
+    )
+    tensors = pair(2, 1, 3, 4)
     with aefast.backend("cpu"):
         assert torch.autograd.gradcheck(function, tensors)
         assert torch.autograd.gradgradcheck(function, tensors)
@@ -321,8 +329,7 @@ def test_gradient_penalty(pyramid):
 
 
 @pytest.mark.parametrize("pyramid", pyramid_loss.PYRAMIDS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("reduction", "layout"), [("mean", "contiguous"), ("none", "channels_last")])
 def test_compiles_whole(pyramid, reduction, layout):
     torch._dynamo.reset()
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
@@ -383,7 +390,9 @@ def test_torch_func_and_forward_mode_use_the_reference(pyramid):
     function = functools.partial(AF.pyramid_loss, **settings_of(pyramid))
     by = functools.partial(by_hand, **settings_of(pyramid))
     torch.testing.assert_close(torch.func.grad(function)(*tensors), torch.func.grad(by)(*tensors))
-    torch.testing.assert_close(torch.func.jvp(function, tensors, tensors), torch.func.jvp(by, tensors, tensors))
+    torch.testing.assert_close(
+        torch.func.jvp(function, tensors, tensors), torch.func.jvp(by, tensors, tensors)
+    )
     input, target = tensors
     found = torch.func.vmap(lambda one: function(one, target))(torch.stack((input, 2 * input)))
     torch.testing.assert_close(found, torch.stack((by(input, target), by(2 * input, target))))
@@ -444,7 +453,9 @@ def test_meta_tensors_and_negative_views():
 def test_numbers_of_numpy_are_numbers():
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
     tensors = pair(1, 1, 16, 16, dtype=torch.float32)
-    found = AF.pyramid_loss(*tensors, levels=np.int64(2), p=np.float64(1.5), weights=[np.float64(0.5), np.int32(1)])
+    found = AF.pyramid_loss(
+        *tensors, levels=np.int64(2), p=np.float64(1.5), weights=[np.float64(0.5), np.int32(1)]
+    )
     assert torch.equal(found, AF.pyramid_loss(*tensors, levels=2, p=1.5, weights=[0.5, 1.0]))
 
 
@@ -455,9 +466,11 @@ def test_module_and_its_twin(pyramid, reduction):
     for p in POWERS:
         module = nn.PyramidLoss(3, p, pyramid, (1.0, 2.0, 0.5), reduction)
         assert not module.state_dict() and not list(module.parameters())
-        expected = with_gradients(by_hand, tensors, **{
-            "levels": 3, "p": p, "pyramid": pyramid, "weights": (1.0, 2.0, 0.5), "reduction": reduction
-        })
+        expected = with_gradients(
+            by_hand,
+            tensors,
+            **{"levels": 3, "p": p, "pyramid": pyramid, "weights": (1.0, 2.0, 0.5), "reduction": reduction},
+        )
         for one in (module, module.eager()):
             for ours, theirs in zip(with_gradients(one, tensors), expected, strict=True):
                 torch.testing.assert_close(ours, theirs)
@@ -484,7 +497,10 @@ IMAGES = torch.ones(2, 3, 16, 16)
         ({"target": None}, "target must be a torch.Tensor, got NoneType"),
         ({"input": IMAGES.int()}, "input must be float32, bfloat16, float16 or float64, got int32"),
         ({"target": IMAGES.long()}, "target must be float32, bfloat16, float16 or float64, got int64"),
-        ({"target": IMAGES[:1]}, r"target must have the shape of input, \(2, 3, 16, 16\), got \(1, 3, 16, 16\)"),
+        (
+            {"target": IMAGES[:1]},
+            r"target must have the shape of input, \(2, 3, 16, 16\), got \(1, 3, 16, 16\)",
+        ),
         ({"input": IMAGES[0], "target": IMAGES[0]}, r"input must be \(B, C, H, W\), got shape \(3, 16, 16\)"),
         (
             {"input": IMAGES[..., :0], "target": IMAGES[..., :0]},
@@ -495,7 +511,10 @@ IMAGES = torch.ones(2, 3, 16, 16)
         ({"levels": 0}, "levels must be an integer of at least 1, got 0"),
         ({"levels": 2.0}, "levels must be an integer of at least 1, got 2.0"),
         ({"levels": True}, "levels must be an integer of at least 1, got True"),
-        ({"levels": 6}, "levels must be at most 5 for a pyramid of kind 'average' of images of 16 × 16, got 6"),
+        (
+            {"levels": 6},
+            "levels must be at most 5 for a pyramid of kind 'average' of images of 16 × 16, got 6",
+        ),
         (
             {"levels": 6, "pyramid": "gaussian"},
             "levels must be at most 4 for a pyramid of kind 'gaussian' of images of 16 × 16, got 6",
