@@ -79,7 +79,7 @@ def with_gradients(function, tensors, **settings):
 @pytest.mark.parametrize("p", POWERS)
 def test_every_number_of_levels(instruction_set, pyramid, p, layout):
     for levels in range(1, 7):
-        tensors = pair(2, 3, 45, 67, layout=LAYOUTS[layout])
+        tensors = pair(2, 2, 33, 47, layout=LAYOUTS[layout])
         settings = {"levels": levels, "p": p, "pyramid": pyramid}
         for reduction, weights in (
             ("mean", None),
@@ -157,6 +157,8 @@ def test_any_shape_and_layout(instruction_set, pyramid, shape, levels, p, reduct
         "p": p,
         "pyramid": pyramid,
         "reduction": reduction,
+        # Charbonnier's derivative has the rounding errors of a residual near 0, divided by eps.
+        "eps": 0.25,
     }
     numerics.check(OP, "cpu", sample, torch.float32)
 
@@ -220,7 +222,7 @@ def test_no_residual_no_gradient(instruction_set, pyramid, p):
 @pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_scaled_losses_in_half_precision(instruction_set, pyramid, p, reduction):
-    """Of a loss times 65536, as a GradScaler has it: gradients of the loss itself are among float16's smallest numbers."""
+    """Of a loss times 65536, as a GradScaler has it; gradients of the loss itself are hardly float16 numbers."""
     tensors = pair(4, 3, 64, 64, dtype=torch.float16)
     settings = {"p": p, "pyramid": pyramid, "reduction": reduction}
     value = AF.pyramid_loss(*tensors, **settings)
