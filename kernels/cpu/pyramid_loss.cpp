@@ -113,8 +113,8 @@ void check_side(PyramidKind kind, int64_t size, int64_t levels) {
 // Channels that lie side by side are read together, as many as a cache line has, half precision apart.
 constexpr int64_t kTogether = 16;
 // An average pyramid is made of so many elements at a time: with the levels and the gradient they stay in the first-level
-// cache.
-constexpr int64_t kElementsOfTile = 2048;
+// cache. Up to so many, which stay in the second one, rows remain whole.
+constexpr int64_t kElementsOfTile = 2048, kMostOfTile = 8192;
 
 Tiling tiling_of(const Residuals& residuals, const Pyramid& pyramid) {
   const int64_t channels = residuals.is_channels_last ? std::min(residuals.channels, kTogether) : 1;
@@ -123,7 +123,7 @@ Tiling tiling_of(const Residuals& residuals, const Pyramid& pyramid) {
     // Squares that make one element of the coarsest level, and what is left at the ends, are independent.
     const int64_t square = int64_t{1} << (pyramid.levels - 1);
     const auto fitting = [&](int64_t elements) { return std::max<int64_t>(1, elements / square) * square; };
-    columns = std::min(columns, fitting(kElementsOfTile / square));
+    columns = std::min(columns, fitting(kMostOfTile / square));
     rows = std::min(rows, fitting(kElementsOfTile / columns));
   }
   const auto tiles = [](int64_t size, int64_t of_tile) { return (size + of_tile - 1) / of_tile; };
