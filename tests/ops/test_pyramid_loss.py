@@ -308,7 +308,7 @@ def test_first_and_second_derivatives(pyramid, p, reduction):
     function = functools.partial(
         AF.pyramid_loss, levels=2, p=p, pyramid=pyramid, reduction=reduction, eps=0.5
     )
-    tensors = pair(2, 1, 3, 4)
+    tensors = pair(2, 1, 3, 3)
     with aefast.backend("cpu"):
         assert torch.autograd.gradcheck(function, tensors)
         assert torch.autograd.gradgradcheck(function, tensors)
