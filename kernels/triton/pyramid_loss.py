@@ -166,24 +166,37 @@ def weight_between(fine, coarse, size, EXPAND: tl.constexpr):
 
 
 @triton.jit
+def pairs_of(x, UNITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The even and the odd columns of x (UNITS, 2 * COLUMNS)."""
+    return tl.split(tl.reshape(x, (UNITS, COLUMNS, 2)))
+
+
+@triton.jit
 def reduced_row(
-    input, target, at_row, inside, column, channels, W, weights, EXPAND: tl.constexpr
-):  # fmt: skip
-    """What the five taps make of one fine row of each unit, in every second column: (UNITS, COLUMNS). Also the samples
-    at the taps in the middle and right of it."""
-    total = 0.0
-    middle = 0.0
-    right = 0.0
-    for index in tl.static_range(5):
-        fine = 2 * column + (index - 2)
-        there = inside & (fine >= 0) & (fine < W)
-        r = residual_at(input, target, at_row + fine.to(tl.int64) * channels, there)
-        total += weights[index].to(r.dtype) * r
-        if index == 2:
-            middle = r
-        if index == 3:
-            right = r
-    return total, middle, right
+    input,
+    target,
+    at,  # (UNITS, 2 * COLUMNS): of one fine row of each unit
+    inside,  # whether that row is there
+    column,  # (1, 2 * COLUMNS)
+    channels,
+    W,
+    weights,
+    UNITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """What the five taps make of a row in every second column: (UNITS, COLUMNS). And the row itself."""
+    # Loads as wide as can be, of the pair in the middle and right of it and of those beside it. Of the last the second
+    # is not asked for.
+    left = residual_at(input, target, at - 2 * channels, inside & (column >= 2) & (column < W + 2))
+    middle = residual_at(input, target, at, inside & (column < W))
+    right = residual_at(input, target, at + 2 * channels, inside & (column < W - 2))
+    second_left, first_left = pairs_of(left, UNITS, COLUMNS)
+    centre, first_right = pairs_of(middle, UNITS, COLUMNS)
+    second_right, _ = pairs_of(right, UNITS, COLUMNS)
+    total = weights[0].to(left.dtype) * second_left + weights[1].to(left.dtype) * first_left
+    total += weights[2].to(left.dtype) * centre
+    total += weights[3].to(left.dtype) * first_right + weights[4].to(left.dtype) * second_right
+    return total, middle
 
 
 @triton.jit
@@ -289,10 +302,10 @@ def reduce_kernel(
     band = (program % bands).to(tl.int32)
     unit = program // bands * UNITS + tl.arange(0, UNITS)
     image, channel, block = place_of(unit, channels, blocks)
+    is_unit = (unit < units)[:, None]
     plane = (image * channels + channel)[:, None]
-    image, channel, first = image[:, None], channel[:, None], block[:, None] * ROWS
+    first = block[:, None] * ROWS
     column = band * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    there = (unit < units)[:, None] & (column < width)
     weights = (
         weight_between(2 * column - 2, column, W, EXPAND),
         weight_between(2 * column - 1, column, W, EXPAND),
@@ -300,44 +313,40 @@ def reduce_kernel(
         weight_between(2 * column + 1, column, W, EXPAND),
         weight_between(2 * column + 2, column, W, EXPAND),
     )
+    fine_column = 2 * band * COLUMNS + tl.arange(0, 2 * COLUMNS)[None, :]
     # Down the rows: what two of them share is made once.
-    fine = 2 * first - 2
-    at = offsets_of(image, channel, fine, channels, H, W)
-    second_above, _, _ = reduced_row(
-        input, target, at, there & (fine >= 0) & (fine < H), column, channels, W, weights, EXPAND
+    fine = 2 * first
+    at = offsets_of(image[:, None], channel[:, None], fine, channels, H, W)
+    at += fine_column.to(tl.int64) * channels
+    step = W.to(tl.int64) * channels
+    second_above, _ = reduced_row(
+        input, target, at - 2 * step, is_unit & (fine >= 2) & (fine < H + 2), fine_column, channels, W, weights,
+        UNITS, COLUMNS,
+    )  # fmt: skip
+    above, _ = reduced_row(
+        input, target, at - step, is_unit & (fine >= 1) & (fine < H + 1), fine_column, channels, W, weights,
+        UNITS, COLUMNS,
+    )  # fmt: skip
+    here, middle = reduced_row(
+        input, target, at, is_unit & (fine < H), fine_column, channels, W, weights, UNITS, COLUMNS
     )
-    at += W * channels
-    above, _, _ = reduced_row(
-        input, target, at, there & (fine + 1 >= 0) & (fine + 1 < H), column, channels, W, weights, EXPAND
-    )
-    at += W * channels
-    here, middle, right = reduced_row(
-        input, target, at, there & (fine + 2 < H), column, channels, W, weights, EXPAND
-    )
-    total = tl.zeros((UNITS, COLUMNS), out.dtype.element_ty)
-    has_right = there & (2 * column + 1 < W)
-    for step in tl.static_range(ROWS):
-        row = first + step
+    total = tl.zeros_like(middle)
+    for index in tl.static_range(ROWS):
+        row = first + index
         fine = 2 * row
         if partials is not None:
-            inside = fine < H
             value, _ = penalty(middle, parameter, KIND)
-            total += tl.where(there & inside, value, 0.0)
-            value, _ = penalty(right, parameter, KIND)
-            total += tl.where(has_right & inside, value, 0.0)
-        at += W * channels
-        below, middle, right = reduced_row(
-            input, target, at, there & (fine + 1 < H), column, channels, W, weights, EXPAND
+            total += tl.where(is_unit & (fine < H) & (fine_column < W), value, 0.0)
+        at += step
+        below, middle = reduced_row(
+            input, target, at, is_unit & (fine + 1 < H), fine_column, channels, W, weights, UNITS, COLUMNS
         )
         if partials is not None:
-            inside = fine + 1 < H
             value, _ = penalty(middle, parameter, KIND)
-            total += tl.where(there & inside, value, 0.0)
-            value, _ = penalty(right, parameter, KIND)
-            total += tl.where(has_right & inside, value, 0.0)
-        at += W * channels
-        second_below, middle, right = reduced_row(
-            input, target, at, there & (fine + 2 < H), column, channels, W, weights, EXPAND
+            total += tl.where(is_unit & (fine + 1 < H) & (fine_column < W), value, 0.0)
+        at += step
+        second_below, middle = reduced_row(
+            input, target, at, is_unit & (fine + 2 < H), fine_column, channels, W, weights, UNITS, COLUMNS
         )
         value = weight_between(fine - 2, row, H, EXPAND).to(total.dtype) * second_above
         value += weight_between(fine - 1, row, H, EXPAND).to(total.dtype) * above
@@ -345,13 +354,13 @@ def reduce_kernel(
         value += weight_between(fine + 1, row, H, EXPAND).to(total.dtype) * below
         value += weight_between(fine + 2, row, H, EXPAND).to(total.dtype) * second_below
         to = (plane * height + row) * width + column
-        inside = there & (row < height)
+        inside = is_unit & (row < height) & (column < width)
         if base is not None:
             value = tl.load(base + to, mask=inside, other=0.0) - value
         tl.store(out + to, value, mask=inside)
         second_above, above, here = here, below, second_below
     if partials is not None:
-        total = sum_columns(tl.full(total.shape, factor, total.dtype) * total, UNITS, COLUMNS)
+        total = sum_columns(tl.full(total.shape, factor, total.dtype) * total, UNITS, 2 * COLUMNS)
         tl.store(partials + unit.to(tl.int64) * bands + band, total, mask=unit < units)
 
 
@@ -475,17 +484,18 @@ def columns_of(width, least, most):
     return widest, triton.cdiv(width, widest)
 
 
-ROWS = 8  # pixels of a thread below each other
-REDUCED_ROWS = 4
+MOST, LEAST = 32, 16  # pixels of a thread of average_kernel
+ROWS = 8  # and at most so many of them below each other
+REDUCED_ROWS = 4  # of a unit of the other kernels, of the coarser level
 
 
-def average_tiling(H, W, itemsize, levels):
+def average_tiling(H, W, vector, levels):
+    """With loads of `vector` pixels."""
     cell = 2 ** (levels - 1)
-    rows = min(cell, ROWS)
+    rows = min(cell, ROWS, MOST // vector)
     splits = cell // rows
-    vector = 16 // itemsize
-    columns, bands = columns_of(W, cell, LANES * vector)
-    units = max(splits, WARPS * LANES * vector // columns)
+    columns, bands = columns_of(W, cell, max(cell, LANES * vector))
+    units = max(splits, WARPS * LANES * max(vector, LEAST // rows) // columns)
     return Tiling(rows, splits, units, columns, triton.cdiv(H, cell), bands)
 
 
@@ -522,6 +532,11 @@ class Residual:
     @property
     def unit(self):
         return unit_of(self.input.itemsize, self.input.shape[3])
+
+    @property
+    def vector(self):
+        """Pixels that one load may bring."""
+        return min(self.unit, 16 // self.input.itemsize) if self.channels == 1 else 1
 
     def coarser(self, H, W):
         """An empty tensor for a residual of coarser levels, or its gradient."""
@@ -561,7 +576,7 @@ def average(residual, kind, parameter, factors, gradient):
     """Sums of penalties (B,). Fills `gradient` unless None."""
     H, W = residual.input.shape[2:]
     levels = min(len(factors), DEEPEST)
-    tiles = average_tiling(H, W, residual.input.itemsize, levels)
+    tiles = average_tiling(H, W, residual.vector, levels)
     settings = {f"factor_{level}": factor for level, factor in enumerate(factors[:levels])}
     settings |= {f"factor_{level}": 0.0 for level in range(levels, DEEPEST)}
     settings |= {"parameter": parameter, "KIND": kind, "LEVELS": levels, "SPLITS": tiles.splits}
