@@ -84,12 +84,12 @@ def of_images(
 def averages():
     factors = tuple(f"factor_{level}" for level in range(DEEPEST))
     for dtype, levels, kind, options in (
-        ("bf16", 4, "absolute", {"targets": TARGETS, "programs_per_sm": 2}),
-        ("fp32", 4, "absolute", {"targets": TARGETS, "programs_per_sm": 4}),
-        ("bf16", 1, "square", {"programs_per_sm": 8}),
+        ("bf16", 4, "l1", {"targets": TARGETS, "programs_per_sm": 2}),
+        ("fp32", 4, "l1", {"targets": TARGETS, "programs_per_sm": 4}),
+        ("bf16", 1, "mse", {"programs_per_sm": 8}),
         ("bf16", 6, "charbonnier", {"programs_per_sm": 2}),
-        ("fp32", 6, "power", {"programs_per_sm": 2}),
-        ("fp64", 4, "power", {"programs_per_sm": 2, "stated": False}),
+        ("fp32", 6, "lp", {"programs_per_sm": 2}),
+        ("fp64", 4, "lp", {"programs_per_sm": 2, "stated": False}),
     ):
         size = TORCH_DTYPES[dtype].itemsize
         wide = "fp64" if dtype == "fp64" else "fp32"
@@ -121,11 +121,11 @@ def averages():
         tiles = average_tiling(SIDE, SIDE, 4 if channels == 1 else 1, DEEPEST)
         absent = dict.fromkeys(("gradient", "coarse", "coarse_gradient", "partials"))
         yield of_images(
-            f"pyramid average {DEEPEST} absolute {name}",
+            f"pyramid average {DEEPEST} l1 {name}",
             pyramid_loss.average_kernel,
             "fp32",
             {"input": "fp32", "target": "fp32", **absent, **pointers},
-            {"KIND": "absolute", "LEVELS": DEEPEST, "SPLITS": tiles.splits},
+            {"KIND": "l1", "LEVELS": DEEPEST, "SPLITS": tiles.splits},
             tiles,
             moved=moved,
             channels=channels,
@@ -145,7 +145,7 @@ def five_taps():
         pair = {"input": dtype, "target": dtype}
         options = {"targets": targets, "programs_per_sm": 4, "stated": dtype != "fp64"}
         for name, pointers, kind, expand, moved in (
-            ("gaussian", {"base": None, "partials": wide}, "absolute", False, 2 * size + quarter),
+            ("gaussian", {"base": None, "partials": wide}, "l1", False, 2 * size + quarter),
             ("laplacian", {"base": None, "partials": None}, None, False, 2 * size + quarter),
         ):
             yield of_images(
@@ -171,8 +171,8 @@ def five_taps():
             **options,
         )
         for name, pointers, kind, expand, moved in (
-            ("gaussian", {**pair, "coarse": wide, "partials": None}, "absolute", False, 3 * size + quarter),
-            ("laplacian", {**pair, "coarse": wide, "partials": wide}, "absolute", True, 3 * size + quarter),
+            ("gaussian", {**pair, "coarse": wide, "partials": None}, "l1", False, 3 * size + quarter),
+            ("laplacian", {**pair, "coarse": wide, "partials": wide}, "l1", True, 3 * size + quarter),
             (
                 "gradient",
                 {"input": dtype, "target": None, "coarse": wide, "partials": None},
@@ -199,7 +199,7 @@ def five_taps():
         pyramid_loss.level_kernel,
         "fp32",
         {"input": "fp32", "target": None, "coarse": None, "gradient": "fp32", "partials": "fp32"},
-        {"KIND": "absolute", "EXPAND": False},
+        {"KIND": "l1", "EXPAND": False},
         level_tiling(side, side, 4),
         moved=8,
         side=side,

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .activation import widen
 from .linear_act import COMPILE, accumulator, compatible, on_device
-from .penalty import penalty, specified
+from .loss import penalty
 from .rows import row_sums, sum_columns, unit_of
 
 __all__ = ["compatible", "pyramid_loss"]
@@ -499,14 +499,21 @@ def average_tiling(H, W, vector, levels):
     return Tiling(rows, splits, units, columns, triton.cdiv(H, cell), bands)
 
 
-def level_tiling(H, W, itemsize):
-    """Of reduce_kernel and level_kernel, in rows and columns of the coarser level of (H, W)."""
-    vector = 8 // itemsize if itemsize < 8 else 1
+def coarser_tiling(H, W, vector):
+    """Of reduce_kernel and level_kernel, in rows and columns of the coarser level of (H, W), `vector` of them a
+    thread's."""
     height, width = (H + 1) // 2, (W + 1) // 2
     columns, bands = columns_of(width, 1, LANES * vector)
-    return Tiling(
-        REDUCED_ROWS, 1, WARPS * LANES * vector // columns, columns, triton.cdiv(height, REDUCED_ROWS), bands
-    )
+    units = WARPS * LANES * vector // columns
+    return Tiling(REDUCED_ROWS, 1, units, columns, triton.cdiv(height, REDUCED_ROWS), bands)
+
+
+def reduce_tiling(H, W, itemsize):
+    return coarser_tiling(H, W, 1 if itemsize == 8 else 2)
+
+
+def level_tiling(H, W, itemsize):
+    return coarser_tiling(H, W, 8 // itemsize)
 
 
 @dataclass(frozen=True)
@@ -599,7 +606,7 @@ def average(residual, kind, parameter, factors, gradient):
 
 def reduce(residual, out, *, base=None, expand=False, sums=False, factor=0.0, parameter=0.0, kind=None):
     settings = {"factor": factor, "parameter": parameter, "KIND": kind, "EXPAND": expand}
-    tiles = level_tiling(*residual.input.shape[2:], residual.input.itemsize)
+    tiles = reduce_tiling(*residual.input.shape[2:], residual.input.itemsize)
     return residual.launch(reduce_kernel, tiles, (base, out), sums, settings)
 
 
@@ -676,7 +683,7 @@ def pyramid_loss(input, target, pyramid, penalty, parameter, factors, needs_grad
     gradient = torch.empty_like(input) if needs_gradient else input.new_empty(0)
     if input.numel() == 0:
         return torch.zeros(input.shape[0], dtype=accumulator(input.dtype), device=input.device), gradient
-    kind, parameter = specified(penalty, parameter)
+    kind = penalty if penalty != "power" else {1.0: "l1", 2.0: "mse"}.get(parameter, "lp")
     with on_device(input):
         sums = PYRAMIDS[pyramid](
             Residual(input, target), kind, parameter, factors, gradient if needs_gradient else None
