@@ -4,7 +4,7 @@ import triton
 
 from . import pyramid_loss
 from .aot import TARGETS, TORCH_DTYPES, signature, streaming
-from .pyramid_loss import DEEPEST, WARPS, average_tiling, level_tiling
+from .pyramid_loss import DEEPEST, WARPS, average_tiling, level_tiling, reduce_tiling
 from .rows import unit_of
 
 IMAGES, CHANNELS, SIDE = 1024, 3, 128
@@ -84,10 +84,10 @@ def of_images(
 def averages():
     factors = tuple(f"factor_{level}" for level in range(DEEPEST))
     for dtype, levels, kind, options in (
-        ("bf16", 4, "l1", {"targets": TARGETS, "programs_per_sm": 2}),
+        ("bf16", 4, "l1", {"targets": TARGETS, "programs_per_sm": 4}),
         ("fp32", 4, "l1", {"targets": TARGETS, "programs_per_sm": 4}),
         ("bf16", 1, "mse", {"programs_per_sm": 8}),
-        ("bf16", 6, "charbonnier", {"programs_per_sm": 2}),
+        ("bf16", 6, "charbonnier", {"programs_per_sm": 3}),
         ("fp32", 6, "lp", {"programs_per_sm": 2}),
         ("fp64", 4, "lp", {"programs_per_sm": 2, "stated": False}),
     ):
@@ -135,77 +135,85 @@ def averages():
         )
 
 
+def vector_of(size, side, options):
+    """Pixels of a load."""
+    return min(unit_of(size, side), 16 // size) if options.get("channels", 1) == 1 else 1
+
+
+def reduction(name, dtype, pointers, kind, expand, moved, **options):
+    side = options.get("side", SIDE)
+    size = TORCH_DTYPES[dtype].itemsize
+    return of_images(
+        f"pyramid reduce {name}",
+        pyramid_loss.reduce_kernel,
+        dtype,
+        {"target": None, "base": None, "partials": None, **pointers},
+        {"KIND": kind, "EXPAND": expand},
+        reduce_tiling(side, side, vector_of(size, side, options)),
+        moved=moved,
+        **{"load_bits": min(128, 32 * size), "programs_per_sm": 4, **options},
+    )
+
+
+def level(name, dtype, pointers, kind, expand, moved, **options):
+    side = options.get("side", SIDE)
+    size = TORCH_DTYPES[dtype].itemsize
+    return of_images(
+        f"pyramid level {name}",
+        pyramid_loss.level_kernel,
+        dtype,
+        {"target": None, "coarse": None, "partials": None, **pointers, "gradient": dtype},
+        {"KIND": kind, "EXPAND": expand},
+        level_tiling(side, side, vector_of(size, side, options)),
+        moved=moved,
+        **{"load_bits": 128, "programs_per_sm": 4, **options},
+    )
+
+
 def five_taps():
-    """Level 0 of each, and of each that level 0 has none of level 1."""
-    for dtype, targets in (("bf16", TARGETS), ("fp32", (90,)), ("fp64", (90,))):
+    """What is launched for level 0, and as if for it what is so for others alone."""
+    for dtype, targets in (("bf16", TARGETS), ("fp32", TARGETS), ("fp64", (90,))):
         size = TORCH_DTYPES[dtype].itemsize
         wide = "fp64" if dtype == "fp64" else "fp32"
         quarter = max(4, size) / 4
-        tiles = level_tiling(SIDE, SIDE, size)
         pair = {"input": dtype, "target": dtype}
-        options = {"targets": targets, "programs_per_sm": 4, "stated": dtype != "fp64"}
-        for name, pointers, kind, expand, moved in (
-            ("gaussian", {"base": None, "partials": wide}, "l1", False, 2 * size + quarter),
-            ("laplacian", {"base": None, "partials": None}, None, False, 2 * size + quarter),
-        ):
-            yield of_images(
-                f"pyramid reduce {name}",
-                pyramid_loss.reduce_kernel,
-                dtype,
-                {**pair, **pointers, "out": wide},
-                {"KIND": kind, "EXPAND": expand},
-                tiles,
-                moved=moved,
-                load_bits=8 * size,
-                **options,
-            )
-        yield of_images(
-            "pyramid reduce transposed",
-            pyramid_loss.reduce_kernel,
-            dtype,
-            {"input": dtype, "target": None, "base": wide, "out": wide, "partials": None},
-            {"KIND": None, "EXPAND": True},
-            tiles,
-            moved=size + 2 * quarter,
-            load_bits=8 * size,
-            **options,
+        options = {"targets": targets, "stated": dtype != "fp64"}
+        if dtype == "fp64":
+            options["programs_per_sm"] = 3
+        reduced = {**pair, "out": wide}
+        yield reduction(
+            "gaussian", dtype, {**reduced, "partials": wide}, "l1", False, 2 * size + quarter, **options
         )
-        for name, pointers, kind, expand, moved in (
-            ("gaussian", {**pair, "coarse": wide, "partials": None}, "l1", False, 3 * size + quarter),
-            ("laplacian", {**pair, "coarse": wide, "partials": wide}, "l1", True, 3 * size + quarter),
-            (
-                "gradient",
-                {"input": dtype, "target": None, "coarse": wide, "partials": None},
-                None,
-                False,
-                2 * size + quarter,
-            ),
-        ):
-            yield of_images(
-                f"pyramid level {name}",
-                pyramid_loss.level_kernel,
-                dtype,
-                {**pointers, "gradient": dtype},
-                {"KIND": kind, "EXPAND": expand},
-                tiles,
-                moved=moved,
-                load_bits=64,
-                **options,
-            )
-    # The coarsest level.
-    side = SIDE // 8
-    yield of_images(
-        "pyramid level coarsest",
-        pyramid_loss.level_kernel,
+        yield reduction("laplacian", dtype, reduced, None, False, 2 * size + quarter, **options)
+        transposed = {"input": dtype, "base": wide, "out": wide}
+        yield reduction("transposed", dtype, transposed, None, True, size + 2 * quarter, **options)
+        both = {**pair, "coarse": wide}
+        yield level("gaussian", dtype, both, "l1", False, 3 * size + quarter, **options)
+        yield level("laplacian", dtype, {**both, "partials": wide}, "l1", True, 3 * size + quarter, **options)
+        yield level(
+            "gradient", dtype, {"input": dtype, "coarse": wide}, None, False, 2 * size + quarter, **options
+        )
+    # The coarsest level; pixels that are loaded one by one.
+    yield level(
+        "coarsest",
         "fp32",
-        {"input": "fp32", "target": None, "coarse": None, "gradient": "fp32", "partials": "fp32"},
-        {"KIND": "l1", "EXPAND": False},
-        level_tiling(side, side, 4),
-        moved=8,
-        side=side,
-        programs_per_sm=4,
+        {"input": "fp32", "partials": "fp32"},
+        "l1",
+        False,
+        8,
+        side=SIDE // 8,
         load_bits=64,
     )
+    pair = {"input": "bf16", "target": "bf16"}
+    for name, options in (
+        ("channels_last", {"channels": CHANNELS}),
+        ("odd", {"side": SIDE - 1}),
+    ):
+        options |= {"load_bits": 16, "programs_per_sm": 3}
+        reduced = {**pair, "out": "fp32", "partials": "fp32"}
+        yield reduction(f"charbonnier {name}", "bf16", reduced, "charbonnier", False, 5, **options)
+        both = {**pair, "coarse": "fp32", "partials": "fp32"}
+        yield level(f"charbonnier {name}", "bf16", both, "charbonnier", True, 7, **options)
 
 
 def signatures():

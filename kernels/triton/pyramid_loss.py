@@ -471,17 +471,15 @@ class Tiling:
 
 
 def columns_of(width, least, most):
-    """The columns of a tile, a power of two, and how many tiles `width` takes: as few empty columns as possible, then
-    as few tiles, of 128 bytes of float32 or more."""
-    narrowest = min(most, max(least, 32))
-    widest = min(most, max(narrowest, triton.next_power_of_2(width)))
-    while widest > narrowest and triton.cdiv(width, widest // 2) * (widest // 2) < (
-        triton.cdiv(width, widest) * widest
-    ):
-        widest //= 2
-    if width < widest:
-        widest = max(least, triton.next_power_of_2(width))
-    return widest, triton.cdiv(width, widest)
+    """The columns of a tile, a power of two, and how many tiles `width` takes: few empty columns, then few tiles, but
+    none narrower than a line of memory, 32 float32, if the image is not."""
+    widest = max(least, min(most, triton.next_power_of_2(width)))
+    choices = [widest >> halvings for halvings in range(widest.bit_length())]
+    choices = [columns for columns in choices if columns >= max(least, min(widest, LANES))]
+    columns = min(
+        choices, key=lambda columns: triton.cdiv(width, columns) * columns
+    )  # the first, of equal ones
+    return columns, triton.cdiv(width, columns)
 
 
 MOST, LEAST = 32, 16  # pixels of a thread of average_kernel
@@ -499,21 +497,22 @@ def average_tiling(H, W, vector, levels):
     return Tiling(rows, splits, units, columns, triton.cdiv(H, cell), bands)
 
 
-def coarser_tiling(H, W, vector):
-    """Of reduce_kernel and level_kernel, in rows and columns of the coarser level of (H, W), `vector` of them a
-    thread's."""
+def coarser_tiling(H, W, each):
+    """Of reduce_kernel and level_kernel, in rows and columns of the coarser level of (H, W), `each` thread having so
+    many beside each other."""
     height, width = (H + 1) // 2, (W + 1) // 2
-    columns, bands = columns_of(width, 1, LANES * vector)
-    units = WARPS * LANES * vector // columns
+    columns, bands = columns_of(width, 1, LANES * each)
+    units = WARPS * LANES * each // columns
     return Tiling(REDUCED_ROWS, 1, units, columns, triton.cdiv(height, REDUCED_ROWS), bands)
 
 
-def reduce_tiling(H, W, itemsize):
-    return coarser_tiling(H, W, 1 if itemsize == 8 else 2)
+def reduce_tiling(H, W, vector):
+    # With more, what a thread loads for both neighbours would not fit its registers.
+    return coarser_tiling(H, W, min(2, max(1, vector // 2)))
 
 
-def level_tiling(H, W, itemsize):
-    return coarser_tiling(H, W, 8 // itemsize)
+def level_tiling(H, W, vector):
+    return coarser_tiling(H, W, max(1, vector // 2))
 
 
 @dataclass(frozen=True)
@@ -556,7 +555,9 @@ class Residual:
         units = self.images * self.channels * tiles.blocks
         partials = None
         if sums:
-            partials = torch.empty((B, C * tiles.blocks * tiles.bands), dtype=self.wide, device=self.input.device)
+            partials = torch.empty(
+                (B, C * tiles.blocks * tiles.bands), dtype=self.wide, device=self.input.device
+            )
         kernel[(triton.cdiv(units * tiles.splits, tiles.units) * tiles.bands,)](
             self.input,
             self.target,
@@ -606,13 +607,13 @@ def average(residual, kind, parameter, factors, gradient):
 
 def reduce(residual, out, *, base=None, expand=False, sums=False, factor=0.0, parameter=0.0, kind=None):
     settings = {"factor": factor, "parameter": parameter, "KIND": kind, "EXPAND": expand}
-    tiles = reduce_tiling(*residual.input.shape[2:], residual.input.itemsize)
+    tiles = reduce_tiling(*residual.input.shape[2:], residual.vector)
     return residual.launch(reduce_kernel, tiles, (base, out), sums, settings)
 
 
 def level(residual, coarse, gradient, *, expand=False, sums=False, factor=0.0, parameter=0.0, kind=None):
     settings = {"factor": factor, "parameter": parameter, "KIND": kind, "EXPAND": expand}
-    tiles = level_tiling(*residual.input.shape[2:], residual.input.itemsize)
+    tiles = level_tiling(*residual.input.shape[2:], residual.vector)
     return residual.launch(level_kernel, tiles, (coarse, gradient), sums, settings)
 
 

@@ -190,3 +190,93 @@ def test_noise_of_more_than_two_billion_elements():
     for first in (0, 2**31 - 2048, count - 4096):
         words = _philox.words(torch.tensor(3), 4096, first)
         assert torch.equal(out[first : first + 4096].cpu() == 0, words < 2**31)
+
+
+# --- image pyramids ---------------------------------------------------------------------------------------
+
+PYRAMIDS = ("average", "gaussian", "laplacian")
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def images(*shape, dtype, layout="contiguous"):
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    return [one.contiguous(memory_format=LAYOUTS[layout]) for one in drawn]
+
+
+def pyramid_loss(input, target, **settings):
+    """The loss, for each sample unless `settings` say otherwise, and its gradient."""
+    input = input.detach().requires_grad_()
+    value = AF.pyramid_loss(input, target, **{"reduction": "none", **settings})
+    return value.detach(), *torch.autograd.grad(value.sum(), input)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pyramid", PYRAMIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_pyramid_loss_repeats_bitwise_and_is_that_of_the_cpu(dtype, pyramid, layout):
+    numerics.require_backend("triton", "pyramid_loss", "cuda", dtype)
+    for shape, p in (((3, 3, 128, 128), 2), ((2, 5, 61, 75), 1.5), ((4, 1, 28, 28), "charbonnier")):
+        input, target = images(*shape, dtype=dtype, layout=layout)
+        settings = {"pyramid": pyramid, "p": p, "levels": 4}
+        with aefast.backend("triton"):
+            found = pyramid_loss(input.cuda(), target.cuda(), **settings)
+            again = pyramid_loss(input.cuda(), target.cuda(), **settings)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, again, strict=True))
+        expected = pyramid_loss(input, target, **settings)
+        for ours, theirs in zip(found, expected, strict=True):
+            # Both err by a few roundings, of laplacian gradients in half precision by two on the GPU.
+            eps = torch.finfo(theirs.dtype).eps
+            largest = theirs.abs().max().item()
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=16 * eps, atol=4 * eps * largest)
+
+
+@pytest.mark.parametrize("pyramid", PYRAMIDS)
+def test_pyramid_loss_replays_in_a_graph(pyramid):
+    numerics.require_backend("triton", "pyramid_loss", "cuda", torch.float32)
+    input, target = (one.cuda() for one in images(4, 3, 64, 96, dtype=torch.float32))
+    with aefast.backend("triton"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            pyramid_loss(input, target, pyramid=pyramid)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = pyramid_loss(input, target, pyramid=pyramid)
+        input.copy_(torch.randn_like(input))
+        graph.replay()
+        expected = pyramid_loss(input, target, pyramid=pyramid)
+    for ours, theirs in zip(captured, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("pyramid", PYRAMIDS)
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((3, 1, 2**15, 2**15), "contiguous"), ((3, 2, 2**15, 2**14), "channels_last")],
+)
+def test_pyramid_loss_of_more_than_two_billion_elements(pyramid, shape, layout):
+    """The last of three samples begins at element 2^31, and has the numbers of a call on it alone."""
+    numerics.require_backend("triton", "pyramid_loss", "cuda", torch.bfloat16)
+    input, target = (
+        torch.empty(shape, device="cuda", dtype=torch.bfloat16, memory_format=LAYOUTS[layout]).normal_()
+        for _ in range(2)
+    )
+    settings = {"pyramid": pyramid, "p": 2, "levels": 3}
+    with aefast.backend("triton"):
+        found = pyramid_loss(input, target, **settings)
+        expected = pyramid_loss(input[2:], target[2:], **settings)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours[2:], theirs)
+
+
+def test_pyramid_loss_of_one_image_of_more_than_two_billion_pixels():
+    numerics.require_backend("triton", "pyramid_loss", "cuda", torch.bfloat16)
+    shape = (1, 1, 2**15 + 64, 2**16)
+    input, target = (torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_() for _ in range(2))
+    settings = {"p": 2, "levels": 3, "reduction": "sum"}
+    with aefast.backend("triton"):
+        _, gradient = pyramid_loss(input, target, **settings)
+        _, expected = pyramid_loss(input[:, :, -64:], target[:, :, -64:], **settings)
+    assert torch.equal(gradient[:, :, -64:], expected)
