@@ -13,6 +13,7 @@ added in an order that the shape alone decides, one partial sum for each program
 those of a sample.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -581,7 +582,7 @@ class Residual:
 
 
 def average(residual, kind, parameter, factors, gradient):
-    """Sums of penalties (B,). Fills `gradient` unless None."""
+    """Sums of factor * penalties (B,). Fills `gradient` unless None."""
     H, W = residual.input.shape[2:]
     levels = min(len(factors), DEEPEST)
     tiles = average_tiling(H, W, residual.vector, levels)
@@ -646,7 +647,7 @@ def laplacian(residual, kind, parameter, factors, gradient):
     """As `average`."""
     penalties = [{"kind": kind, "parameter": parameter, "factor": factor} for factor in factors]
     residuals = [residual, *map(Residual, reductions(residual, len(factors)))]
-    for finer, coarser in zip(residuals, residuals[1:], strict=False):
+    for finer, coarser in itertools.pairwise(residuals):
         reduce(finer, coarser.input)
     gradients = [None] * len(factors)
     if gradient is not None:
