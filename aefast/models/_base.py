@@ -128,8 +128,8 @@ class ModelOutput:
     def reconstruction(self) -> torch.Tensor:
         """The shape of the input.
 
-        In training mode the loss may do without it. Then it is made when it is first asked for, from the latent and
-        from the parameters of that moment, and gradients flow through it.
+        In training mode the loss of a large batch does without it. Then it is made when it is first asked for, from the
+        latent and from the parameters of that moment, and gradients flow through it.
         """
         if not isinstance(self.made, torch.Tensor):
             self.made = self.made()

@@ -147,10 +147,18 @@ class DecoderLoss:
         return value / len(x) if self.reduction == "batchmean" else value
 
 
-def does_without(model: Any) -> bool:
-    """Whether `model` computes its loss without the whole reconstruction in this pass.
+# Elements from which a reconstruction is better left out. Fewer fit the last-level cache, where the decoder as one op
+# is faster: measured on two cores with 512 hidden units, 0.95 of its speed at 2^23 elements, 1.05 at 2^24.
+_LARGE = 1 << 24
+
+
+def does_without(model: Any, samples: int) -> bool:
+    """Whether `model` computes its loss of so many samples without the whole reconstruction in this pass.
 
     A compiler gets the plain path: it makes what is returned in any case.
     """
+    is_large = samples * model.config.input_size >= _LARGE
     is_training = model.training and torch.is_grad_enabled()
-    return is_training and model.decoder_loss.is_of_elements and not torch.compiler.is_compiling()
+    return (
+        is_large and is_training and model.decoder_loss.is_of_elements and not torch.compiler.is_compiling()
+    )

@@ -87,7 +87,7 @@ class StochasticAutoencoder(Model):
         flat = self.flatten(x)
         mean = self.encoder(flat)
         latent = self.noise.corrupt(mean)
-        if does_without(self):
+        if does_without(self, len(flat)):
             loss = self._term(self.decoder_loss.of_latent(self.decoder, latent, flat))
             made = functools.partial(self._decoded, latent, x.shape)
             return ModelOutput(made, latent, loss, {"reconstruction": loss})

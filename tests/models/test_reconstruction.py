@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aefast.errors import InputError
-from aefast.models import MODELS, Autoencoder, DenoisingAutoencoder, from_pretrained
+from aefast.models import MODELS, Autoencoder, DenoisingAutoencoder, _reconstruction, from_pretrained
 from aefast.models._reconstruction import LOSSES
 
 SHAPE = (2, 6, 5)
@@ -24,25 +24,26 @@ def make(name, loss, **options):
     return MODELS[name](input_size=60, hidden=(8,), latent=3, activation="tanh", loss=loss, **given)
 
 
+@pytest.fixture(autouse=True)
+def every_batch_is_large(monkeypatch):
+    monkeypatch.setattr(_reconstruction, "_LARGE", 1)
+
+
 def data():
     return torch.rand(7, *SHAPE, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("loss", OPTIONS)
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_takes_every_loss(name, loss):
-    """In training, where the last layer and the loss are one op, value and gradients are those of eval mode's path."""
-    model, x = make(name, loss), data()
-    options = {"noise_std": 0.0} if name == "denoising" else {}
-    if options:
-        model = make(name, loss, **options)
+def test_every_model_takes_every_loss(monkeypatch, name, loss):
+    """Without the reconstruction, value and gradients are those of the path that makes it."""
+    model, x = make(name, loss, **({"noise_std": 0.0} if name == "denoising" else {})), data()
     results = []
-    for makes_reconstruction in (False, True):
+    for least in (1, 10**6):
+        monkeypatch.setattr(_reconstruction, "_LARGE", least)
         torch.manual_seed(5)
-        if makes_reconstruction:
-            # A hook on the last layer wants its output, which the fused op never makes.
-            model.decoder.layers[-1].register_forward_hook(lambda *_: None)
         out = model(x)
+        assert callable(out.made) == (least == 1 and loss != "pyramid")
         results.append(
             [out.loss, *torch.autograd.grad(out.loss, list(model.parameters()), allow_unused=True)]
         )
@@ -71,6 +72,14 @@ def test_gradients_flow_through_the_reconstruction():
     out = model(x)
     out.loss.backward()
     torch.testing.assert_close(found, [parameter.grad for parameter in model.parameters()])
+
+
+def test_hooks_are_called():
+    model, x, seen = make("autoencoder", "mse"), data(), []
+    expected = model(x).loss
+    model.decoder.layers[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(model(x).loss, expected)
+    assert len(seen) == 1
 
 
 def test_logits_become_probabilities():
