@@ -145,9 +145,10 @@ void multiply(Matrix a, Matrix b, Matrix out, bool use_blas) {
   });
 }
 
-void multiply_add(Matrix a, Matrix b, Matrix out) {
-  const Tensor sum = borrow(out);
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(sum.get(), sum.get(), borrow(a).get(), borrow(b).get(), 1.0, 1.0));
+// out = start + a b by the BLAS; start is of out's size, or one row for all of its rows.
+void multiply_add(Matrix a, Matrix b, Matrix start, Matrix out) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(borrow(out).get(), borrow(start).get(), borrow(a).get(),
+                                                  borrow(b).get(), 1.0, 1.0));
 }
 
 // Whether the processor has matrix instructions for bfloat16.
@@ -325,7 +326,7 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
     if (begin == 0)
       multiply(g_block, x_block, sum, true);
     else
-      multiply_add(g_block, x_block, sum);
+      multiply_add(g_block, x_block, sum, sum);
   }
   pointwise().convert(type, out.scalar, sum.data, sum.cols, 1, out.data, out.rows, out.cols);
 }
@@ -336,11 +337,18 @@ void layer_forward(const LayerForward& layer, Matrix x, Matrix out, Matrix deriv
   Scratch scratch;
   const Scalar type = layer.weight.scalar;
   const Matrix pre = type == out.scalar ? out : scratch.matrix(type, out.rows, out.cols);
-  multiply(converted(x, type, scratch), layer.weight.transposed(), pre, use_blas);
-  if (layer.spec.activation == Activation::identity && !layer.bias.data && type == out.scalar) return;
+  const Matrix rows_of_x = converted(x, type, scratch), columns = layer.weight.transposed();
+  // A product in half precision is rounded, so that the bias has to be in it before.
+  const bool has_bias = layer.bias.data && type != accumulator_type(type);
+  if (has_bias)
+    multiply_add(rows_of_x, columns, layer.bias, pre);
+  else
+    multiply(rows_of_x, columns, pre, use_blas);
+  const void* const bias = has_bias ? nullptr : layer.bias.data;
+  if (layer.spec.activation == Activation::identity && !bias && type == out.scalar) return;
   const int64_t block = std::max<int64_t>(1, (1 << 14) / out.cols);
   for_row_blocks(out.rows, out.cols, block, [&](int64_t row, int64_t rows) {
-    pointwise().bias_activation(layer.spec, type, out.scalar, pre.row_block(row, rows).data, layer.bias.data,
+    pointwise().bias_activation(layer.spec, type, out.scalar, pre.row_block(row, rows).data, bias,
                                 out.row_block(row, rows).data, derivative.row_block(row, rows).data, rows, out.cols);
   });
 }
