@@ -202,15 +202,38 @@ void convert(const Accumulator<T>* values, int64_t count, T* out) {
 // What a level gets of the coarser one: its expansion, or its part of the gradient.
 enum class Rise { expand, adjoint };
 
+// Memory to ask for while the levels of a tile are worked on, when none is read or written: that of the next tile's
+// operands, and that of this one's gradient. Each is as long as the finest level, or null.
+struct Ahead {
+  const char *input = nullptr, *target = nullptr;
+  char* gradient = nullptr;
+  int64_t element_size = 1;
+
+  AEFAST_HD void to_read(int64_t first, int64_t count) const {
+    if (!input) return;
+    for (int64_t byte = first * element_size; byte < (first + count) * element_size; byte += 64) {
+      __builtin_prefetch(input + byte, 0);
+      __builtin_prefetch(target + byte, 0);
+    }
+  }
+  AEFAST_HD void to_write(int64_t first, int64_t count) const {
+    if (!gradient) return;
+    for (int64_t byte = first * element_size; byte < (first + count) * element_size; byte += 64)
+      __builtin_prefetch(gradient + byte, 1);
+  }
+};
+
 template <typename A>
 struct Channel {
   const Pyramid& pyramid;
   A *finished, *between;
+  Ahead ahead;
   Level<A> levels[kMostLevels];
 
   // `plane` has the residuals of the finest level, and `coarse` room for the others.
-  Channel(const Pyramid& pyramid, int64_t rows, int64_t columns, A* plane, A* coarse, A* finished, A* between)
-      : pyramid(pyramid), finished(finished), between(between) {
+  Channel(const Pyramid& pyramid, int64_t rows, int64_t columns, A* plane, A* coarse, A* finished, A* between,
+          const Ahead& ahead)
+      : pyramid(pyramid), finished(finished), between(between), ahead(ahead) {
     levels[0] = {plane, rows, columns};
     for (int64_t level = 1; level < pyramid.levels; ++level) {
       rows = coarse_size(pyramid.kind, rows);
@@ -225,7 +248,10 @@ struct Channel {
   double run(T* out) {
     const int64_t last = pyramid.levels - 1;
     for (int64_t level = 0; level < last; ++level)
-      for (int64_t row = 0; row < levels[level + 1].rows; ++row) go_down<false>(level, row, levels[level + 1].row(row));
+      for (int64_t row = 0; row < levels[level + 1].rows; ++row) {
+        if (level == 0) ahead.to_write(2 * row * levels[0].columns, 2 * levels[0].columns);
+        go_down<false>(level, row, levels[level + 1].row(row));
+      }
     const bool has_bands = pyramid.kind == PyramidKind::laplacian;
     if (has_bands)
       for (int64_t level = 0; level < last; ++level)
@@ -294,6 +320,7 @@ struct Channel {
     const Level<A>& from = levels[level];
     double sum = 0.0;
     for_rows(level, [&](int64_t first, int64_t rows) __attribute__((always_inline)) {
+      if (level == 0) ahead.to_read(first * from.columns, rows * from.columns);
       if constexpr (kAdd) rise(Rise::adjoint, level, first, rows);
       sum += penalise<K, kStore, kAdd>(from.row(first), finished, rows * from.columns, A(pyramid.penalty.parameter),
                                        A(pyramid.factors[level]), out + first * from.columns);
@@ -365,10 +392,16 @@ class Tiles {
     read(place);
     // Rows that lie one after another are written at once.
     const bool is_whole = kStore && !residuals_.is_channels_last && place.columns == residuals_.width;
+    Ahead ahead;
+    if (!residuals_.is_channels_last && place.columns == residuals_.width) {
+      const int64_t size = sizeof(T), next = (place.at + place.rows * place.columns) * size;
+      ahead = {static_cast<const char*>(residuals_.input) + next, static_cast<const char*>(residuals_.target) + next,
+               kStore ? static_cast<char*>(residuals_.gradient) + place.at * size : nullptr, size};
+    }
     double sum = 0.0;
     for (int64_t index = 0; index < place.channels; ++index) {
       A* const plane = planes_ + index * sizes_.plane;
-      Channel<A> channel(pyramid_, place.rows, place.columns, plane, levels_, finished_, row_);
+      Channel<A> channel(pyramid_, place.rows, place.columns, plane, levels_, finished_, row_, ahead);
       sum += is_whole ? channel.template run<K, kStore>(static_cast<T*>(residuals_.gradient) + place.at)
                       : channel.template run<K, kStore>(plane);
     }
