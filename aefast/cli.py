@@ -236,6 +236,14 @@ def train(
         int | None,
         typer.Option(help="Resolutions that pyramid compares. \\[default: 4]", rich_help_panel=_MODEL),
     ] = None,
+    pyramid_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X[,X...]",
+            help="Their weights, that of the finest first. \\[default: 1 each]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     likelihood: Annotated[
         str | None,
         typer.Option(
@@ -391,6 +399,7 @@ def train(
         "loss_delta": loss_delta,
         "pyramid": pyramid,
         "pyramid_levels": pyramid_levels,
+        "pyramid_weights": _numbers(pyramid_weights, "pyramid_weights"),
         "likelihood": likelihood,
         "beta": beta,
         "kl_warmup_steps": kl_warmup_steps,
@@ -566,15 +575,20 @@ def _widths(text: str | None, argument: str) -> tuple[int, ...] | None:
 
 def _bandwidths(text: str | None) -> float | tuple[float, ...] | None:
     """``"2"`` as 2.0 and ``"1,2,4"`` as (1.0, 2.0, 4.0); None stays None."""
+    values = _numbers(text, "mmd_bandwidth", " above 0")
+    return values[0] if values is not None and len(values) == 1 else values
+
+
+def _numbers(text: str | None, argument: str, condition: str = "") -> tuple[float, ...] | None:
+    """``"1,2,4"`` as (1.0, 2.0, 4.0); None stays None."""
     if text is None:
         return None
     try:
-        values = tuple(float(part) for part in text.split(","))
+        return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise InputError(
-            f"mmd_bandwidth={text!r}: expected a number above 0, or several with commas between them, such as 1,2,4"
+            f"{argument}={text!r}: expected a number{condition}, or several with commas between them, such as 1,2,4"
         ) from None
-    return values[0] if len(values) == 1 else values
 
 
 _arguments: list[str] = []

@@ -22,9 +22,9 @@ _TAKES = {
     "huber": ("loss_delta",),
     "lp": ("loss_p",),
     "charbonnier": ("loss_eps",),
-    "pyramid": ("loss_p", "loss_eps", "pyramid", "pyramid_levels"),
+    "pyramid": ("loss_p", "loss_eps", "pyramid", "pyramid_levels", "pyramid_weights"),
 }
-_OPTIONS = ("loss_p", "loss_eps", "loss_delta", "pyramid", "pyramid_levels")
+_OPTIONS = ("loss_p", "loss_eps", "loss_delta", "pyramid", "pyramid_levels", "pyramid_weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class LossConfig(DenseConfig):
         loss_delta: of huber.
         pyramid: "average", which is the default, "gaussian" or "laplacian".
         pyramid_levels: 4 by default.
+        pyramid_weights: of the levels, the finest first; 1 by default.
         image_shape: (C, H, W) of a sample, the order in which its features are flattened; "pyramid" needs it.
     """
 
@@ -49,10 +50,14 @@ class LossConfig(DenseConfig):
     loss_delta: float | None = None
     pyramid: str | None = None
     pyramid_levels: int | None = None
+    pyramid_weights: tuple[float, ...] | None = None
     image_shape: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # The dataclass is frozen; a list given for a tuple is settled here once.
+        if isinstance(self.pyramid_weights, list):
+            object.__setattr__(self, "pyramid_weights", tuple(self.pyramid_weights))
         if self.image_shape is not None:
             shape = check_sizes(self.image_shape, "image_shape")
             object.__setattr__(self, "image_shape", shape)
@@ -89,7 +94,11 @@ class LossConfig(DenseConfig):
         names = ("loss_p", "loss_eps", "loss_delta")
         given = {name.removeprefix("loss_"): getattr(self, name) for name in names}
         if self.loss == "pyramid":
-            given |= {"pyramid": self.pyramid, "levels": self.pyramid_levels}
+            given |= {
+                "pyramid": self.pyramid,
+                "levels": self.pyramid_levels,
+                "weights": self.pyramid_weights,
+            }
             if self.loss_eps is not None:
                 if self.loss_p is not None:
                     raise InputError(

@@ -91,7 +91,7 @@ def test_logits_become_probabilities():
 
 
 def test_options_are_saved(tmp_path):
-    model = make("denoising", "pyramid", pyramid="laplacian", loss_p=1.5)
+    model = make("denoising", "pyramid", pyramid="laplacian", pyramid_weights=(2.0, 0.5), loss_p=1.5)
     model.save_pretrained(tmp_path)
     loaded = from_pretrained(tmp_path)
     assert isinstance(loaded, DenoisingAutoencoder) and loaded.config == model.config

@@ -429,3 +429,17 @@ def test_signals_leave_a_run_to_resume(train, data, tmp_path, capsys, number):
     # 90 samples to train on make 6 steps an epoch.
     assert steps[-1] == 6 * (epoch + 1)
     assert steps == sorted(set(steps))
+
+
+def test_pyramid_of_images(train, tmp_path, capsys):
+    """The shape of a sample is that of the data."""
+    images = tmp_path / "images.npy"
+    np.save(images, np.random.default_rng(0).random((60, 6, 4), dtype=np.float32))
+    options = ("--no-compare", "--loss", "pyramid", "--pyramid-levels", "2", "--pyramid-weights", "2,1")
+    assert train(*options, data=images) == 0
+    config = from_pretrained(tmp_path / "run").config
+    assert config.image_shape == (1, 6, 4) and config.pyramid_weights == (2.0, 1.0)
+    assert train(*options, "--pyramid-weights", "2,x", data=images) == 2
+    assert "pyramid_weights='2,x': expected a number" in capsys.readouterr().err
+    assert train("--no-compare", "--loss", "pyramid", data=images, out=tmp_path / "other") == 2
+    assert "levels must be" in capsys.readouterr().err

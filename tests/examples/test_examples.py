@@ -1,0 +1,24 @@
+"""The examples in a short form."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.slow
+def test_sharper_reconstructions(tmp_path):
+    """At equal pixel error a pyramid loss leaves more of the image gradients than the mean squared error."""
+    arguments = ("--out", tmp_path, "--epochs", "2", "--patches", "40000")
+    command = [sys.executable, EXAMPLES / "sharper_reconstructions.py", *arguments]
+    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"^(.+?) +pixel error ([\d.]+) · image gradients +([\d.]+)%", found, re.MULTILINE)
+    shares = {name: float(share) for name, _, share in lines}
+    errors = {name: float(error) for name, error, _ in lines}
+    assert errors["mean squared error"] <= errors["pyramid loss"] < 0.02
+    assert shares["mean squared error"] < shares["pyramid loss"] < shares["original"] == 100
+    assert (tmp_path / "sharper.png").read_bytes().startswith(b"\x89PNG")
