@@ -19,6 +19,6 @@ def test_sharper_reconstructions(tmp_path):
     lines = re.findall(r"^(.+?) +pixel error ([\d.]+) · image gradients +([\d.]+)%", found, re.MULTILINE)
     shares = {name: float(share) for name, _, share in lines}
     errors = {name: float(error) for name, error, _ in lines}
-    assert errors["mean squared error"] <= errors["pyramid loss"] < 0.02
+    assert errors["pyramid loss"] <= errors["mean squared error"] < 0.02
     assert shares["mean squared error"] < shares["pyramid loss"] < shares["original"] == 100
     assert (tmp_path / "sharper.png").read_bytes().startswith(b"\x89PNG")
