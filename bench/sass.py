@@ -9,6 +9,7 @@ import collections
 import functools
 import graphlib
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -93,21 +94,29 @@ class Code:
     def flow(self) -> Flow:
         return Flow(self.instructions)
 
-    def executed(self, passes: int = 1, step_bytes: int | None = None) -> list[tuple[Instruction, int]]:
+    def executed(
+        self,
+        passes: int = 1,
+        step_bytes: int | None = None,
+        nested: tuple[int, ...] = (),
+        edge: str | None = None,
+    ) -> list[tuple[Instruction, int]]:
         """The instructions that a warp issues, and how often, if its hot loop takes `passes` passes.
 
         `step_bytes`: what a lane moves to or from global memory in one of `passes`, of which the compiler may have
-        made several one pass of the machine code.
+        made several one pass of the machine code. `nested`: passes of the hot loop in one of the loop around it, of
+        that loop in one of the next, and so on; what these do beside the hot loop counts as often. `edge`: an opcode
+        that loops over edges of the data have, and the hot one has not.
 
         Of two ways the one is taken that a warp inside the data takes: no call of a slow path and no waiting; the
         most bytes of global memory, in the fewest accesses; the most instructions. Remainders of the hot loop are
         not run: shapes are of whole passes.
 
         Raises:
-            ValueError: `passes` is not 1 and there is no loop.
+            ValueError: `passes` is not 1 and there is no loop, or there are fewer loops around it than `nested` says.
         """
         flow = self.flow
-        hot = flow.hot_loop
+        hot = flow.hottest(edge)
         if hot is None and passes != 1:
             raise ValueError(f"{passes} passes of a kernel without a loop")
         times = [1] * len(flow.blocks)
@@ -116,8 +125,25 @@ class Code:
             if step_bytes is not None:
                 moved = sum(i.global_bytes for block in in_loop for i in flow.blocks[block])
                 passes = -(-passes * step_bytes // moved)
+            around = sorted(
+                (loop for loop in flow.loops if hot.blocks < loop.blocks), key=lambda loop: -len(loop.blocks)
+            )
+            if len(around) < len(nested):
+                raise ValueError(f"{len(nested)} loops around the hot one, which has {len(around)}")
+            # From the outermost that is asked for inwards.
+            outward = [passes // math.prod(nested[: depth + 1]) for depth in range(len(nested))]
+            for loop, its_passes in zip(around[len(around) - len(nested) :], reversed(outward), strict=True):
+                for block in loop.blocks:
+                    times[block] = its_passes
             for block in flow.remainders(hot):
                 times[block] = 0
+            if edge is not None:
+                for loop in flow.loops:
+                    if not loop.blocks & hot.blocks and any(
+                        i.opcode == edge for block in loop.blocks for i in flow.blocks[block]
+                    ):
+                        for block in loop.blocks:
+                            times[block] = 0
             for block in in_loop:
                 times[block] = passes
         counted = []
@@ -207,9 +233,18 @@ class Flow:
 
     @functools.cached_property
     def hot_loop(self) -> Loop | None:
-        """Of the innermost loops the one with the most bytes of global memory, then instructions, a pass."""
+        return self.hottest()
+
+    def hottest(self, edge: str | None = None) -> Loop | None:
+        """Of the innermost loops without the opcode `edge` the one with the most bytes of global memory, then
+        instructions, a pass."""
         loops = [loop for loop in self.loops if not loop.blocks <= self.waiting]
         innermost = [loop for loop in loops if not any(other.blocks < loop.blocks for other in loops)]
+        innermost = [
+            loop
+            for loop in innermost
+            if not any(i.opcode == edge for block in loop.blocks for i in self.blocks[block])
+        ]
 
         def work(loop: Loop) -> tuple[int, int]:
             instructions = [i for block in loop.blocks for i in self.blocks[block]]

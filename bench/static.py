@@ -179,7 +179,7 @@ class Missing:
 def estimate(language: str, kernel: str, name: str, code: sass.Code, workload: Workload) -> Estimate:
     """The cost of a launch. Multiprocessors get whole programs: the busiest decides."""
     step = None if workload.pass_bytes is None else workload.pass_bytes // (WARP * workload.warps)
-    executed = code.executed(workload.passes, step)
+    executed = code.executed(workload.passes, step, workload.nested, workload.edge)
     per_element = WARP * workload.warps * workload.programs / workload.elements
     rounds = math.ceil(workload.programs / MULTIPROCESSORS)
     counts: Counter[str] = Counter()
@@ -256,6 +256,8 @@ MANGLED = {"N3c108BFloat16E": "bf16", "N3c104HalfE": "fp16", "f": "fp32", "d": "
 
 # What a kernel's flags say, beyond its name; nothing for those that are not here.
 SPECIALISED = {
+    ("pairs", "0"): ("value",),
+    ("tiles", "0"): ("value",),
     ("activation", "1"): ("with derivative",),
     ("activation_gradient", "0"): ("one by one",),
     ("reparameterize", "10"): ("any strides",),
@@ -267,6 +269,17 @@ SPECIALISED = {
     ("reparameterize_gradient", "011"): ("divergence alone",),
     ("reparameterize_gradient", "010"): ("divergence alone", "any strides"),
 }
+
+# As mmd_kernels.cuh has them: the kernel functions, and of its kernels by the dimensions that they have room for the
+# name, a block's warps and rows, the columns of a pass of the hot loop, and such passes in one of the loops around it.
+FORMS = ("rbf", "laplacian", "imq", "rational_quadratic", "energy", "octaves", "seven")
+PAIRS = {
+    2: ("pairs", 4, 512, 2, (16, 4)),
+    8: ("pairs", 4, 512, 2, (16, 4)),
+    16: ("tiles", 8, 256, 8, (4,)),
+}
+PAIR_SPLITS = 32
+POINTS = 8192  # of each of two samples
 
 # As linear_act_kernels.cuh has them.
 WARPS = 8
@@ -294,17 +307,21 @@ def cuda_estimates(library: Path) -> list[Estimate | Missing]:
 
 def readable(symbol: str) -> str:
     """A mangled kernel as "activation gelu with derivative bf16"; any other symbol as it is."""
-    match = re.search(rf"\d+([a-z_]+)_kernelI({'|'.join(MANGLED)})", symbol)
+    match = re.search(rf"\d+([a-z_]+)_kernelI({'|'.join(MANGLED)}|(?=LNS))", symbol)
     if match is None:
         return symbol
     words = [match[1]]
+    if form := re.search(r"FormE(\d+)E", symbol):
+        words.append(FORMS[int(form[1])])
+        words += re.findall(r"Li(\d+)E", symbol)
     if activation := re.search(r"ActivationE(\d+)E", symbol):
         words.append(ACTIVATIONS[int(activation[1])])
     elif "GradientOfAny" in symbol:
         words.append("any")
     flags = "".join(re.findall(r"Lb([01])E", symbol))
     words += SPECIALISED.get((match[1], flags), ())
-    return " ".join([*words, MANGLED[match[2]]])
+    # Without an element type it is the tensor cores' one.
+    return " ".join([*words, MANGLED.get(match[2], "fp32")])
 
 
 def cuda_workloads() -> dict[str, Workload]:
@@ -316,7 +333,93 @@ def cuda_workloads() -> dict[str, Workload]:
         found |= _column_sum(dtype) | _reparameterize(dtype)
     for activation in ("relu", "silu", "softplus"):
         found |= _activation(activation, "bf16")
-    return found | _gradient("any", "bf16") | _gradient("any", "fp32")
+    for dimensions in PAIRS:
+        found |= _pairs("octaves", dimensions, exps=1) | _pairs("seven", dimensions, exps=7)
+    return found | _around_pairs() | _gradient("any", "bf16") | _gradient("any", "fp32")
+
+
+def _pairs(form: str, dimensions: int, exps: int) -> dict[str, Workload]:
+    """Value and both gradients of two samples, each pair of whose points is met once; counts are of such a pair.
+    `exps`: a pair's exponentials, or what takes as long."""
+    kernel, warps, rows, columns, nested = PAIRS[dimensions]
+    points = 2 * POINTS
+    tiles, split = points // rows, points // PAIR_SPLITS
+    # A tile of rows begins with its own columns.
+    programs = sum(PAIR_SPLITS - tile * rows // split for tile in range(tiles))
+    pairs = points * (points - 1) // 2
+    is_tf32 = kernel == "tiles"
+    room = "" if is_tf32 else f" {dimensions}"
+    partial_sums = points * dimensions * 4 * (tiles + PAIR_SPLITS) // 2
+    return {
+        f"{kernel} {form}{room} fp32": Workload(
+            f"{points}×{points}×{dimensions}",
+            "tf32" if is_tf32 else "fp32",
+            programs=programs,
+            warps=warps,
+            elements=pairs,
+            bytes=2 * points * dimensions * 4,
+            # As accurate as in float32, a product is three of TF32's.
+            flops=pairs * 6 * dimensions * (3 if is_tf32 else 1),
+            exps=pairs * exps,
+            passes=split // columns,
+            nested=nested,
+            edge="FSEL",  # where places hold no pair
+            distinct_bytes=points * dimensions * 4 + partial_sums,
+        )
+    }
+
+
+def _around_pairs() -> dict[str, Workload]:
+    """What comes before the pairs of 16 dimensions and behind them, and kernel values of a block of mmd_test."""
+    points, dimensions, block = 2 * POINTS, 16, 4096
+    elements = points * dimensions
+    parts = (points // PAIRS[dimensions][2] + PAIR_SPLITS) // 2
+    shape = f"{points}×{dimensions}"
+    return {
+        "mean fp32": Workload(
+            shape,
+            "fp32",
+            programs=64,
+            warps=WARPS,
+            elements=elements,
+            bytes=elements * 4,
+            passes=elements // (64 * WARP * WARPS),
+            distinct_bytes=elements * 4,
+        ),
+        "centre fp32": Workload(
+            shape,
+            "fp32",
+            programs=points // (WARP * WARPS),
+            warps=WARPS,
+            elements=elements,
+            bytes=(2 * dimensions + 1) * points * 4,
+            passes=dimensions,
+            distinct_bytes=(2 * dimensions + 1) * points * 4,
+        ),
+        "gather fp32": Workload(
+            f"{parts}×{shape}",
+            "fp32",
+            programs=1 + elements // (WARP * WARPS),
+            warps=WARPS,
+            elements=parts * elements,
+            bytes=(parts + 1) * elements * 4,
+            passes=parts,
+            pass_bytes=4 * WARP * WARPS,
+            distinct_bytes=(parts + 1) * elements * 4,
+        ),
+        "values rbf fp32": Workload(
+            f"{block}×{block}×{dimensions}",
+            "fp32",
+            programs=block * block // (WARP * WARPS),
+            warps=WARPS,
+            elements=block * block,
+            bytes=(block + 2 * dimensions) * block * 4,
+            exps=block * block,
+            passes=dimensions,
+            pass_bytes=8 * WARP * WARPS,
+            distinct_bytes=(block + 2 * dimensions) * block * 4,
+        ),
+    }
 
 
 def _activation(activation: str, dtype: str) -> dict[str, Workload]:

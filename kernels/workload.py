@@ -25,6 +25,11 @@ class Workload:
     flops: int = 0
     exps: int = 0
     passes: int = 1  # of the hot loop, in every warp; 1 also where there is none
+    # Of the hot loop in one pass of the loop around it, of that one in one of the next, and so on, where what these do
+    # besides counts. None of the others: their blocks count once.
+    nested: tuple[int, ...] = ()
+    # An opcode of loops over edges of the data, of which shapes of whole tiles have few, where the hot loop has none.
+    edge: str | None = None
     # Moved by a program to or from global memory in a pass, where the compiler may unroll the loop.
     pass_bytes: int | None = None
     # Loaded through tensor descriptors by a program in a pass: their instructions do not say how much.

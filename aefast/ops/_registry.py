@@ -209,15 +209,21 @@ def refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
 
 
 @functools.cache
-def _resolve(request: str, op: str, device_type: str, dtype: torch.dtype) -> str:
+def _resolve(
+    request: str, op: str, device_type: str, dtype: torch.dtype, unfit: tuple[str, str] | None
+) -> str:
+    def refused(name: str) -> str | None:
+        reason = refusal(name, op, device_type, dtype)
+        return unfit[1] if reason is None and unfit is not None and unfit[0] == name else reason
+
     if _checked_name(request, "AEFAST_BACKEND") != "auto":
-        reason = refusal(request, op, device_type, dtype)
+        reason = refused(request)
         if reason:
             raise BackendError(f"backend {request!r} cannot serve {op}: {reason}")
         return request
     reasons = []
     for row in BACKENDS:
-        reason = refusal(row.name, op, device_type, dtype)
+        reason = refused(row.name)
         if reason is None:
             break
         if row.supports(op, device_type, dtype) is None:
@@ -227,8 +233,8 @@ def _resolve(request: str, op: str, device_type: str, dtype: torch.dtype) -> str
     return row.name
 
 
-def _choose(op: str, device_type: str, dtype: torch.dtype) -> str:
-    return _resolve(_requested.get(), op, device_type, dtype)
+def _choose(op: str, device_type: str, dtype: torch.dtype, unfit: tuple[str, str] | None) -> str:
+    return _resolve(_requested.get(), op, device_type, dtype, unfit)
 
 
 # What torch.compiler.assume_constant_result does; calling that would import the compiler, over a second.
@@ -240,20 +246,25 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or _innermost_transform() is not None
 
 
-def choose(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> str:
+def choose(
+    op: str,
+    tensor: torch.Tensor,
+    *others: torch.Tensor | None,
+    unfit: tuple[str, str] | None = None,
+) -> str:
     """The backend that serves a call of `op` on tensors like `tensor`, with `others` of its dtype and device.
 
     That is the one requested by name. Else it is the first in `BACKENDS` that can serve the call, but
     "eager" under torch.func's transforms and forward-mode differentiation and for sparse and nested
-    tensors, which the reference alone supports.
+    tensors, which the reference alone supports. `unfit` is a backend that is not for this call, and why.
 
     Raises:
         BackendError: a backend was requested by name and cannot serve the call.
     """
     if torch.compiler.is_compiling():
-        return _choose(op, tensor.device.type, tensor.dtype)
+        return _choose(op, tensor.device.type, tensor.dtype, unfit)
     request = _requested.get()
-    name = _resolve(request, op, tensor.device.type, tensor.dtype)
+    name = _resolve(request, op, tensor.device.type, tensor.dtype, unfit)
     if name == "eager":
         return name
     if is_transformed():
@@ -310,7 +321,7 @@ def is_direct(name: str, *tensors: torch.Tensor | None) -> bool:
 
 @functools.cache
 def _launchers(request: str, op: str, device_type: str, dtype: torch.dtype) -> tuple[str, Any] | None:
-    name = _resolve(request, op, device_type, dtype)
+    name = _resolve(request, op, device_type, dtype, None)
     return (name, kernels(name, op)) if name in _EXAMINING else None
 
 

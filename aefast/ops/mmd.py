@@ -160,11 +160,23 @@ def _(x, y, unit, kernel, rates, alpha, weights, needs, backend):
     return value, *(x.new_empty((0, x.shape[1]), dtype=wide) for _ in range(2))
 
 
+CUDA_DIMENSIONS = 16
+"""Of points for which mmd's CUDA kernels are: they hold them in registers. Beyond, Triton's tiles are."""
+
+
+def backend_of(x: Tensor, y: Tensor) -> str:
+    """The one that serves x (N, D) and y (M, D)."""
+    unfit = None
+    if x.shape[1] > CUDA_DIMENSIONS:
+        unfit = "cuda", f"its kernels of mmd are for points of up to {CUDA_DIMENSIONS} dimensions"
+    return _registry.choose("mmd", x, y, unfit=unfit)
+
+
 def weighted_sum(
     x: Tensor, y: Tensor, unit: Tensor | None, kernel: Kernel, weights: tuple[float, ...]
 ) -> Tensor:
     """`sum_reference`, on the backend that serves it."""
-    backend = _registry.choose("mmd", x, y)
+    backend = backend_of(x, y)
     if backend == "eager":
         return sum_reference(x, y, unit, kernel, weights)
     arguments = (x, y, unit, kernel.name, kernel.rates, kernel.alpha, weights, 0)
@@ -301,7 +313,7 @@ def _of_group(
     firsts = sum(x_counts[:rank]), sum(y_counts[:rank])
     unit = unit_of(kernel, bandwidth, all_x, all_y)
     weights = weights_of(estimator, kernel, all_x.shape[0], all_y.shape[0])
-    backend = _registry.choose("mmd", x, y)
+    backend = backend_of(x, y)
     launchers = None if backend == "eager" else _registry.kernels(backend, "mmd")
     part = _RowsOfMMD.apply(x, y, (all_x, all_y, firsts, unit, kernel, weights, launchers))
     # The ranks' parts have no gradient with respect to the rows of other ranks, and each has all of its own.

@@ -47,8 +47,9 @@ class MMDTest:
 def kernel_block(x_rows: Tensor, x_columns: Tensor, kernel: Kernel, unit: Tensor | None) -> Tensor:
     """The kernel values of all pairs of rows of (R, D) and (C, D), (R, C), the caller's own. Points are centred; `unit`
     is what squared distances are divided by, a scalar, or None for 1."""
-    if _registry.choose("mmd", x_rows, x_columns) == "cpu":
-        launch = _registry.kernels("cpu", "mmd").kernel_values
+    backend = mmd.backend_of(x_rows, x_columns)
+    if backend in ("cpu", "cuda"):
+        launch = _registry.kernels(backend, "mmd").kernel_values
         return launch(x_rows, x_columns, unit, kernel.name, kernel.rates, kernel.alpha)
     if not kernel.is_smooth:
         distance = _distances(x_rows, x_columns, unit)

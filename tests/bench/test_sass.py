@@ -58,8 +58,8 @@ CODES = sass.parse(LISTING)
 FIRST = CODES["first_kernel"]
 
 
-def executed(code, *arguments):
-    return sass.histogram(code.executed(*arguments))
+def executed(code, *arguments, **settings):
+    return sass.histogram(code.executed(*arguments, **settings))
 
 
 def test_instructions():
@@ -100,6 +100,38 @@ def test_passes_of_an_unrolled_loop():
     # 8 bytes in a pass of the source, 16 in one of the machine code.
     assert executed(FIRST, 6, 8)["FFMA"] == 2 * 3
     assert executed(FIRST, 5, 8)["FFMA"] == 2 * 3
+
+
+NESTED = """
+	.section	.text.nested,"ax",@progbits
+        /*0000*/                   FADD R1, R1, R2 ;
+.L_x_0:
+        /*0010*/                   FMUL R1, R1, R2 ;
+        /*0020*/               @P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0030*/                   FFMA R1, R1, R2, R3 ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0060*/                   FFMA R1, R1, R2, R3 ;
+        /*0070*/                   FSEL R1, R1, RZ, P2 ;
+        /*0080*/               @P1 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0090*/               @P3 BRA `(.L_x_0) ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_loops_around_the_hot_one():
+    (code,) = sass.parse(NESTED).values()
+    # The longer of the innermost loops, unless it is one over edges.
+    assert executed(code, 12)["FSEL"] == 12
+    found = executed(code, 12, nested=(4,), edge="FSEL")
+    assert found["FSEL"] == 0
+    assert (found["FFMA"], found["FMUL"], found["FADD"]) == (12, 3, 1)
+    assert executed(code, 12, edge="FSEL")["FMUL"] == 1
+    with pytest.raises(ValueError, match="2 loops around the hot one, which has 1"):
+        code.executed(12, nested=(4, 3))
 
 
 def test_passes_without_a_loop():

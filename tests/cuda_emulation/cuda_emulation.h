@@ -7,7 +7,7 @@
 // that only some threads reach raises std::runtime_error.
 //
 // Covered: threadIdx, blockIdx, blockDim, gridDim in one dimension, __shared__, __syncthreads, __syncwarp and
-// __shfl_*_sync of full warps (or of all the threads of a partial last one).
+// __shfl_*_sync of full warps (or of all the threads of a partial last one), and a matrix product of full warps.
 #pragma once
 
 #include <link.h>
@@ -70,11 +70,12 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   State state;
   // Shuffles alternate between two slots: a lane that is ahead never overwrites what others still read.
-  unsigned shuffles;
+  unsigned shuffles, products;
 };
 
 struct Warp {
   uint64_t slots[2][kWarpSize];
+  float factors[2][kWarpSize][6];
 };
 
 class Machine {
@@ -126,6 +127,24 @@ class Machine {
     return received;
   }
 
+  // mma.sync.m16n8k8 of TF32 numbers, whose last 13 bits are not read.
+  void add_product(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
+    const unsigned lane = thread.x % kWarpSize;
+    auto& factors = warps_[thread.x / kWarpSize].factors[fibers_[thread.x].products++ % 2];
+    for (int i = 0; i < 6; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, i < 4 ? &a[i] : &b[i - 4], sizeof(bits));
+      bits &= 0xffffe000u;
+      std::memcpy(&factors[lane][i], &bits, sizeof(bits));
+    }
+    warp_barrier(0xffffffffu);
+    for (unsigned i = 0; i < 4; ++i) {
+      for (unsigned k = 0; k < 8; ++k) {
+        sum[i] += factors[lane / 4 * 4 + k % 4][i / 2 + k / 4 * 2] * factors[(lane % 4 * 2 + i % 2) * 4 + k % 4][4 + k / 4];
+      }
+    }
+  }
+
  private:
   static void enter(unsigned high, unsigned low) {
     Machine* machine = reinterpret_cast<Machine*>(static_cast<uintptr_t>(high) << 32 | low);
@@ -146,7 +165,7 @@ class Machine {
       fiber.context.uc_stack.ss_size = kStackBytes;
       fiber.context.uc_link = nullptr;
       fiber.state = State::runnable;
-      fiber.shuffles = 0;
+      fiber.shuffles = fiber.products = 0;
       const uintptr_t self = reinterpret_cast<uintptr_t>(this);
       makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Machine::enter), 2, static_cast<unsigned>(self >> 32),
                   static_cast<unsigned>(self));

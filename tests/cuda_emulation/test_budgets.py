@@ -20,21 +20,44 @@ ARCHITECTURES = {"sm_80": "80", "sm_90a": "90a", "sm_100": "100"}
 ELEMENT = {"f": "float32", "d": "float64", "N3c104HalfE": "float16", "N3c108BFloat16E": "bfloat16"}
 
 # As kernels/cuda/CMakeLists.txt compiles them.
-SOURCES = {"linear_act.cu": ["--fmad=false"], "reparameterize.cu": ["--fmad=false", "--prec-sqrt=false"]}
+SOURCES = {
+    "linear_act.cu": ["--fmad=false"],
+    "mmd.cu": [],
+    "reparameterize.cu": ["--fmad=false", "--prec-sqrt=false"],
+}
 
 # Registers a thread. Blocks of 256 threads that fit on a multiprocessor: eight with 32, six with 40, five with 48,
-# three with 80, two with 128.
+# three with 80, two with 128, one with 255. Of the 128 threads of "pairs" five fit with 96, four with 128, three with
+# 168 and two with 255.
 REGISTERS = {
     "activation": 40,
     "activation_gradient vectorised": 80,
     "activation_gradient one by one": 128,
     "column_sum": 32,
+    "mean": 48,
+    "centre": 32,
+    "gather": 48,
+    "values": 64,
+    "pairs 2": 96,
+    "pairs 4": 168,
+    "pairs 8": 255,
+    "pairs 16": 255,
+    "pairs 2 value": 96,
+    "pairs 4 value": 96,
+    "pairs 8 value": 128,
+    "pairs 16 value": 168,
+    "tiles": 255,
+    "tiles value": 128,
     "reparameterize vectorised": 48,
     "reparameterize any strides": 128,
     "reparameterize_gradient vectorised": 48,
     "reparameterize_gradient any strides": 128,
 }
-FLOAT64_REGISTERS = REGISTERS | {"reparameterize vectorised": 128, "reparameterize_gradient vectorised": 128}
+FLOAT64_REGISTERS = REGISTERS | {
+    "pairs 16 value": 128,
+    "reparameterize vectorised": 128,
+    "reparameterize_gradient vectorised": 128,
+}
 # Four blocks of 256 threads, each with chunks of eight elements.
 HALF_REGISTERS = REGISTERS | {"reparameterize vectorised": 64, "reparameterize_gradient vectorised": 64}
 
@@ -49,13 +72,18 @@ def disassembler() -> str | None:
 
 
 def kernel_and_element(symbol: str) -> tuple[str, str]:
-    match = re.search(r"\d+([a-z_]+)_kernelI(N3c108BFloat16E|N3c104HalfE|f|d)", symbol)
+    match = re.search(r"\d+([a-z_]+)_kernelI(N3c108BFloat16E|N3c104HalfE|f|d|(?=LNS))", symbol)
     kernel = match[1]
+    if kernel in ("pairs", "tiles"):
+        kernel = " ".join(
+            [kernel, *re.findall(r"Li(\d+)E", symbol), *(["value"] if "Lb0E" in symbol else [])]
+        )
     if kernel == "activation_gradient":
         kernel += " vectorised" if re.search(r"Lb1EEEv", symbol) else " one by one"
     if kernel.startswith("reparameterize"):
         kernel += " vectorised" if re.search(r"Lb1EEEv", symbol) else " any strides"
-    return kernel, ELEMENT[match[2]]
+    # The tensor cores have kernels of one type.
+    return kernel, ELEMENT.get(match[2], "float32")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +127,9 @@ def facts_of(nvcc, cuobjdump, source, options, fatbin):
             architecture = match[1]
         elif match := re.search(r"Function : (\S+)", line):
             symbol = match[1]
-            facts[architecture, symbol]["accesses"] = Counter()
+            facts[architecture, symbol] |= {"accesses": Counter(), "products": 0}
+        elif re.search(r"\bHMMA\.1688\.F32\.TF32", line):
+            facts[architecture, symbol]["products"] += 1
         elif match := re.search(r"\b(LDG|STG|LDL|STL)\.(\S+)", line):
             width = re.search(r"\b(?:128|64|U16|U8|S16|S8)\b", match[2])
             facts[architecture, symbol]["accesses"][match[1], width[0] if width else "32"] += 1
@@ -110,8 +140,13 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled):
     symbols = {architecture: {s for a, s in compiled if a == architecture} for architecture in ARCHITECTURES}
     assert all(symbols.values())
     assert symbols["sm_80"] == symbols["sm_90a"] == symbols["sm_100"]
+    # What goes through pairs and behind them has what it computes in as its type.
+    computed = {kernel: ("float32", "float64") for kernel in ("gather", "pairs 16", "pairs 16 value")}
+    for kernel in REGISTERS.keys() - computed.keys():
+        of_floats = kernel.startswith(("pairs", "tiles"))
+        computed[kernel] = ("float32",) if of_floats else tuple(ELEMENT.values())
     assert {kernel_and_element(symbol) for _, symbol in compiled} == {
-        (kernel, element) for kernel in REGISTERS for element in ELEMENT.values()
+        (kernel, element) for kernel, elements in computed.items() for element in elements
     }
 
 
@@ -139,6 +174,15 @@ def test_registers_and_spills(compiled, capsys):
         if facts["spills"] > 0 or facts["registers"] > registers_of(*kernel_and_element(key[1]))
     }
     assert not over
+
+
+def test_the_tensor_cores_multiply(compiled):
+    products = {kernel_and_element(symbol)[0] for (_, symbol), facts in compiled.items() if facts["products"]}
+    assert products == {"tiles", "tiles value"}
+    for (_, symbol), facts in compiled.items():
+        if kernel_and_element(symbol)[0] == "tiles":
+            # Three products of TF32 numbers for each of float32: of distances, of the rows' sums and of the columns'.
+            assert facts["products"] >= 3 * (4 + 4 + 4), symbol
 
 
 def test_vector_accesses_are_16_bytes_wide(compiled):

@@ -5,7 +5,7 @@ import torch
 
 import aefast
 import aefast.functional as AF
-from aefast.ops import _philox
+from aefast.ops import _pairwise, _philox, mmd
 from support import numerics
 
 pytestmark = pytest.mark.gpu
@@ -280,3 +280,105 @@ def test_pyramid_loss_of_one_image_of_more_than_two_billion_pixels():
         _, gradient = pyramid_loss(input, target, **settings)
         _, expected = pyramid_loss(input[:, :, -64:], target[:, :, -64:], **settings)
     assert torch.equal(gradient[:, :, -64:], expected)
+
+
+# --- pairs of points --------------------------------------------------------------------------------------
+
+
+def mmd_and_gradients(x, y, **settings):
+    x, y = (one.detach().requires_grad_() for one in (x, y))
+    value = AF.mmd(x, y, **settings)
+    return value.detach(), *torch.autograd.grad(value, (x, y))
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_mmd_samples_on_cuda(dtype):
+    numerics.require_backend("cuda", "mmd", "cuda", dtype)
+    for index, sample in enumerate(mmd.samples(torch.device("cuda"), dtype)):
+        if sample["x"].shape[1] <= mmd.CUDA_DIMENSIONS:
+            numerics.check(mmd.OP, "cuda", sample, dtype, expand_grad=index % 2 == 0)
+
+
+@pytest.mark.parametrize("kernel", _pairwise.KERNELS)
+@pytest.mark.parametrize("D", [1, 2, 3, 8, 16])
+def test_mmd_is_the_same_in_cuda_and_triton(kernel, D):
+    """Tiles and splits of both are many here."""
+    for backend in BACKENDS:
+        numerics.require_backend(backend, "mmd", "cuda", torch.float32)
+    torch.manual_seed(0)
+    x, y = torch.randn(3001, D, device="cuda"), 0.9 * torch.randn(2003, D, device="cuda") + 0.25
+    found = {}
+    for backend in BACKENDS:
+        with aefast.backend(backend):
+            found[backend] = mmd_and_gradients(x, y, kernel=kernel, alpha=0.7)
+    with aefast.backend("eager"):
+        truth = mmd_and_gradients(x.double(), y.double(), kernel=kernel, alpha=0.7)
+    sizes = mmd.terms(x[:256].double(), y[:256].double(), kernel=kernel, alpha=0.7)
+    for backend, results in found.items():
+        # 12 float32 spacings of the sums of the terms' magnitudes, which for gradients are as 1 / N.
+        for index, (ours, true) in enumerate(zip(results, truth, strict=True)):
+            size = sizes[index] * (1.0 if index == 0 else 256 / 2003)
+            assert (ours.double() - true).abs().max() <= 12 * 2.0**-24 * size, (backend, index)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("D", [2, 16])
+@pytest.mark.parametrize("kernel", ["rbf", "imq", "energy"])
+def test_mmd_repeats_bitwise(backend, D, kernel):
+    numerics.require_backend(backend, "mmd", "cuda", torch.float32)
+    x, y = torch.randn(5000, D, device="cuda"), torch.randn(3000, D, device="cuda") + 0.1
+    with aefast.backend(backend):
+        first = mmd_and_gradients(x, y, kernel=kernel)
+        for _ in range(3):
+            for ours, theirs in zip(mmd_and_gradients(x, y, kernel=kernel), first, strict=True):
+                assert torch.equal(ours, theirs)
+
+
+def test_mmd_replays_in_a_graph():
+    numerics.require_backend("cuda", "mmd", "cuda", torch.float32)
+    x, y = (torch.randn(700, 16, device="cuda", requires_grad=True) for _ in range(2))
+
+    def step():
+        value = AF.mmd(x, y, bandwidth=3.0)
+        return value.detach(), *torch.autograd.grad(value, (x, y))
+
+    with aefast.backend("cuda"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        for ours, theirs in zip(captured, step(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("D", [2, 16])
+def test_mmd_of_65536_points(D):
+    """In several launches of tiles, in memory for a few hundred gradients."""
+    numerics.require_backend("cuda", "mmd", "cuda", torch.float32)
+    x, y = torch.randn(65536, D, device="cuda"), torch.randn(65536, D, device="cuda") + 0.1
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with aefast.backend("cuda"):
+        value, of_x, of_y = mmd_and_gradients(x, y, bandwidth=2.0 * D**0.5)
+    assert torch.cuda.max_memory_allocated() - before < 2**29
+    # Moving both samples by the same changes nothing: the gradients' sums are each other's opposites.
+    assert value > 0
+    torch.testing.assert_close(of_x.sum(0), -of_y.sum(0), rtol=1e-3, atol=1e-3 * of_x.abs().sum().item() / D)
+    wide = x[:512].double(), y[:512].double()
+    points = torch.cat((x, y)).double()
+    u = torch.cdist(wide[0], points).square()
+    rate = 1.0 / (8.0 * D)
+    slopes = -rate * torch.exp(-rate * u)
+    slopes[torch.arange(512), torch.arange(512)] = 0.0
+    weights = torch.cat((u.new_full((65536,), 2 / (65536 * 65535)), u.new_full((65536,), -2 / 65536**2)))
+    scaled = 2 * slopes * weights
+    expected = scaled.sum(1, keepdim=True) * wide[0] - scaled @ points
+    sizes = scaled.abs().sum(1, keepdim=True) * wide[0].abs() + scaled.abs() @ points.abs()
+    assert ((of_x[:512].double() - expected).abs() <= 24 * 2.0**-24 * sizes.max()).all()

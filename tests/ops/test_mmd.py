@@ -7,8 +7,8 @@ import torch
 
 import aefast
 import aefast.functional as AF
-from aefast.errors import InputError
-from aefast.ops import OPS, _pairwise
+from aefast.errors import BackendError, InputError
+from aefast.ops import OPS, _pairwise, _registry
 from aefast.ops import mmd as op
 from aefast.ops._pairwise import KERNELS
 from support import numerics
@@ -350,3 +350,23 @@ def test_cost_counts_pairs():
     pairs = 50 * 49 // 2
     assert (cost.flops, cost.exps) == (pairs * 4 * 6, pairs)
     assert OPS["mmd"].cost(False, x, y, bandwidth=(1.0, 3.0), kernel="laplacian").exps == 2 * pairs
+
+
+def test_dimensions_that_the_cuda_kernels_are_for(monkeypatch):
+    """Of more, a GPU's calls go on to Triton, and asking for CUDA says why it cannot be."""
+    monkeypatch.setattr(
+        _registry, "refusal", lambda name, *call: None if name in ("cuda", "triton") else name
+    )
+    _registry._resolve.cache_clear()
+    try:
+        for D, auto in ((1, "cuda"), (op.CUDA_DIMENSIONS, "cuda"), (op.CUDA_DIMENSIONS + 1, "triton")):
+            x = torch.ones(3, D)
+            assert op.backend_of(x, x) == auto
+            with aefast.backend("cuda"):
+                if auto == "cuda":
+                    assert op.backend_of(x, x) == "cuda"
+                else:
+                    with pytest.raises(BackendError, match="points of up to 16 dimensions"):
+                        op.backend_of(x, x)
+    finally:
+        _registry._resolve.cache_clear()

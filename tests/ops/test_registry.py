@@ -42,6 +42,19 @@ def layer():
     return AF.linear_act(torch.ones(4, 3), torch.ones(5, 3))
 
 
+def test_a_call_that_a_backend_is_not_for(fresh_choices, caplog):
+    numerics.require_backend("cpu", "mmd", "cpu", torch.float32)
+    x, unfit = torch.ones(4, 3), ("cpu", "its kernels are not for this, says the test")
+    assert _registry.choose("mmd", x) == "cpu"
+    with caplog.at_level(logging.INFO, "aefast"):
+        assert _registry.choose("mmd", x, unfit=unfit) != "cpu"
+    assert "says the test" in caplog.text
+    with aefast.backend("cpu"), pytest.raises(BackendError, match="cannot serve mmd: its kernels are not"):
+        _registry.choose("mmd", x, unfit=unfit)
+    with aefast.backend("cpu"):
+        assert _registry.choose("mmd", x, unfit=("cuda", unfit[1])) == "cpu"
+
+
 def test_order_of_preference():
     assert [row.name for row in _registry.BACKENDS] == ["cuda", "triton", "cpu", "eager"]
     assert set(_registry.BACKEND_NAMES) == {"auto", "cuda", "triton", "cpu", "eager"}
