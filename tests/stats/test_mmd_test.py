@@ -29,7 +29,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", {"cpu": 7})
 
 
-@pytest.mark.parametrize("estimator", mmd.ESTIMATORS)
+@pytest.mark.parametrize("estimator", _pairwise.ESTIMATORS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_statistic_is_the_mmd(kernel, estimator, small_blocks):
     """Of the samples, and of each of the permutations, which are drawn again here."""
@@ -87,7 +87,7 @@ def test_kernel_block_is_the_kernel(kernel, size):
             assert torch.equal(x, before[0]) and torch.equal(y, before[1])
 
 
-@pytest.mark.parametrize("estimator", mmd.ESTIMATORS)
+@pytest.mark.parametrize("estimator", _pairwise.ESTIMATORS)
 @pytest.mark.parametrize(("rows", "columns"), [(20, 20), (12, 30)])
 def test_level(estimator, rows, columns):
     """With 99 permutations, p ≤ 0.05 in exactly 5 of 100 ranks of exchangeable statistics: 500 trials have a binomial
@@ -118,7 +118,7 @@ def test_power(kernel):
 def test_equal_partitions_count_as_equal():
     """Of 4 points there are 3 ways to make two pairs: a third of all permutations are the samples' own."""
     for scale in (1.0, 1e-3, 1e6):
-        for kernel, estimator in itertools.product(KERNELS, mmd.ESTIMATORS):
+        for kernel, estimator in itertools.product(KERNELS, _pairwise.ESTIMATORS):
             x = scale * torch.tensor([[0.0], [0.13]])
             y = scale * torch.tensor([[1.01], [1.17]])
             result = mmd_test(x, y, kernel=kernel, estimator=estimator, permutations=2000, seed=0)
