@@ -229,12 +229,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.slow
 def test_memory():
-    """20000 points: their kernel values would take 1.6 GB in float32. ru_maxrss is in KiB."""
+    """20000 points: their kernel values would take 1.6 GB in float32. ru_maxrss is in KiB, and what the allocator keeps
+    for each thread differs by 100 MiB from run to run."""
     done = run([sys.executable, "-c", MEMORY], env=environment())
     assert done.returncode == 0, done.stdout
     p_value, growth = done.stdout.split()
     assert 0.001 < float(p_value) <= 1.0
-    assert int(growth) < 200 * 1024
+    assert int(growth) < 400 * 1024
 
 
 @pytest.mark.gpu
