@@ -30,14 +30,17 @@ test: setup test-cpu test-interpret test-emulation test-aot
 test-cpu: setup
 	$(BIN)/python -m pytest -q --ignore=tests/aot --ignore=tests/cuda_emulation --ignore-glob='tests/ops/test_triton_*'
 
+# These lanes run on one thread each, so that two processes share the cores.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2
+
 test-interpret: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/test_triton_*.py
+	TRITON_INTERPRET=1 $(PARALLEL) tests/ops/test_triton_*.py
 
 test-emulation: setup
-	$(BIN)/python -m pytest -q tests/cuda_emulation -m "not aot"
+	$(PARALLEL) tests/cuda_emulation -m "not aot"
 
 test-aot: setup
-	$(BIN)/python -m pytest -q tests/aot tests/cuda_emulation -m aot -s
+	$(PARALLEL) tests/aot tests/cuda_emulation -m aot
 
 test-gpu: setup
 	$(BIN)/python -m pytest -q -m gpu
