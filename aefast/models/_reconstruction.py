@@ -128,14 +128,32 @@ class DecoderLoss:
         return self.kind != "pyramid"
 
     def __call__(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return self._of_output(output, x)
+        try:
+            return self._of_output(output, x)
+        except InputError:
+            return self._not_finite(output, x)
+
+    def of_latent(self, decoder: MLP, latent: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The same of ``decoder(latent)``, which never exists as a whole, if `is_of_elements`."""
+        try:
+            return decoder.reconstruction_loss(latent, x, self.kind, reduction=self.reduction, **self.options)
+        except InputError:
+            return self._not_finite(decoder(latent), x)
+
+    def _of_output(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if self.is_of_elements:
             return AF.reconstruction_loss(output, x, self.kind, reduction=self.reduction, **self.options)
         images = (one.unflatten(1, self.image_shape) for one in (output, x))
         return self._of_samples(AF.pyramid_loss(*images, reduction=self._of_images, **self.options), x)
 
-    def of_latent(self, decoder: MLP, latent: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The same of ``decoder(latent)``, which never exists as a whole, if `is_of_elements`."""
-        return decoder.reconstruction_loss(latent, x, self.kind, reduction=self.reduction, **self.options)
+    def _not_finite(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """No finite number, for numbers that an op has refused since they are none: whoever trains the model tells that
+        its loss no longer is, and what to do about it. Within the handler of the error, which goes on if it is another."""
+        if output.isfinite().all() and x.isfinite().all():
+            raise
+        return output.sum() - x.sum()
 
     def mean_of(self, output: torch.Tensor) -> torch.Tensor:
         """The reconstruction, of what the decoder gives."""

@@ -74,6 +74,21 @@ def test_gradients_flow_through_the_reconstruction():
     torch.testing.assert_close(found, [parameter.grad for parameter in model.parameters()])
 
 
+@pytest.mark.parametrize("loss", ["mse", "bce", "pyramid"])
+@pytest.mark.parametrize("least", [1, 10**6])
+def test_what_is_not_finite_has_a_loss_that_is_not(monkeypatch, least, loss):
+    monkeypatch.setattr(_reconstruction, "_LARGE", least)
+    model = make("autoencoder", loss)
+    with torch.no_grad():
+        model.decoder.layers[-1].weight[5, 2] = float("nan")
+    assert model(data()).loss.isnan()
+
+
+def test_numbers_that_are_no_probabilities():
+    with pytest.raises(InputError, match="target must be from 0 to 1"):
+        make("autoencoder", "bce_with_logits")(data() + 1)
+
+
 def test_hooks_are_called():
     model, x, seen = make("autoencoder", "mse"), data(), []
     expected = model(x).loss
