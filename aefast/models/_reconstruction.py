@@ -150,7 +150,8 @@ class DecoderLoss:
 
     def _not_finite(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """No finite number, for numbers that an op has refused since they are none: whoever trains the model tells that
-        its loss no longer is, and what to do about it. Within the handler of the error, which goes on if it is another."""
+        its loss no longer is one, and what to do about it. Within the handler of the error, which goes on if it is of
+        something else."""
         if output.isfinite().all() and x.isfinite().all():
             raise
         return output.sum() - x.sum()
