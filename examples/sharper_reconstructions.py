@@ -115,16 +115,14 @@ def draw(shown: dict[str, Tensor], sharpness: dict[str, float], path: Path) -> N
 
     originals = shown["original"]
     chosen = originals[::50].std(1).topk(min(SHOWN, len(originals[::50]))).indices * 50
-    figure, axes = pyplot.subplots(
-        len(shown), len(chosen), figsize=(len(chosen), len(shown) * 1.15), layout="constrained", squeeze=False
-    )
-    for row, (name, images) in zip(axes, shown.items(), strict=True):
-        for axis, index in zip(row, chosen, strict=True):
+    figure = pyplot.figure(figsize=(len(chosen), 1.3 * len(shown)), layout="constrained")
+    for part, (name, images) in zip(figure.subfigures(len(shown)), shown.items(), strict=True):
+        share = sharpness[name] / sharpness["original"]
+        part.suptitle(f"{name}: image gradients {share:.0%} of the originals'", x=0.01, ha="left", fontsize=9)
+        for axis, index in zip(part.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
             axis.imshow(images[index].reshape(SIZE, SIZE), cmap="gray", vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
-        share = sharpness[name] / sharpness["original"]
-        row[0].set_title(f"{name}: image gradients {share:.0%} of the originals'", loc="left", fontsize=9)
     figure.savefig(path, dpi=120)
 
 
