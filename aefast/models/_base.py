@@ -187,6 +187,10 @@ class Model(nn.Module):
         """What to show of the model's work on samples x (B, ...) in eval mode: batches of x's shape by name."""
         return {"original": x, "reconstruction": self(x).reconstruction}
 
+    def _decoded(self, latent: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The reconstructions of latents in the shape of the samples."""
+        return self.decode(latent).reshape(shape)
+
     def eager_twin(self) -> nn.Module:
         """The same architecture in plain PyTorch, with copied weights and the same state dict keys.
 

@@ -79,9 +79,6 @@ class Autoencoder(Model):
             made = self.decoder_loss.mean_of(output).reshape(target.shape)
         return ModelOutput(made, latent, loss, {self.config.loss: loss})
 
-    def _decoded(self, latent: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        return self.decode(latent).reshape(shape)
-
     def eager_twin(self) -> nn.Sequential:
         return self._eager_twin()
 

@@ -98,9 +98,6 @@ class StochasticAutoencoder(Model):
         made = self.decoder_loss.mean_of(output).reshape(x.shape)
         return ModelOutput(made, latent, loss, {"reconstruction": loss})
 
-    def _decoded(self, latent: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        return self.decode(latent).reshape(shape)
-
     def _term(self, value: torch.Tensor) -> torch.Tensor:
         """-log p(x|h) without its constant, of the squares of a batch; or the loss in its place."""
         return 0.5 * value if self.config.loss is None else value

@@ -182,9 +182,6 @@ class VAE(Model):
         latent, output = (z, output) if self.training else (mu, self.decoder(mu))
         return reconstruction, kl, self.decoder_loss.mean_of(output).reshape(x.shape), latent, z
 
-    def _decoded(self, latent: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        return self.decode(latent).reshape(shape)
-
     def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `Model.evaluate`, with the "elbo" of the same sample, in nats, unless there is a loss in its place."""
         flat = self.flatten(x)

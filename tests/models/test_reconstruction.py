@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import aefast
 from aefast.errors import InputError
 from aefast.models import MODELS, Autoencoder, DenoisingAutoencoder, _reconstruction, from_pretrained
 from aefast.models._reconstruction import LOSSES
@@ -155,6 +156,11 @@ def test_compiled_models_have_the_loss():
 def test_bad_options(options, message):
     with pytest.raises(InputError, match=message):
         Autoencoder(input_size=60, **options)
+
+
+def test_options_are_checked_whatever_backend_is_asked_for():
+    with aefast.backend("cuda"):
+        assert make("autoencoder", "huber").config.loss_delta == 0.4
 
 
 def test_a_loss_takes_the_place_of_a_likelihood():

@@ -235,7 +235,7 @@ def test_memory():
     assert done.returncode == 0, done.stdout
     p_value, growth = done.stdout.split()
     assert 0.001 < float(p_value) <= 1.0
-    assert int(growth) < 400 * 1024
+    assert int(growth) < 300 * 1024
 
 
 @pytest.mark.gpu
