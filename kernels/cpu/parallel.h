@@ -24,11 +24,16 @@ void for_each(int64_t tasks, const Body& body) {
 // A task has at least so many elements: some 10 microseconds of work, which handing it to a thread is worth.
 constexpr int64_t kElementsOfTask = 1 << 13;
 
+// Rows of so many elements that make a task, a multiple of `unit`.
+inline int64_t rows_of_task(int64_t elements, int64_t unit) {
+  return std::max<int64_t>(1, kElementsOfTask / std::max<int64_t>(1, elements) / unit) * unit;
+}
+
 // body(first, count) over `size` rows of so many elements, a multiple of `unit` rows at a time. Tasks do not depend on
 // the threads that share them.
 template <typename Body>
 void for_tasks(int64_t size, int64_t elements, int64_t unit, const Body& body) {
-  const int64_t rows = std::max<int64_t>(1, kElementsOfTask / std::max<int64_t>(1, elements) / unit) * unit;
+  const int64_t rows = rows_of_task(elements, unit);
   const int64_t tasks = (size + rows - 1) / rows;
   for_each(tasks, [&](int64_t task) { body(task * rows, std::min(rows, size - task * rows)); });
 }

@@ -20,15 +20,44 @@ struct Level {
   int64_t size() const { return rows * columns; }
 };
 
+constexpr int kInRegister = kFloats / kRegisters;
+static_assert(kRegisters == 2, "a register's elements are made of the pairs of two");
+
+// Sums of pairs of neighbours.
+AEFAST_HD Register sums_of_pairs(Floats x) {
+  Mask even, odd;
+  for (int lane = 0; lane < kInRegister; ++lane) {
+    even[lane] = 2 * lane;
+    odd[lane] = 2 * lane + 1;
+  }
+  return __builtin_shuffle(x.lanes[0], x.lanes[1], even) + __builtin_shuffle(x.lanes[0], x.lanes[1], odd);
+}
+
+// Pairs of equal neighbours.
+AEFAST_HD Floats as_pairs(Register x) {
+  Mask first, second;
+  for (int lane = 0; lane < kInRegister; ++lane) {
+    first[lane] = lane / 2;
+    second[lane] = (kInRegister + lane) / 2;
+  }
+  Floats pairs;
+  pairs.lanes[0] = __builtin_shuffle(x, first);
+  pairs.lanes[1] = __builtin_shuffle(x, second);
+  return pairs;
+}
+
 // Row `index` of the coarser level: means of squares of 2 by 2.
 template <typename A>
 void average_row(const Level<A>& fine, int64_t index, A* __restrict out) {
   const A* const __restrict upper = fine.row(2 * index);
   const A* const __restrict lower = upper + fine.columns;
   const int64_t columns = fine.columns / 2;
-#pragma omp simd
-  for (int64_t col = 0; col < columns; ++col)
-    out[col] = A(0.25) * ((upper[2 * col] + upper[2 * col + 1]) + (lower[2 * col] + lower[2 * col + 1]));
+  int64_t col = 0;
+  if constexpr (std::is_same_v<A, float>)
+    for (; col + kInRegister <= columns; col += kInRegister)
+      write(out + col, 0.25f * sums_of_pairs(read_floats(upper + 2 * col) + read_floats(lower + 2 * col)));
+  for (; col < columns; ++col)
+    out[col] = A(0.25) * ((upper[2 * col] + lower[2 * col]) + (upper[2 * col + 1] + lower[2 * col + 1]));
 }
 
 // What row `index` of the finer level gets of the gradient of the coarser one; rows and columns left over get none.
@@ -150,6 +179,7 @@ AEFAST_HD double sum_of(Floats values, int64_t count) {
   float lanes[kFloats];
   write_floats(lanes, values);
   double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
   for (int64_t lane = 0; lane < count; ++lane) sum += static_cast<double>(lanes[lane]);
   return sum;
 }
@@ -178,6 +208,22 @@ double penalise(const A* residuals, [[maybe_unused]] const A* addend, int64_t co
     }
   });
   return sum_of(total, kLanes<T>) + rest;
+}
+
+// The same for two rows, whose squares of 2 by 2 get a quarter of an element of `coarse` each, and whose penalties are
+// added to `total`. `columns` is a multiple of kFloats.
+template <Kind K, typename T>
+void penalise_squares(const float* residuals, const float* coarse, int64_t columns, float parameter_value,
+                      float factor_value, T* out, Floats& total) {
+  const Floats parameter(parameter_value), factor(factor_value);
+  for (int64_t col = 0; col < columns; col += kFloats) {
+    const Floats quarter = as_pairs(0.25f * read<Register>(coarse + col / 2));
+    for (int64_t at = col; at < 2 * columns; at += columns) {
+      Floats slope;
+      total = total + loss::penalty<K>(read_floats(residuals + at), parameter, slope);
+      write_lanes(out + at, slope * factor + quarter);
+    }
+  }
 }
 
 // base + factor * values.
@@ -318,12 +364,30 @@ struct Channel {
   template <Kind K, bool kStore, bool kAdd, typename T>
   double finish(int64_t level, T* out) const {
     const Level<A>& from = levels[level];
+    const A parameter(pyramid.penalty.parameter), factor(pyramid.factors[level]);
     double sum = 0.0;
+    if constexpr (kAdd && std::is_same_v<A, float>)
+      if (pyramid.kind == PyramidKind::average && from.columns % kFloats == 0) {
+        const int64_t columns = from.columns;
+        Floats total(0);
+        for (int64_t row = 0; row + 2 <= from.rows; row += 2) {
+          if (level == 0) ahead.to_read(row * columns, 2 * columns);
+          penalise_squares<K>(from.row(row), levels[level + 1].row(row / 2), columns, parameter, factor,
+                              out + row * columns, total);
+        }
+        sum = sum_of(total, kFloats);
+        if (from.rows % 2 == 1) {
+          const int64_t last = (from.rows - 1) * columns;
+          if (level == 0) ahead.to_read(last, columns);
+          sum += penalise<K, true, false>(from.data + last, finished, columns, parameter, factor, out + last);
+        }
+        return pyramid.factors[level] * sum;
+      }
     for_rows(level, [&](int64_t first, int64_t rows) __attribute__((always_inline)) {
       if (level == 0) ahead.to_read(first * from.columns, rows * from.columns);
       if constexpr (kAdd) rise(Rise::adjoint, level, first, rows);
-      sum += penalise<K, kStore, kAdd>(from.row(first), finished, rows * from.columns, A(pyramid.penalty.parameter),
-                                       A(pyramid.factors[level]), out + first * from.columns);
+      sum += penalise<K, kStore, kAdd>(from.row(first), finished, rows * from.columns, parameter, factor,
+                                       out + first * from.columns);
     });
     return pyramid.factors[level] * sum;
   }

@@ -4,7 +4,8 @@
 // of the input's dtype and layout, or of no elements if it is not wanted.
 // reconstruction_loss: `kind` and `parameter` as in Loss of aefast/ops/_loss.py; the value, float32, or float64 for
 // float64, is normalizer * Σ losses, of which with `root` the root is taken; the gradient is scale * the losses'
-// derivative. `checked` makes numbers outside of [0, 1] where bce has none an error.
+// derivative. `checked` makes numbers outside of [0, 1] where bce has none an error. On the CPU the rows of a matrix
+// `target` may lie apart, where those of `input` do not.
 // reconstruction_loss_elements: the losses, in the value's dtype and the input's layout. Its gradient is normalizer *
 // grad * the losses' derivative; grad in the value's dtype, a scalar or of the input's layout.
 // pyramid_loss: input and target (B, C, H, W), contiguous or channels_last; `pyramid`, `penalty`, `parameter` and
