@@ -84,6 +84,10 @@ def _sweep(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the op is defined to give, by parts: of the rows, or where there are more of them of the features, so that
     the gradients that parts have in common are the smaller."""
+    if backend == "cpu":
+        return _registry.kernels(backend, "linear_reconstruction_loss").linear_reconstruction_loss(
+            *(h, weight, bias, target, activation, kind, parameter, normalizer, scale, needs, checked, _PART)
+        )
     dense = _registry.kernels(backend, "linear_act")
     losses = _registry.kernels(backend, "reconstruction_loss")
     rows, features = target.shape
@@ -101,13 +105,11 @@ def _sweep(
     for first in range(0, whole, length):
         part = slice(first, first + length)
         some_h, some_target = (h[part], target[part]) if by_rows else (h, target[:, part])
-        if backend != "cpu" or not _has_whole_rows(some_target):
-            some_target = some_target.contiguous()
         layer = (weight, bias) if by_rows else (weight[part], None if bias is None else bias[part])
         output, derivative = dense.linear_act(some_h, *layer, activation, needs > 0)
         wide = output.to(target.dtype)
         value, upstream = losses.reconstruction_loss(
-            *(wide, some_target, kind, parameter, 1.0, False, scale, needs > 0, checked)
+            *(wide, some_target.contiguous(), kind, parameter, 1.0, False, scale, needs > 0, checked)
         )
         values.append(value)
         if needs:
@@ -120,11 +122,6 @@ def _sweep(
     wide = _arguments.accumulator(h.dtype)
     total = torch.stack(values).sum(dtype=torch.float64) if values else h.new_zeros((), dtype=torch.float64)
     return (total * normalizer).to(wide), *(gradient.whole() for gradient in gradients)
-
-
-def _has_whole_rows(matrix: Tensor) -> bool:
-    """Whether the rows lie in memory as those of a contiguous matrix do, or farther apart."""
-    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
 
 
 class _Gradient:

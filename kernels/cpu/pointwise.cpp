@@ -20,8 +20,9 @@ void bias_activation_loop(ActivationParameters<double> parameters, const In* pre
   using C = Lanes<Out>;
   const ActivationParameters<C> p{C(parameters.slope), C(parameters.alpha)};
   const int64_t size = rows * cols;
-  // Without a bias the rows are one long row.
+  // Without a bias the rows are one long row, and the bias of each vector is 0.
   int64_t step = bias ? cols : size;
+  const Out zeros[kLanes<Out>] = {};
   Out repeated[kNarrow];
   if (bias && rows > 1 && cols > 0 && 2 * cols <= kNarrow) {
     const int64_t count = rows < kNarrow / cols ? rows : kNarrow / cols;
@@ -35,10 +36,9 @@ void bias_activation_loop(ActivationParameters<double> parameters, const In* pre
     const In* pre_row = pre + begin;
     Out* out_row = out + begin;
     [[maybe_unused]] Out* derivative_row = derivative ? derivative + begin : nullptr;
-    const auto pass = [&](auto with_bias, auto with_derivative) {
+    const auto pass = [&](auto with_derivative) {
       for_lanes<Out>(count, [&](int64_t col, auto... valid) __attribute__((always_inline)) {
-        C x = read_lanes(pre_row + col, valid...);
-        if constexpr (decltype(with_bias)::value) x = x + read_lanes(bias + col, valid...);
+        const C x = C(read_lanes(pre_row + col, valid...)) + C(read_lanes(bias ? bias + col : zeros, valid...));
         if constexpr (decltype(with_derivative)::value) {
           C slope;
           write_lanes(out_row + col, activate_with_derivative<A>(x, slope), valid...);
@@ -50,37 +50,38 @@ void bias_activation_loop(ActivationParameters<double> parameters, const In* pre
     };
     if constexpr (stores_derivative(A)) {
       if (derivative) {
-        bias ? pass(std::true_type(), std::true_type()) : pass(std::false_type(), std::true_type());
+        pass(std::true_type());
         continue;
       }
     }
-    bias ? pass(std::true_type(), std::false_type()) : pass(std::false_type(), std::false_type());
+    pass(std::false_type());
   }
 }
 
 // Columns are taken in strips whose running sums stay in the first-level cache.
 constexpr int64_t kStrip = 1024;
 
-template <Activation A, bool kStore, bool kSum, typename Grad, typename G>
-void activation_gradient_strips(ActivationParameters<double> parameters, const Grad* grad, int64_t grad_row_stride,
+// g and column_sums may be null. What is there is asked at each vector, since copies of this function take long to compile;
+// it is out of line for the same reason.
+template <Activation A, typename Grad, typename G>
+__attribute__((noinline)) void activation_gradient_strips(ActivationParameters<double> parameters, const Grad* grad, int64_t grad_row_stride,
                                 const G* saved, G* g, Accumulator<G>* column_sums, int64_t rows, int64_t cols) {
   using C = Lanes<G>;
   const ActivationParameters<C> p{C(parameters.slope), C(parameters.alpha)};
   for (int64_t begin = 0; begin < cols; begin += kStrip) {
     const int64_t width = cols - begin < kStrip ? cols - begin : kStrip;
     Accumulator<G> sums[kStrip];
-    if constexpr (kSum)
-      for (int64_t col = 0; col < width; ++col) sums[col] = Accumulator<G>(0);
+    for (int64_t col = 0; col < width; ++col) sums[col] = Accumulator<G>(0);
     const auto product = [&](int64_t row, int64_t col, auto... valid) __attribute__((always_inline)) {
       const int64_t column = begin + col;
       C value = read_lanes(grad + row * grad_row_stride + column, valid...);
       if constexpr (A != Activation::identity)
         value = gradient<A>(value, C(read_lanes(saved + row * cols + column, valid...)), p);
-      if constexpr (kStore) write_lanes(g + row * cols + column, value, valid...);
+      if (g) write_lanes(g + row * cols + column, value, valid...);
       return value;
     };
     const auto add = [&](C value, int64_t col, auto... valid) __attribute__((always_inline)) {
-      if constexpr (kSum)
+      if (column_sums)
         write_lanes(sums + col, C(read_lanes(sums + col, valid...)) + value, valid...);
     };
     // Two rows are added before they go to the running sums. With more, rows that lie a multiple of 4 KiB apart
@@ -95,12 +96,12 @@ void activation_gradient_strips(ActivationParameters<double> parameters, const G
       for_lanes<G>(width, [&](int64_t col, auto... valid) __attribute__((always_inline)) {
         add(product(row, col, valid...), col, valid...);
       });
-    if constexpr (kSum)
+    if (column_sums)
       for (int64_t col = 0; col < width; ++col) column_sums[begin + col] = sums[col];
   }
 }
 
-template <Activation A, bool kStore, bool kSum, typename Grad, typename G>
+template <Activation A, typename Grad, typename G>
 void activation_gradient_loop(ActivationParameters<double> parameters, const Grad* grad, int64_t grad_row_stride,
                               const G* saved, G* g, Accumulator<G>* column_sums, int64_t rows, int64_t cols) {
   // Narrow rows are summed 2^n at a time as one, whose parts are added afterwards.
@@ -108,17 +109,15 @@ void activation_gradient_loop(ActivationParameters<double> parameters, const Gra
   if (grad_row_stride == cols && cols > 0)
     while (2 * together <= rows && 2 * together * cols <= kNarrow) together *= 2;
   if (together == 1)
-    return activation_gradient_strips<A, kStore, kSum>(parameters, grad, grad_row_stride, saved, g, column_sums, rows,
-                                                       cols);
+    return activation_gradient_strips<A>(parameters, grad, grad_row_stride, saved, g, column_sums, rows, cols);
   const int64_t whole = rows / together * together, size = together * cols;
   Accumulator<G> sums[kNarrow], rest[kNarrow];
-  activation_gradient_strips<A, kStore, kSum>(parameters, grad, size, saved, g, sums, rows / together, size);
+  activation_gradient_strips<A>(parameters, grad, size, saved, g, column_sums ? sums : nullptr, rows / together, size);
   const int64_t rest_size = (rows - whole) * cols;
   if (rest_size > 0)
-    activation_gradient_strips<A, kStore, kSum>(parameters, grad + whole * cols, rest_size,
-                                                saved ? saved + whole * cols : nullptr,
-                                                g ? g + whole * cols : nullptr, rest, 1, rest_size);
-  if constexpr (kSum) {
+    activation_gradient_strips<A>(parameters, grad + whole * cols, rest_size, saved ? saved + whole * cols : nullptr,
+                                  g ? g + whole * cols : nullptr, column_sums ? rest : nullptr, 1, rest_size);
+  if (column_sums) {
 #pragma omp simd
     for (int64_t index = 0; index < rest_size; ++index) sums[index] += rest[index];
     for (int64_t half = size / 2; half >= cols; half /= 2)
@@ -206,26 +205,21 @@ void activation_gradient(ActivationSpec spec, Scalar grad_type, Scalar g_type, c
   with_type(g_type, [&](auto g_tag) {
     using G = typename decltype(g_tag)::type;
     using Wide = Accumulator<G>;
-    with_activation(spec.activation, [&](auto activation) {
+    // All stored derivatives are used alike.
+    constexpr Activation kStored = Activation::silu;
+    with_activation(stores_derivative(spec.activation) ? kStored : spec.activation, [&](auto activation) {
       constexpr Activation A = decltype(activation)::value;
-      const auto run = [&](auto grad_tag, auto stored, auto summed) {
+      if constexpr (stores_derivative(A) && A != kStored) return;
+      const auto run = [&](auto grad_tag) {
         using Grad = typename decltype(grad_tag)::type;
-        activation_gradient_loop<A, decltype(stored)::value, decltype(summed)::value>(
-            spec.parameters, static_cast<const Grad*>(grad), grad_row_stride, static_cast<const G*>(saved),
-            static_cast<G*>(g), static_cast<Wide*>(column_sums), rows, cols);
-      };
-      const auto with_outputs = [&](auto grad_tag) {
-        if (g && column_sums)
-          run(grad_tag, std::true_type(), std::true_type());
-        else if (g)
-          run(grad_tag, std::true_type(), std::false_type());
-        else if (column_sums)
-          run(grad_tag, std::false_type(), std::true_type());
+        activation_gradient_loop<A>(spec.parameters, static_cast<const Grad*>(grad), grad_row_stride,
+                                    static_cast<const G*>(saved), static_cast<G*>(g), static_cast<Wide*>(column_sums),
+                                    rows, cols);
       };
       if (grad_type == g_type)
-        with_outputs(TypeTag<G>());
+        run(TypeTag<G>());
       else
-        with_outputs(TypeTag<Wide>());
+        run(TypeTag<Wide>());
     });
   });
 }

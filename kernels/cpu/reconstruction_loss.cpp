@@ -14,18 +14,10 @@
 namespace aefast::cpu {
 namespace {
 
-// Whether `target` is a matrix whose rows lie apart, where those of `input` lie one after another.
-bool has_rows_apart(const Tensor& target, const Tensor& input) {
-  if (input.dim() != 2 || target.dim() != 2 || input.numel() == 0) return false;
-  const int64_t rows = input.size(0), cols = input.size(1);
-  return target.size(0) == rows && target.size(1) == cols && rows > 1 && input.stride(0) == cols &&
-         target.stride(0) > cols && (cols == 1 || (input.stride(1) == 1 && target.stride(1) == 1));
-}
-
-// Of tensors whose layouts are checked.
 LossOperands operands_of(const Tensor& input, const Tensor& target, const std::string& kind, double parameter) {
   const auto found = std::find(std::begin(loss::kKindNames), std::end(loss::kKindNames), kind);
   STD_TORCH_CHECK(found != std::end(loss::kKindNames), "unknown loss ", kind);
+  check_layout("target", target, input);
   STD_TORCH_CHECK(target.scalar_type() == input.scalar_type(), "target must have the dtype of input");
   return {scalar_of(input),
           {static_cast<loss::Kind>(found - std::begin(loss::kKindNames)), parameter},
@@ -33,20 +25,16 @@ LossOperands operands_of(const Tensor& input, const Tensor& target, const std::s
           target.const_data_ptr()};
 }
 
-void add(LossSum& total, const LossSum& part) {
-  total.value += part.value;
-  total.is_outside |= part.is_outside;
-}
-
-// run(first, count) over rows of so many elements, in tasks that do not depend on the threads; the sum of what it finds,
-// in order.
+// run(first, count) over the elements, in tasks that do not depend on the threads; the sum of what it finds, in order.
 template <typename Run>
-LossSum sum_of_tasks(int64_t size, int64_t elements, const Run& run) {
-  const int64_t rows = rows_of_task(elements, 1);
-  std::vector<LossSum> parts((size + rows - 1) / rows);
-  for_tasks(size, elements, 1, [&](int64_t first, int64_t count) { parts[first / rows] = run(first, count); });
+LossSum sum_of_tasks(int64_t size, const Run& run) {
+  std::vector<LossSum> parts((size + kElementsOfTask - 1) / kElementsOfTask);
+  for_tasks(size, 1, 1, [&](int64_t first, int64_t count) { parts[first / kElementsOfTask] = run(first, count); });
   LossSum total{0.0, false};
-  for (const LossSum& part : parts) add(total, part);
+  for (const LossSum& part : parts) {
+    total.value += part.value;
+    total.is_outside |= part.is_outside;
+  }
   return total;
 }
 
@@ -57,22 +45,11 @@ void check_range(const LossSum& sum, bool checked) {
 std::tuple<Tensor, Tensor> reconstruction_loss(Tensor input, Tensor target, std::string kind, double parameter,
                                                double normalizer, bool root, double scale, bool with_gradient,
                                                bool checked) {
-  const bool is_apart = has_rows_apart(target, input);
-  if (!is_apart) check_layout("target", target, input);
   const LossOperands operands = operands_of(input, target, kind, parameter);
   const Tensor gradient = with_gradient ? new_in_layout(input, operands.scalar) : new_vector(input, 0);
   void* const to = with_gradient ? gradient.mutable_data_ptr() : nullptr;
-  const int64_t rows = is_apart ? input.size(0) : input.numel(), cols = is_apart ? input.size(1) : 1;
-  const LossSum sum = sum_of_tasks(rows, cols, [&](int64_t first, int64_t count) {
-    if (!is_apart) return loss_kernels().sum(operands, scale, to, first, count);
-    LossSum part{0.0, false};
-    for (int64_t row = first; row < first + count; ++row) {
-      LossOperands of_row = operands;
-      of_row.target = static_cast<const char*>(operands.target) +
-                      row * (target.stride(0) - cols) * size_of(operands.scalar);
-      add(part, loss_kernels().sum(of_row, scale, to, row * cols, cols));
-    }
-    return part;
+  const LossSum sum = sum_of_tasks(input.numel(), [&](int64_t first, int64_t count) {
+    return loss_kernels().sum(operands, scale, to, first, count);
   });
   check_range(sum, checked);
   const double value = normalizer * sum.value;
@@ -80,11 +57,10 @@ std::tuple<Tensor, Tensor> reconstruction_loss(Tensor input, Tensor target, std:
 }
 
 Tensor reconstruction_loss_elements(Tensor input, Tensor target, std::string kind, double parameter, bool checked) {
-  check_layout("target", target, input);
   const LossOperands operands = operands_of(input, target, kind, parameter);
   const Tensor out = new_in_layout(input, accumulator_of(operands.scalar));
   void* const to = out.mutable_data_ptr();
-  const LossSum sum = sum_of_tasks(input.numel(), 1, [&](int64_t first, int64_t count) {
+  const LossSum sum = sum_of_tasks(input.numel(), [&](int64_t first, int64_t count) {
     return loss_kernels().elements(operands, to, first, count);
   });
   check_range(sum, checked);
@@ -93,7 +69,6 @@ Tensor reconstruction_loss_elements(Tensor input, Tensor target, std::string kin
 
 Tensor reconstruction_loss_backward(Tensor grad, Tensor input, Tensor target, std::string kind, double parameter,
                                     double normalizer) {
-  check_layout("target", target, input);
   const LossOperands operands = operands_of(input, target, kind, parameter);
   STD_TORCH_CHECK(scalar_of(grad) == accumulator_of(operands.scalar), "grad must have the dtype of the loss");
   const Tensor gradient = new_in_layout(input, operands.scalar);

@@ -1,4 +1,4 @@
-"""Builds the package from a clean copy of the sources, and installs it away from them."""
+"""Builds the package, and installs it away from its sources."""
 
 import os
 import shutil
@@ -40,41 +40,44 @@ def sources(tmp_path_factory):
     return folder
 
 
+def build_wheel(sources, folder, **changes):
+    """`pip wheel` of the sources; what it gives is in `folder`, and its results are `.wheels`."""
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--verbose", "--no-deps", "--no-build-isolation"]
+    done = run(
+        [*command, "--wheel-dir", folder / "wheels"],
+        cwd=sources,
+        env=environment(**changes),
+    )
+    done.wheels = sorted((folder / "wheels").glob("*"))
+    return done
+
+
 @pytest.fixture(scope="session")
 def build(sources, tmp_path_factory):
-    """build(**environment) -> the finished `pip wheel .` in a copy of the sources; `.wheels` are its results."""
+    """build(**environment) -> a wheel of a copy of the sources."""
 
     def build(**changes):
         folder = tmp_path_factory.mktemp("build")
         shutil.copytree(sources, folder / "sources")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            ".",
-            "--verbose",
-            "--no-deps",
-            "--no-build-isolation",
-        ]
-        done = run(
-            [*command, "--wheel-dir", folder / "wheels"],
-            cwd=folder / "sources",
-            env=environment(**changes),
-        )
-        done.wheels = sorted((folder / "wheels").glob("*"))
-        return done
+        return build_wheel(folder / "sources", folder, **changes)
 
     return build
 
 
 @pytest.fixture(scope="session")
-def compiled(build):
-    """The wheel with the compiled libraries; AEFAST_TEST_CUDA_WHEEL=1 builds the CUDA one too."""
+def compiled(tmp_path_factory):
+    """The wheel with the compiled libraries; AEFAST_TEST_CUDA_WHEEL=1 builds the CUDA one too.
+
+    It is built where the editable installation was, whose objects need not be compiled again.
+    """
     require_compiler(path())
     with_cuda = os.environ.get("AEFAST_TEST_CUDA_WHEEL") == "1" and shutil.which("nvcc") is not None
     cuda = os.environ.get("AEFAST_BUILD_CUDA") or ("1" if with_cuda else "0")
-    done = build(AEFAST_BUILD_CUDA=cuda, PATH=path())
+    folder = tmp_path_factory.mktemp("compiled")
+    # What setuptools has copied for an earlier wheel would be in this one.
+    (folder / "setup.cfg").write_text(f"[build]\nbuild_base = {folder / 'build'}\n")
+    changes = {"AEFAST_BUILD_CUDA": cuda, "PATH": path(), "DIST_EXTRA_CONFIG": str(folder / "setup.cfg")}
+    done = build_wheel(REPOSITORY, folder, **changes)
     assert done.returncode == 0, done.stdout
     return done
 
