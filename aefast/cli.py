@@ -57,6 +57,7 @@ _LIKELIHOOD = "Of --model vae and infovae"
 _VAE = "Of --model vae"
 _INFOVAE = "Of --model infovae"
 _NOISE = "Of --model denoising"
+_SPARSE = "Of --model sparse"
 
 _TRAIN_EPILOG = """
 [bold]Examples[/bold]
@@ -166,7 +167,7 @@ def train(
     latent: Annotated[
         int | None,
         typer.Option(
-            help="Latent size; more than the data's features is an overcomplete model. \\[default: 16]",
+            help="Latent size; more than the data's features is an overcomplete model. \\[default: 16, sparse: 1024]",
             rich_help_panel=_MODEL,
         ),
     ] = None,
@@ -359,6 +360,85 @@ def train(
             rich_help_panel=_NOISE,
         ),
     ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="topk, batchtopk, l1, kl or jumprelu. \\[default: topk]",
+            rich_help_panel=_SPARSE,
+        ),
+    ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option(
+            "--k",
+            help="Latents that topk leaves a sample, and batchtopk on average. \\[default: 32]",
+            rich_help_panel=_SPARSE,
+        ),
+    ] = None,
+    sparsity_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the penalty of l1, kl and jumprelu. \\[default: 0.0003, 0.0001 and 0.00001]",
+            rich_help_panel=_SPARSE,
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Mean activity that kl holds latents to. \\[default: 0.05]", rich_help_panel=_SPARSE
+        ),
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(
+            help="Width in which jumprelu's thresholds get a gradient. \\[default: 0.001]",
+            rich_help_panel=_SPARSE,
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="What they begin with. \\[default: 0.001]", rich_help_panel=_SPARSE),
+    ] = None,
+    tied: Annotated[
+        bool,
+        typer.Option("--tied", help="Give the decoder the encoder's weight.", rich_help_panel=_SPARSE),
+    ] = False,
+    no_pre_bias: Annotated[
+        bool,
+        typer.Option(
+            "--no-pre-bias",
+            help="Encode samples as they are, not without the decoder's bias.",
+            rich_help_panel=_SPARSE,
+        ),
+    ] = False,
+    no_unit_norm: Annotated[
+        bool,
+        typer.Option(
+            "--no-unit-norm", help="Let the decoder's directions have any length.", rich_help_panel=_SPARSE
+        ),
+    ] = False,
+    aux_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the loss that brings dead latents back; 0 for none. \\[default: 1/32]",
+            rich_help_panel=_SPARSE,
+        ),
+    ] = None,
+    aux_k: Annotated[
+        int | None,
+        typer.Option(
+            help="Dead latents that a sample uses in it. \\[default: half of the features]",
+            rich_help_panel=_SPARSE,
+        ),
+    ] = None,
+    dead_after: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples without which a latent counts as dead. \\[default: 1,000,000]",
+            rich_help_panel=_SPARSE,
+        ),
+    ] = None,
     image_shape: Annotated[
         str | None,
         typer.Option(
@@ -418,6 +498,18 @@ def train(
         "noise_low": noise_low,
         "noise_high": noise_high,
         "noise_block": noise_block,
+        "sparsity": sparsity,
+        "k": k,
+        "sparsity_weight": sparsity_weight,
+        "rate": rate,
+        "bandwidth": bandwidth,
+        "threshold": threshold,
+        "tied": tied or None,
+        "pre_bias": False if no_pre_bias else None,
+        "unit_norm": False if no_unit_norm else None,
+        "aux_weight": aux_weight,
+        "aux_k": aux_k,
+        "dead_after": dead_after,
         "image_shape": _widths(image_shape, "image_shape"),
     }
     given = {name: value for name, value in options.items() if value is not None}

@@ -14,6 +14,8 @@ from aefast.models._base import MODELS, Model, ModelConfig, ModelOutput, find_mo
 from aefast.models.autoencoder import Autoencoder, AutoencoderConfig
 from aefast.models.denoising import DenoisingAutoencoder, DenoisingConfig
 from aefast.models.infovae import InfoVAE, InfoVAEConfig
+from aefast.models.sparse import SparseAutoencoder, SparseCode, SparseConfig
+from aefast.models.sparse_formats import load_saelens, load_sparsify
 from aefast.models.stochastic import StochasticAutoencoder, StochasticConfig
 from aefast.models.vae import VAE, VAEConfig
 
@@ -29,10 +31,15 @@ __all__ = [
     "Model",
     "ModelConfig",
     "ModelOutput",
+    "SparseAutoencoder",
+    "SparseCode",
+    "SparseConfig",
     "StochasticAutoencoder",
     "StochasticConfig",
     "VAEConfig",
     "find_model",
     "from_pretrained",
+    "load_saelens",
+    "load_sparsify",
     "register",
 ]

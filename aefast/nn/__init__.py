@@ -12,6 +12,8 @@ from aefast.nn.mmd_loss import MMDLoss
 from aefast.nn.pyramid_loss import PyramidLoss
 from aefast.nn.reconstruction_loss import ReconstructionLoss
 from aefast.nn.reparameterize import Reparameterize
+from aefast.nn.sparse_decode import SparseDecoder
+from aefast.nn.topk_encode import TopKEncoder
 
 __all__ = [
     "MLP",
@@ -22,4 +24,6 @@ __all__ = [
     "PyramidLoss",
     "ReconstructionLoss",
     "Reparameterize",
+    "SparseDecoder",
+    "TopKEncoder",
 ]

@@ -1,0 +1,544 @@
+"""The sparse autoencoder: many latents, of which a sample uses few."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import aefast.functional as AF
+from aefast.errors import InputError
+from aefast.models._base import Model, ModelOutput, check_choice, register
+from aefast.models._reconstruction import LOSSES, LossConfig, does_without
+from aefast.nn import SparseDecoder
+from aefast.nn.linear_act import DenseParameters, check_positive_int
+from aefast.ops import jumprelu as jumprelu_op
+from aefast.ops import penalized_linear_act as penalized_op
+
+SPARSITIES = ("l1", "kl", "topk", "batchtopk", "jumprelu")
+# The default weights of the penalties, for samples in [0, 1] and the mean squared error.
+_WEIGHTS = {"l1": 3e-4, "kl": 1e-4, "jumprelu": 1e-5}
+# The options that a kind of sparsity takes beside those of all.
+_TAKES = {
+    "l1": ("sparsity_weight",),
+    "kl": ("sparsity_weight", "rate"),
+    "topk": ("k", "aux_weight", "aux_k", "dead_after"),
+    "batchtopk": ("k", "aux_weight", "aux_k", "dead_after"),
+    "jumprelu": ("sparsity_weight", "bandwidth", "threshold"),
+}
+_DEFAULTS = {
+    "k": 32,
+    "rate": 0.05,
+    "bandwidth": 1e-3,
+    "threshold": 1e-3,
+    "aux_weight": 1 / 32,
+    "dead_after": 1_000_000,
+}
+# Of the new value in the running mean of the smallest values that batches keep.
+_THRESHOLD_RATE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConfig(LossConfig):
+    """Options of `SparseAutoencoder`: those of `LossConfig`, with "mse" as the loss, and the sparsity.
+
+    Encoder and decoder are one layer each, so that `hidden`, `decoder_hidden`, `linear_decoder` and `activation` stay
+    as they are. None leaves an option to its default, and is all that a kind of sparsity takes that has no such option.
+
+    Attributes:
+        latent: how many latents there are, mostly more than features.
+        sparsity: what keeps the codes sparse: "topk", "batchtopk", "l1", "kl" or "jumprelu".
+        k: of topk, how many latents a sample uses; of batchtopk, how many on average. 32 by default.
+        sparsity_weight: of l1, kl and jumprelu, the penalty's weight. What is enough depends on the scale of the data.
+        rate: of kl, the mean activity that latents are held to. 0.05 by default.
+        bandwidth: of jumprelu, the width in which a threshold gets a gradient. 0.001 by default.
+        threshold: of jumprelu, what all thresholds begin with. 0.001 by default.
+        tied: whether the decoder has the encoder's weight.
+        pre_bias: whether the decoder's bias is subtracted from the samples first.
+        unit_norm: whether the directions of the decoder are kept at length 1, and their gradients across them.
+        aux_weight: of topk and batchtopk, the weight of the auxiliary loss that brings dead latents back; 0 for none.
+            1/32 by default.
+        aux_k: how many dead latents a sample uses in it. Half of the features by default.
+        dead_after: samples that a latent has not been used for when it counts as dead. 1,000,000 by default.
+    """
+
+    hidden: tuple[int, ...] = ()
+    latent: int = 1024
+    loss: str = "mse"
+    sparsity: str = "topk"
+    k: int | None = None
+    sparsity_weight: float | None = None
+    rate: float | None = None
+    bandwidth: float | None = None
+    threshold: float | None = None
+    tied: bool = False
+    pre_bias: bool = True
+    unit_norm: bool = True
+    aux_weight: float | None = None
+    aux_k: int | None = None
+    dead_after: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss is None:
+            raise InputError(f"loss=None: expected one of {', '.join(LOSSES)}")
+        for name in ("hidden", "decoder_hidden", "linear_decoder"):
+            if getattr(self, name):
+                raise InputError(f"{name}={getattr(self, name)!r}: a sparse autoencoder has no hidden layers")
+        if self.activation != "relu":
+            raise InputError(f"activation={self.activation!r}: the activation is that of the sparsity")
+        if self.output_activation not in ("identity", "sigmoid"):
+            raise InputError(f"output_activation={self.output_activation!r}: expected identity or sigmoid")
+        check_choice(self.sparsity, "sparsity", SPARSITIES)
+        for name in ("tied", "pre_bias", "unit_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={getattr(self, name)!r}: expected true or false")
+        takes = _TAKES[self.sparsity]
+        for name in dict.fromkeys(option for options in _TAKES.values() for option in options):
+            value = getattr(self, name)
+            if value is not None and name not in takes:
+                raise InputError(
+                    f"{name}={value!r}: sparsity {self.sparsity!r} has no such option; it takes {', '.join(takes)}"
+                )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        for name in ("k", "aux_k", "dead_after"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            check_positive_int(value, name)
+            if name != "dead_after" and value > self.latent:
+                raise InputError(f"{name}={value!r}: expected at most latent, {self.latent}")
+        for name in ("sparsity_weight", "aux_weight", "rate", "bandwidth", "threshold"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < math.inf:
+                raise InputError(f"{name}={value!r}: expected a finite number of at least 0")
+            if value == 0 and not name.endswith("weight"):
+                raise InputError(f"{name}={value!r}: expected a number above 0")
+        if self.rate is not None and self.rate >= 1:
+            raise InputError(f"rate={self.rate!r}: expected a number between 0 and 1")
+
+    def option(self, name: str) -> Any:
+        """The value of an option that this kind of sparsity takes, or else its default."""
+        value = getattr(self, name)
+        if value is not None:
+            return value
+        if name == "sparsity_weight":
+            return _WEIGHTS[self.sparsity]
+        if name == "k":
+            return min(_DEFAULTS["k"], self.latent)
+        if name == "aux_k":
+            return min(max(1, self.input_size // 2), self.latent)
+        return _DEFAULTS[name]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether codes are kept as values and indices."""
+        return self.sparsity in ("topk", "batchtopk")
+
+
+class SparseCode(NamedTuple):
+    """A batch of codes by what is not 0.
+
+    Attributes:
+        values: (B, k), at least 0.
+        indices: (B, k), int64: which latents they are of; -1 with the value 0 where a sample has fewer.
+    """
+
+    values: torch.Tensor
+    indices: torch.Tensor
+
+    def dense(self, latents: int) -> torch.Tensor:
+        """The same as a matrix (B, latents)."""
+        rows = self.values.new_zeros(*self.values.shape[:-1], latents)
+        return rows.scatter_add(-1, self.indices.clamp_min(0), self.values)
+
+
+@register("sparse")
+class SparseAutoencoder(Model):
+    """Sparse autoencoder: one layer to many latents, few of which a sample uses, and one layer back.
+
+    With a = x - b_dec, or x without `pre_bias`, and p = W_enc a + b_enc, the code h and the loss are, by `sparsity`:
+
+    - "topk": h = relu of the k largest of p (Gao et al., Scaling and evaluating sparse autoencoders, arXiv:2406.04093).
+    - "batchtopk": h = relu of the k B largest of a batch of B samples (Bussmann, Leask, Nanda, BatchTopK Sparse
+      Autoencoders, arXiv:2412.06410). In eval mode h has all of p that is above the running mean of the smallest values
+      that batches kept, so that a sample's code is its own.
+    - "l1": h = relu(p), with sparsity_weight · Σ_f |h_f| added, a mean over samples.
+    - "kl": h = sigmoid(p), with sparsity_weight · Σ_f KL(rate ‖ mean h_f) added (Ng, Sparse autoencoder, CS294A).
+    - "jumprelu": h = p where p is above a learnt threshold, else 0, with sparsity_weight times how many are not 0 added
+      (Rajamanoharan et al., Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU Sparse Autoencoders,
+      arXiv:2407.14435).
+
+    The reconstruction is W_decᵀ h + b_dec. For topk and batchtopk, latents that no sample has used for `dead_after`
+    samples are dead; aux_weight times the mean squared error with which the aux_k largest of them make what the
+    reconstruction leaves is added (AuxK, of Gao et al.). The terms are that of the loss by its name, "sparsity" and
+    "aux", with their weights.
+
+    Args:
+        config: the options; or give them by name: ``SparseAutoencoder(input_size=768, latent=16384, k=32)``.
+        device: where the parameters live.
+        dtype: their floating-point type.
+
+    Shape:
+        input (B, ...) with input_size features a sample; latent a `SparseCode` for topk and batchtopk, else
+        (B, latent); reconstruction as the input.
+
+    Attributes:
+        encoder: weight W_enc (latent, input_size) and bias.
+        decoder: weight W_dec (latent, input_size), None if it is tied, and bias.
+        log_threshold: (latent,), of jumprelu.
+        unused: (latent,) int64, of topk and batchtopk: for how many samples a latent has not been used.
+    """
+
+    config_class = SparseConfig
+    config: SparseConfig
+
+    def __init__(
+        self,
+        config: SparseConfig | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(config, **options)
+        config = self.config
+        sizes = f"input_size={config.input_size}, latent={config.latent}"
+        self.encoder = DenseParameters(config.input_size, config.latent, True, sizes, device, dtype)
+        self.decoder = SparseDecoder(config.latent, config.input_size, device=device, dtype=dtype)
+        with torch.no_grad():
+            # The encoder begins as the decoder's transpose: what a latent stands for is what it looks for.
+            self.encoder.weight.copy_(self.decoder.weight)
+            self.encoder.bias.zero_()
+        if config.tied:
+            self.decoder.weight = None
+        _add_state(self, config, self.encoder.weight)
+        self.decoder_loss = config.decoder_loss("mean")
+
+    def encode(self, x: torch.Tensor) -> SparseCode | torch.Tensor:
+        """The codes of a batch: x (B, ...) to a `SparseCode` for topk and batchtopk, else (B, latent)."""
+        flat = self.flatten(x)
+        return _code_of(
+            self, self.config, _FUSED, _seen(self, self.config, flat), _weights(self, self.config)
+        )[0]
+
+    def dense(self, code: SparseCode | torch.Tensor) -> torch.Tensor:
+        """Codes, of any kind, as a matrix (B, latent)."""
+        return code.dense(self.config.latent) if isinstance(code, tuple) else code
+
+    def decode(self, latent: SparseCode | torch.Tensor) -> torch.Tensor:
+        """The reconstructions of codes as `encode` gives them, or of a dense matrix (B, latent) of any of them."""
+        decoder_weight = _weights(self, self.config)[1]
+        return self.decoder_loss.mean_of(_decoded(self, self.config, _FUSED, latent, decoder_weight))
+
+    @torch.no_grad()
+    def normalize(self) -> None:
+        """Make the directions of the decoder of length 1, as training does before each step, and `eval`."""
+        weight = self.encoder.weight if self.config.tied else self.decoder.weight
+        norms = weight.norm(dim=1, keepdim=True)
+        weight.div_(norms.clamp_min(torch.finfo(weight.dtype).tiny))
+
+    def train(self, mode: bool = True) -> SparseAutoencoder:
+        if not mode and self.config.unit_norm:
+            self.normalize()
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> ModelOutput:
+        if self.config.unit_norm and self.training and torch.is_grad_enabled():
+            self.normalize()
+        flat = self.flatten(x)
+        terms, code, made = _terms(self, self.config, _FUSED, self.decoder_loss, flat, x.shape)
+        return ModelOutput(made, code, sum(terms.values()), terms)
+
+    def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Beside "loss" and "mse": "l0", how many latents a sample uses; "explained_variance", 1 - mse / the variance
+        of the batch; and of topk and batchtopk "dead", the part of the latents that counts as dead."""
+        flat = self.flatten(x)
+        output = self(flat)
+        values = output.latent.values if self.config.is_sparse else output.latent
+        mse = F.mse_loss(output.reconstruction, flat)
+        measures = {
+            "loss": output.loss,
+            "mse": mse,
+            "l0": (values > 0).sum(-1).to(mse.dtype).mean(),
+            "explained_variance": 1.0 - mse / (flat - flat.mean(0)).square().mean(),
+        }
+        if self.config.is_sparse:
+            measures["dead"] = self.dead.to(mse.dtype).mean()
+        return measures
+
+    @property
+    def dead(self) -> torch.Tensor:
+        """(latent,) bool, of topk and batchtopk: the latents that count as dead."""
+        return self.unused >= self.config.option("dead_after")
+
+    def eager_twin(self) -> nn.Module:
+        twin = _EagerSparse(self)
+        twin.load_state_dict(self.state_dict())
+        return twin.train(self.training)
+
+    def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return sum(twin.terms(x).values())
+
+
+class _EagerSparse(nn.Module):
+    """`SparseAutoencoder` in plain PyTorch, with the pre-activations of all latents."""
+
+    def __init__(self, model: SparseAutoencoder) -> None:
+        super().__init__()
+        config = model.config
+        weight = model.encoder.weight
+        made = {"device": weight.device, "dtype": weight.dtype}
+        self.config = config
+        self.encoder = nn.Linear(config.input_size, config.latent, **made)
+        self.decoder = SparseDecoder(config.latent, config.input_size, **made)
+        if config.tied:
+            self.decoder.weight = None
+        _add_state(self, config, weight)
+        self.decoder_loss = model.decoder_loss
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        encoder_weight, decoder_weight = _weights(self, self.config)
+        code, _ = _code_of(
+            self, self.config, _EAGER, _seen(self, self.config, x), (encoder_weight, decoder_weight)
+        )
+        return self.decoder_loss.mean_of(_decoded(self, self.config, _EAGER, code, decoder_weight))
+
+    def terms(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.config.unit_norm:
+            SparseAutoencoder.normalize(self)
+        return _terms(self, self.config, _EAGER, self.decoder_loss.eager, x, x.shape)[0]
+
+
+class _Functions(NamedTuple):
+    """What a sparse autoencoder is made of, fused or in plain PyTorch."""
+
+    topk_encode: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    batch_topk_encode: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    sparse_decode: Callable[..., torch.Tensor]
+    penalized_linear_act: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    jumprelu: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    linear: Callable[..., torch.Tensor]
+
+
+def _eager_topk(x, weight, bias, k):
+    return F.linear(x, weight, bias).topk(k)
+
+
+def _eager_batch_topk(x, weight, bias, k):
+    made = F.linear(x, weight, bias)
+    kept = made.new_zeros(made.numel(), dtype=torch.bool)
+    kept[made.flatten().topk(k * len(x)).indices] = True
+    kept = kept.view_as(made)
+    values, indices = torch.where(kept, made, -math.inf).topk(int(kept.sum(1).max()))
+    is_kept = values > -math.inf
+    return torch.where(is_kept, values, 0.0), torch.where(is_kept, indices, -1)
+
+
+def _eager_decode(values, indices, weight, bias=None):
+    decoded = SparseCode(values, indices).dense(len(weight)) @ weight
+    return decoded if bias is None else decoded + bias
+
+
+_FUSED = _Functions(
+    AF.topk_encode,
+    AF.batch_topk_encode,
+    AF.sparse_decode,
+    AF.penalized_linear_act,
+    AF.jumprelu,
+    functools.partial(AF.linear_act, activation="identity"),
+)
+_EAGER = _Functions(
+    _eager_topk,
+    _eager_batch_topk,
+    _eager_decode,
+    penalized_op.reference,
+    jumprelu_op.reference,
+    F.linear,
+)
+
+
+class _LastLayer(NamedTuple):
+    """The decoder of dense codes, for a loss that does without the whole reconstruction."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    activation: str
+
+    def __call__(self, code: torch.Tensor) -> torch.Tensor:
+        return AF.linear_act(code, self.weight, self.bias, self.activation)
+
+    def reconstruction_loss(
+        self, code: torch.Tensor, x: torch.Tensor, kind: str, **options: Any
+    ) -> torch.Tensor:
+        return AF.linear_reconstruction_loss(
+            code, self.weight, self.bias, x, kind, output_activation=self.activation, **options
+        )
+
+
+class _Tangent(torch.autograd.Function):
+    """Rows of length 1 as they are, whose gradients lose what is along the row."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        ctx.save_for_backward(weight)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return torch.addcmul(grad, weight, (grad * weight).sum(1, keepdim=True), value=-1.0)
+
+
+def _add_state(module: nn.Module, config: SparseConfig, like: torch.Tensor) -> None:
+    """What a model keeps beside its two layers."""
+    if config.sparsity == "jumprelu":
+        threshold = math.log(config.option("threshold"))
+        module.log_threshold = nn.Parameter(torch.full_like(like[:, 0].detach(), threshold))
+    if config.is_sparse:
+        module.register_buffer("unused", torch.zeros(config.latent, dtype=torch.int64, device=like.device))
+    if config.sparsity == "batchtopk":
+        module.register_buffer("kept_above", torch.zeros((), dtype=torch.float32, device=like.device))
+
+
+def _weights(module: nn.Module, config: SparseConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of encoder and decoder, with the gradients of directions across them."""
+    directions = module.encoder.weight if config.tied else module.decoder.weight
+    if config.unit_norm and module.training and torch.is_grad_enabled():
+        directions = _Tangent.apply(directions)
+    return directions if config.tied else module.encoder.weight, directions
+
+
+def _seen(module: nn.Module, config: SparseConfig, flat: torch.Tensor) -> torch.Tensor:
+    """What the encoder gets of samples (B, input_size)."""
+    return flat - module.decoder.bias if config.pre_bias else flat
+
+
+def _code_of(
+    module: nn.Module,
+    config: SparseConfig,
+    functions: _Functions,
+    seen: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[SparseCode | torch.Tensor, torch.Tensor | None]:
+    """The codes, and the penalty without its weight."""
+    weight, bias = weights[0], module.encoder.bias
+    if config.sparsity == "topk":
+        values, indices = functions.topk_encode(seen, weight, bias, k=config.option("k"))
+        return SparseCode(values.relu(), indices), None
+    if config.sparsity == "batchtopk":
+        if not module.training:
+            return _above(functions.linear(seen, weight, bias), module.kept_above), None
+        values, indices = functions.batch_topk_encode(seen, weight, bias, k=config.option("k"))
+        return SparseCode(values.relu(), indices), None
+    if config.sparsity == "jumprelu":
+        code, count = functions.jumprelu(
+            functions.linear(seen, weight, bias),
+            module.log_threshold.exp(),
+            bandwidth=config.option("bandwidth"),
+        )
+        return code, count.mean()
+    options = {"penalty": config.sparsity}
+    if config.sparsity == "kl":
+        options["rate"] = config.option("rate")
+    activation = "sigmoid" if config.sparsity == "kl" else "relu"
+    return functions.penalized_linear_act(seen, weight, bias, activation, **options)
+
+
+def _above(made: torch.Tensor, threshold: torch.Tensor) -> SparseCode:
+    """What is above 0 and the threshold, by samples."""
+    kept = torch.where(made > threshold.clamp_min(0), made, 0.0)
+    most = max(1, int((kept > 0).sum(1).max())) if len(made) else 1
+    values, indices = kept.topk(most)
+    return SparseCode(values, torch.where(values > 0, indices, -1))
+
+
+def _decoded(
+    module: nn.Module,
+    config: SparseConfig,
+    functions: _Functions,
+    code: SparseCode | torch.Tensor,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    """What the decoder gives, its output activation included."""
+    bias = module.decoder.bias
+    if isinstance(code, tuple):
+        decoded = functions.sparse_decode(*code, weight, bias)
+    else:
+        decoded = functions.linear(code, weight.t(), bias)
+    return decoded.sigmoid() if config.output_activation == "sigmoid" else decoded
+
+
+def _terms(
+    module: nn.Module,
+    config: SparseConfig,
+    functions: _Functions,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    flat: torch.Tensor,
+    shape: torch.Size,
+) -> tuple[dict[str, torch.Tensor], SparseCode | torch.Tensor, torch.Tensor | Callable[[], torch.Tensor]]:
+    """The loss's terms with their weights, the codes, and the reconstruction or what makes it."""
+    weights = _weights(module, config)
+    seen = _seen(module, config, flat)
+    code, penalty = _code_of(module, config, functions, seen, weights)
+    if penalty is not None and functions is _FUSED and does_without(module, len(flat)):
+        layer = _LastLayer(weights[1].t(), module.decoder.bias, config.output_activation)
+        terms = {config.loss: module.decoder_loss.of_latent(layer, code, flat)}
+        made = functools.partial(module._decoded, code, shape)
+    else:
+        output = _decoded(module, config, functions, code, weights[1])
+        terms = {config.loss: loss(output, flat)}
+        made = module.decoder_loss.mean_of(output).reshape(shape)
+    if penalty is not None:
+        terms["sparsity"] = config.option("sparsity_weight") * penalty
+    elif module.training and torch.is_grad_enabled():
+        if config.option("aux_weight") > 0:
+            left = flat - made.detach().reshape(flat.shape)
+            terms["aux"] = config.option("aux_weight") * _aux(module, config, functions, seen, left, weights)
+        _note_use(module, config, code)
+    return terms, code, made
+
+
+def _aux(
+    module: nn.Module,
+    config: SparseConfig,
+    functions: _Functions,
+    seen: torch.Tensor,
+    left: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """The mean squared error with which dead latents make what the others leave, less where there are few of them."""
+    dead = (module.unused >= config.option("dead_after")).nonzero().squeeze(1)
+    if len(dead) == 0:
+        return left.new_zeros(())
+    aux_k = config.option("aux_k")
+    k = min(aux_k, len(dead))
+    values, indices = functions.topk_encode(seen, weights[0][dead], module.encoder.bias[dead], k=k)
+    made = functions.sparse_decode(values.relu(), dead[indices], weights[1])
+    return k / aux_k * F.mse_loss(made, left)
+
+
+@torch.no_grad()
+def _note_use(module: nn.Module, config: SparseConfig, code: SparseCode) -> None:
+    """Which latents a batch has used, and from what value on."""
+    is_used = code.values > 0
+    used = torch.zeros(config.latent + 1, dtype=torch.bool, device=code.values.device)
+    # Entries that are 0 go to a place of their own.
+    used[torch.where(is_used, code.indices, config.latent).flatten()] = True
+    module.unused.add_(len(code.values)).masked_fill_(used[:-1], 0)
+    if config.sparsity == "batchtopk":
+        least = torch.where(is_used, code.values, math.inf).min().float()
+        kept = module.kept_above
+        new = torch.where(kept > 0, torch.lerp(kept, least, _THRESHOLD_RATE), least)
+        kept.copy_(torch.where(least.isfinite(), new, kept))
