@@ -453,6 +453,8 @@ void backward_in_groups(const BackwardPass& pass, int64_t groups, int64_t block,
 
 }  // namespace
 
+bool has_bfloat16_products() { return has_bfloat16.load(std::memory_order_relaxed); }
+
 bool use_bfloat16_products(bool use) { return has_bfloat16.exchange(use); }
 
 ActivationSpec activation_spec(const std::string& specification) {

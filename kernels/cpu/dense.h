@@ -17,6 +17,7 @@ namespace aefast::cpu {
 // Whether bfloat16 products are left to the BLAS as they are; returns what held before. For tests: at first they are if
 // the processor has instructions for them.
 bool use_bfloat16_products(bool use);
+bool has_bfloat16_products();
 
 ActivationSpec activation_spec(const std::string& specification);
 

@@ -7,10 +7,12 @@
 #include <cstring>
 #include <vector>
 
+#include "dense.h"
 #include "parallel.h"
 
 namespace aefast::cpu {
 namespace {
+
 
 // Places of the entries with the same latent lie side by side, in order: those of latent f from starts[f] on.
 struct Ordered {
@@ -61,7 +63,7 @@ Ordered ordered(const Code& code, void* dots, int64_t element_size) {
   return out;
 }
 
-// body(TypeTag-like null pointer of the type).
+// body(a null pointer to the type).
 template <typename Body>
 void with_type(Scalar scalar, const Body& body) {
   switch (scalar) {
@@ -138,6 +140,37 @@ void latent_gradients(const Rows& rows, const Code& code, const LatentGradients&
       if (gradients.bias.data) sum_values(rows.scalar, code.values, places, count, gradients.bias.data, latent);
     }
   });
+}
+
+bool is_dense(const Code& code, Scalar scalar) {
+  // Processors that have instructions for products in bfloat16 have none for sums.
+  const int64_t share = scalar == Scalar::bfloat16 && has_bfloat16_products() ? 32 : 8;
+  return code.latents > 0 && code.per_row * share >= code.latents;
+}
+
+Tensor dense_code(const Code& code, const Tensor& like) {
+  const Tensor out = new_matrix(like, code.rows, code.latents);
+  std::atomic<bool> has_wrong{false};
+  with_type(scalar_of(like), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* const data = static_cast<T*>(out.mutable_data_ptr());
+    for_tasks(code.rows, code.latents, 1, [&](int64_t first, int64_t count) {
+      std::memset(static_cast<void*>(data + first * code.latents), 0, count * code.latents * sizeof(T));
+      for (int64_t row = first; row < first + count; ++row)
+        for (int64_t place = row * code.per_row; place < (row + 1) * code.per_row; ++place) {
+          const int64_t latent = code.indices[place];
+          if (latent < 0) continue;
+          if (latent >= code.latents) {
+            has_wrong = true;
+            continue;
+          }
+          T& element = data[row * code.latents + latent];
+          element = store<T>(load(element) + load(static_cast<const T*>(code.values)[place]));
+        }
+    });
+  });
+  STD_TORCH_CHECK(!has_wrong, "indices must be less than ", code.latents);
+  return out;
 }
 
 void decode(const Rows& directions, const Code& code, const void* bias, void* out) {

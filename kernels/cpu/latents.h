@@ -29,6 +29,13 @@ struct LatentGradients {
 // Of the rows (N, D) of which each entry of the code has one.
 void latent_gradients(const Rows& rows, const Code& code, const LatentGradients& gradients);
 
+// Whether dense products, of a matrix that has a column for each latent, are faster than sums of rows, as they are where
+// a row has so many entries.
+bool is_dense(const Code& code, Scalar scalar);
+
+// The code as such a matrix (N, F), of the dtype of `like`: an index that a row has twice counts twice.
+Tensor dense_code(const Code& code, const Tensor& like);
+
 // out (N, D) row-major = bias + Σ_j values[n, j] directions[indices[n, j]], bias (D,) or null.
 void decode(const Rows& directions, const Code& code, const void* bias, void* out);
 

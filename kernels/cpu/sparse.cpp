@@ -20,11 +20,18 @@ template <typename T>
 AEFAST_HD Wide<T> read_wide(const T* from) {
   if constexpr (std::is_same_v<T, Accumulator<T>>) {
     return read<Wide<T>>(from);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto bits = read<Vector<uint16_t, kVectorBytes / 2>>(from);
+    return reinterpret_cast<Wide<T>>(__builtin_convertvector(bits, Vector<uint32_t>) << 16);
   } else {
+#if defined(__AVX512F__)
+    return _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(read<Vector<uint16_t, kVectorBytes / 2>>(from)));
+#else
     Accumulator<T> values[kWidth<T>];
 #pragma omp simd
     for (int64_t lane = 0; lane < kWidth<T>; ++lane) values[lane] = load(from[lane]);
     return read<Wide<T>>(values);
+#endif
   }
 }
 

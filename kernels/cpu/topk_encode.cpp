@@ -177,21 +177,24 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> topk_encode_backward(
   grad = torch::stable::contiguous(grad);
   const Code code = code_of(grad, indices, weight.size(0), x);
   OptionalTensor x_gradient, weight_gradient, bias_gradient;
+  if (needs & dense::kNeedX) x_gradient = new_matrix(x, x.size(0), x.size(1));
+  if (needs & dense::kNeedWeight) weight_gradient = new_matrix(x, weight.size(0), weight.size(1));
+  if (needs & dense::kNeedBias) bias_gradient = new_vector(x, weight.size(0));
+  if (is_dense(code, scalar_of(x))) {
+    const Tensor dense = dense_code(code, x);
+    LayerBackward layer{{Activation::identity, {}}, matrix_of(weight), matrix_of(x), {}, matrix_of(weight_gradient),
+                        vector_of(bias_gradient)};
+    dense_backward(matrix_of(dense), &layer, 1, matrix_of(x_gradient));
+    return {x_gradient, weight_gradient, bias_gradient};
+  }
   Tensor copy;
-  if (needs & dense::kNeedX) {
-    x_gradient = new_matrix(x, x.size(0), x.size(1));
-    decode(rows_of(weight, copy), code, nullptr, x_gradient->mutable_data_ptr());
-  }
-  LatentGradients gradients;
-  if (needs & dense::kNeedWeight) {
-    weight_gradient = new_matrix(x, weight.size(0), weight.size(1));
-    gradients.weight = matrix_of(*weight_gradient);
-  }
-  if (needs & dense::kNeedBias) {
-    bias_gradient = new_vector(x, weight.size(0));
+  if (x_gradient) decode(rows_of(weight, copy), code, nullptr, x_gradient->mutable_data_ptr());
+  if (weight_gradient || bias_gradient) {
+    LatentGradients gradients;
+    gradients.weight = matrix_of(weight_gradient);
     gradients.bias = vector_of(bias_gradient);
+    latent_gradients(rows_of(x, copy), code, gradients);
   }
-  if (weight_gradient || bias_gradient) latent_gradients(rows_of(x, copy), code, gradients);
   return {x_gradient, weight_gradient, bias_gradient};
 }
 
