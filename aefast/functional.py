@@ -14,6 +14,8 @@ from aefast.ops.nearest import nearest
 from aefast.ops.pyramid_loss import pyramid_loss
 from aefast.ops.reconstruction_loss import reconstruction_loss
 from aefast.ops.reparameterize import reparameterize
+from aefast.ops.sparse_decode import sparse_decode
+from aefast.ops.topk_encode import topk_encode
 
 __all__ = [
     "chamfer",
@@ -30,4 +32,6 @@ __all__ = [
     "pyramid_loss",
     "reconstruction_loss",
     "reparameterize",
+    "sparse_decode",
+    "topk_encode",
 ]

@@ -15,6 +15,8 @@ from aefast.ops import (
     pyramid_loss,
     reconstruction_loss,
     reparameterize,
+    sparse_decode,
+    topk_encode,
 )
 from aefast.ops._registry import BACKENDS, OPS, backend
 
@@ -36,4 +38,6 @@ __all__ = [
     "pyramid_loss",
     "reconstruction_loss",
     "reparameterize",
+    "sparse_decode",
+    "topk_encode",
 ]

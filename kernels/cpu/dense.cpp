@@ -453,6 +453,8 @@ void backward_in_groups(const BackwardPass& pass, int64_t groups, int64_t block,
 
 }  // namespace
 
+bool has_bfloat16_products() { return has_bfloat16.load(std::memory_order_relaxed); }
+
 bool use_bfloat16_products(bool use) { return has_bfloat16.exchange(use); }
 
 ActivationSpec activation_spec(const std::string& specification) {
@@ -497,6 +499,33 @@ void dense_forward(Matrix x, LayerForward* layers, size_t count) {
       }
       layer_forward(layer, input, out, layer.derivative.row_block(begin, rows), division.use_blas);
       input = out;
+    }
+  });
+}
+
+void for_products(Matrix x, Matrix weight, Matrix bias, const std::function<void(const ProductBlock&)>& body) {
+  constexpr int64_t kColumns = 2048;
+  Scratch scratch;
+  const Scalar type = product_type(x.scalar);
+  weight = converted(weight, type, scratch);
+  bias = unit_stride(bias, scratch);
+  const bool has_bias = bias.data && type != accumulator_type(type);
+  const int64_t widest = std::min(kColumns, weight.rows);
+  const Division division = divide(x.rows, std::max(widest, weight.cols), 1, layer_flops(x.rows, weight), type != x.scalar);
+  for_row_parts(x.rows, division, [&](int64_t begin, int64_t rows) {
+    if (rows == 0) return;
+    Scratch memory;
+    const Matrix input = converted(x.row_block(begin, rows), type, memory), block = memory.matrix(type, rows, widest);
+    for (int64_t first = 0; first < weight.rows; first += kColumns) {
+      const int64_t count = std::min(kColumns, weight.rows - first);
+      const Matrix product{block.data, type, rows, count, count, 1};
+      const Matrix columns = weight.row_block(first, count).transposed();
+      const Matrix its_bias = bias.data ? bias.column_block(first, count) : bias;
+      if (has_bias)
+        multiply_add(input, columns, its_bias, product);
+      else
+        multiply(input, columns, product, division.use_blas);
+      body({begin, first, product, has_bias ? Matrix() : its_bias});
     }
   });
 }

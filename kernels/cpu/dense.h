@@ -5,6 +5,7 @@
 // and the threads meet once a stack instead of twice a layer.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,7 @@ namespace aefast::cpu {
 // Whether bfloat16 products are left to the BLAS as they are; returns what held before. For tests: at first they are if
 // the processor has instructions for them.
 bool use_bfloat16_products(bool use);
+bool has_bfloat16_products();
 
 ActivationSpec activation_spec(const std::string& specification);
 
@@ -32,6 +34,18 @@ struct LayerForward {
 
 // x (M, K) through `count` layers, the last of which has its `out`. The layers are overwritten.
 void dense_forward(Matrix x, LayerForward* layers, size_t count);
+
+// A block of x weight^T, and the bias of its columns if that is not in it yet, which it is only where the product's
+// rounding must not come before.
+struct ProductBlock {
+  int64_t first_row, first_col;
+  Matrix product;  // row-major, in x's type or the one that this is summed in
+  Matrix bias;     // (1, product.cols) with elements side by side, or absent
+};
+
+// body(block) for x (M, K) times weight (N, K), while each block is in the cache: a row's blocks one after the other.
+// What a thread holds of the product does not grow with M or N.
+void for_products(Matrix x, Matrix weight, Matrix bias, const std::function<void(const ProductBlock&)>& body);
 
 struct LayerBackward {
   ActivationSpec spec;

@@ -9,6 +9,7 @@
 #include "product.h"
 #include "pyramid.h"
 #include "random.h"
+#include "sparse.h"
 
 namespace aefast::cpu {
 
@@ -20,6 +21,7 @@ namespace aefast::cpu {
   extern const ProductKernels product_kernels;     \
   extern const PyramidKernels pyramid_kernels;     \
   extern const RandomKernels random_kernels;       \
+  extern const SparseKernels sparse_kernels;       \
   }
 AEFAST_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -36,6 +38,7 @@ struct Kernels {
   const ProductKernels& product;
   const PyramidKernels& pyramid;
   const RandomKernels& random;
+  const SparseKernels& sparse;
   bool supported;
 };
 
@@ -44,15 +47,15 @@ const std::vector<Kernels>& instruction_sets() {
   static const std::vector<Kernels> sets = {
 #if defined(__x86_64__)
       {avx512::loss_kernels, avx512::pairwise_kernels, avx512::pointwise_kernels, avx512::product_kernels,
-       avx512::pyramid_kernels, avx512::random_kernels,
+       avx512::pyramid_kernels, avx512::random_kernels, avx512::sparse_kernels,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
       {avx2::loss_kernels, avx2::pairwise_kernels, avx2::pointwise_kernels, avx2::product_kernels,
-       avx2::pyramid_kernels, avx2::random_kernels,
+       avx2::pyramid_kernels, avx2::random_kernels, avx2::sparse_kernels,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
       {baseline::loss_kernels, baseline::pairwise_kernels, baseline::pointwise_kernels, baseline::product_kernels,
-       baseline::pyramid_kernels, baseline::random_kernels, true},
+       baseline::pyramid_kernels, baseline::random_kernels, baseline::sparse_kernels, true},
   };
   return sets;
 }
@@ -78,6 +81,8 @@ const ProductKernels& product_kernels() { return selected().product; }
 const PyramidKernels& pyramid_kernels() { return selected().pyramid; }
 
 const RandomKernels& random_kernels() { return selected().random; }
+
+const SparseKernels& sparse_kernels() { return selected().sparse; }
 
 std::vector<std::string> supported_instruction_sets() {
   std::vector<std::string> names;

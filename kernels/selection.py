@@ -1,0 +1,17 @@
+"""The largest elements of rows and of equals the first, where PyTorch's own topk takes any of equals."""
+
+import torch
+
+
+def largest(elements, k):
+    """(*, F) -> the indices (*, k) of the k largest of each row, the largest first and of equals the one of the lower
+    index; NaN counts as the largest of all, and -0 is 0."""
+    if elements.dtype == torch.float64:
+        return elements.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    # Keys without equals: the number as an integer of the same order, and the lower half greater for the lower index.
+    wide = elements.float() + 0.0
+    bits = wide.view(torch.int32).long()
+    order = torch.where(wide.isnan(), 0x7FFFFFFF, torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+    below = torch.arange(elements.shape[-1] - 1, -1, -1, device=elements.device)
+    keys = (order << 32) | below
+    return elements.shape[-1] - 1 - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
