@@ -11,6 +11,7 @@ from aefast.ops.mlp import mlp
 from aefast.ops.mmd import mmd
 from aefast.ops.mmd_to_normal import mmd_to_normal
 from aefast.ops.nearest import nearest
+from aefast.ops.penalized_linear_act import penalized_linear_act
 from aefast.ops.pyramid_loss import pyramid_loss
 from aefast.ops.reconstruction_loss import reconstruction_loss
 from aefast.ops.reparameterize import reparameterize
@@ -29,6 +30,7 @@ __all__ = [
     "mmd",
     "mmd_to_normal",
     "nearest",
+    "penalized_linear_act",
     "pyramid_loss",
     "reconstruction_loss",
     "reparameterize",

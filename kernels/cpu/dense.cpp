@@ -11,6 +11,7 @@
 #include <memory>
 #include <new>
 
+#include "penalty.h"
 #include "product.h"
 
 namespace aefast::cpu {
@@ -269,12 +270,26 @@ class ColumnSums {
   int64_t blocks_ = 0, block_ = 1;
 };
 
+// upstream with what is added to it: in g where g can hold it, which is about to be written anyway.
+Matrix with_slopes(Matrix upstream, const OutputSlopes& added, Matrix g) {
+  static thread_local Workspace workspace;
+  const Scalar wide = accumulator_type(upstream.scalar);
+  const int64_t rows = upstream.rows, cols = upstream.cols;
+  void* const memory =
+      g.data && g.scalar == wide ? g.data : workspace.of(static_cast<size_t>(rows * cols * size_of(wide)));
+  penalty_kernels().add_slopes(upstream.scalar, upstream.data, upstream.row_stride, added.slopes.data,
+                               added.output.data, memory, rows, cols);
+  return {memory, wide, rows, cols, cols, 1};
+}
+
 // g = upstream * act' and the partial column sums of g, on rows of which `begin` is the first of a whole. An
 // absent g is not stored.
 void activation_gradient(const ActivationSpec& spec, Matrix upstream, Matrix saved, Matrix g, const ColumnSums& sums,
-                         int64_t begin) {
+                         int64_t begin, const OutputSlopes& added = {}) {
   for_row_blocks(upstream.rows, upstream.cols, sums.block(), [&](int64_t row, int64_t count) {
-    const Matrix from = upstream.row_block(row, count);
+    Matrix from = upstream.row_block(row, count);
+    if (added.slopes.data)
+      from = with_slopes(from, {added.slopes, added.output.row_block(row, count)}, g.row_block(row, count));
     pointwise().activation_gradient(spec, from.scalar, g.scalar, from.data, from.row_stride,
                                     saved.row_block(row, count).data, g.row_block(row, count).data,
                                     sums.partial(begin + row), count, from.cols);
@@ -331,8 +346,9 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
   pointwise().convert(type, out.scalar, sum.data, sum.cols, 1, out.data, out.rows, out.cols);
 }
 
-// One layer over the rows of x.
-void layer_forward(const LayerForward& layer, Matrix x, Matrix out, Matrix derivative, bool use_blas) {
+// One layer over the rows of x, of which `begin` is the first of a whole, and the partial column sums of its output.
+void layer_forward(const LayerForward& layer, Matrix x, Matrix out, Matrix derivative, bool use_blas,
+                   const ColumnSums& sums, bool of_magnitudes, int64_t begin) {
   if (out.rows == 0 || out.cols == 0) return;
   Scratch scratch;
   const Scalar type = layer.weight.scalar;
@@ -345,11 +361,22 @@ void layer_forward(const LayerForward& layer, Matrix x, Matrix out, Matrix deriv
   else
     multiply(rows_of_x, columns, pre, use_blas);
   const void* const bias = has_bias ? nullptr : layer.bias.data;
-  if (layer.spec.activation == Activation::identity && !bias && type == out.scalar) return;
+  const bool is_done = layer.spec.activation == Activation::identity && !bias && type == out.scalar;
+  if (is_done && !sums.wanted()) return;
   const int64_t block = std::max<int64_t>(1, (1 << 14) / out.cols);
-  for_row_blocks(out.rows, out.cols, block, [&](int64_t row, int64_t rows) {
+  const auto activate = [&](int64_t row, int64_t rows) {
     pointwise().bias_activation(layer.spec, type, out.scalar, pre.row_block(row, rows).data, bias,
                                 out.row_block(row, rows).data, derivative.row_block(row, rows).data, rows, out.cols);
+  };
+  if (!sums.wanted()) return for_row_blocks(out.rows, out.cols, block, activate);
+  for_row_blocks(out.rows, out.cols, sums.block(), [&](int64_t first, int64_t count) {
+    // Each block is summed where it has just been written, in the cache.
+    for (int64_t row = 0; row < count; row += block) {
+      const int64_t rows = std::min(block, count - row);
+      if (!is_done) activate(first + row, rows);
+      penalty_kernels().column_sums(out.scalar, of_magnitudes, out.row_block(first + row, rows).data,
+                                    sums.partial(begin + first), rows, out.cols, row > 0);
+    }
   });
 }
 
@@ -362,9 +389,13 @@ struct BackwardPass {
   Matrix x_gradient;
   std::vector<ColumnSums> sums;  // one a layer
   ColumnSums none;
+  OutputSlopes added;
   bool use_blas;
 
-  bool is_identity(size_t index) const { return layers[index].spec.activation == Activation::identity; }
+  // Whether the layer's gradient is the one that comes in.
+  bool is_identity(size_t index) const {
+    return layers[index].spec.activation == Activation::identity && !(index == top && added.slopes.data);
+  }
 
   // memory(index) is where the layer's gradient goes, in these rows; not asked for an identity at the top, whose
   // gradient is `grad`. Absent memory: it is not kept. Then body(index, gradient) is called.
@@ -376,7 +407,8 @@ struct BackwardPass {
     if (!is_identity(top)) {
       const Matrix upstream = unit_stride(g, copy);
       g = memory(top);
-      activation_gradient(layers[top].spec, upstream, part(layers[top].saved), g, sums[top], begin);
+      activation_gradient(layers[top].spec, upstream, part(layers[top].saved), g, sums[top], begin,
+                          {added.slopes, part(added.output)});
     } else if (sums[top].wanted()) {
       activation_gradient(layers[top].spec, unit_stride(g, copy), {}, {nullptr, grad.scalar}, sums[top], begin);
     }
@@ -471,7 +503,7 @@ void check_layer(const Tensor& weight, const OptionalTensor& bias, int64_t input
                   "bias must be (", weight.size(0), ",) of the dtype of the other tensors");
 }
 
-void dense_forward(Matrix x, LayerForward* layers, size_t count) {
+void dense_forward(Matrix x, LayerForward* layers, size_t count, const OutputSums& sums) {
   Scratch scratch;
   const Scalar type = product_type(x.scalar);
   int64_t widest = 1;
@@ -483,7 +515,9 @@ void dense_forward(Matrix x, LayerForward* layers, size_t count) {
     widest = std::max({widest, layer.weight.rows, layer.weight.cols});
     flops = std::max(flops, layer_flops(x.rows, layer.weight));
   }
-  const Division division = divide(x.rows, widest, 1, flops, type != x.scalar);
+  const int64_t block = sums.out.data ? reduction_rows(x.rows, widest) : 1;
+  const ColumnSums none, of_output(sums.out, x.rows, block, scratch);
+  const Division division = divide(x.rows, widest, block, flops, type != x.scalar);
   for_row_parts(x.rows, division, [&](int64_t begin, int64_t rows) {
     Matrix input = x.row_block(begin, rows);
     // Outputs that nobody wants take turns in two buffers.
@@ -497,10 +531,12 @@ void dense_forward(Matrix x, LayerForward* layers, size_t count) {
         if (!buffer.data) buffer = hidden.matrix(x.scalar, rows, widest);
         out = {buffer.data, x.scalar, rows, layer.weight.rows, layer.weight.rows, 1};
       }
-      layer_forward(layer, input, out, layer.derivative.row_block(begin, rows), division.use_blas);
+      layer_forward(layer, input, out, layer.derivative.row_block(begin, rows), division.use_blas,
+                    index == count - 1 ? of_output : none, sums.of_magnitudes, begin);
       input = out;
     }
   });
+  of_output.finish();
 }
 
 void for_products(Matrix x, Matrix weight, Matrix bias, const std::function<void(const ProductBlock&)>& body) {
@@ -530,7 +566,7 @@ void for_products(Matrix x, Matrix weight, Matrix bias, const std::function<void
   });
 }
 
-void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_gradient) {
+void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_gradient, const OutputSlopes& added) {
   const size_t top = count - 1;
   const int64_t rows = grad.rows;
   const Scalar type = product_type(grad.scalar);
@@ -545,13 +581,15 @@ void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_g
   if (lowest == count) return;
 
   Scratch scratch;
-  BackwardPass pass{grad, layers, lowest, top, x_gradient, std::vector<ColumnSums>(count), {}, false};
+  BackwardPass pass{grad,  layers, lowest, top, x_gradient, std::vector<ColumnSums>(count),
+                    {},    {added.slopes, row_major(added.output, scratch)}, false};
   pass.none = ColumnSums({}, rows, block, scratch);
   double flops = 0.0;
   for (size_t index = lowest; index < count; ++index) {
     LayerBackward& layer = layers[index];
     pass.sums[index] = ColumnSums(layer.bias_gradient, rows, block, scratch);
-    layer.saved = pass.is_identity(index) ? Matrix() : row_major(layer.saved, scratch);
+    layer.saved =
+        layer.spec.activation == Activation::identity ? Matrix() : row_major(layer.saved, scratch);
     if (index > lowest || x_gradient.data) {
       layer.weight = converted(layer.weight, type, scratch);
       flops = std::max(flops, layer_flops(rows, layer.weight));

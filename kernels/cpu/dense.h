@@ -32,8 +32,14 @@ struct LayerForward {
   Matrix derivative = {};  // (M, N) row-major, or absent
 };
 
-// x (M, K) through `count` layers, the last of which has its `out`. The layers are overwritten.
-void dense_forward(Matrix x, LayerForward* layers, size_t count);
+// The sums of a matrix's columns, or of their magnitudes.
+struct OutputSums {
+  Matrix out;  // (1, N) of accumulators, or absent
+  bool of_magnitudes = false;
+};
+
+// x (M, K) through `count` layers, the last of which has its `out`; `sums` are those of it. The layers are overwritten.
+void dense_forward(Matrix x, LayerForward* layers, size_t count, const OutputSums& sums = {});
 
 // A block of x weight^T, and the bias of its columns if that is not in it yet, which it is only where the product's
 // rounding must not come before.
@@ -56,8 +62,15 @@ struct LayerBackward {
   Matrix bias_gradient = {};    // (1, N), or absent
 };
 
-// Gradients of all that is present, among it x_gradient (M, K), the first layer's input's. grad (M, N_last). The
-// layers are overwritten.
-void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_gradient);
+// What is added to the gradient that comes in: the slopes of each column, times the output's sign where that is given.
+struct OutputSlopes {
+  Matrix slopes;       // (1, N) of accumulators, or absent
+  Matrix output = {};  // (M, N), or absent
+};
+
+// Gradients of all that is present, among it x_gradient (M, K), the first layer's input's. grad (M, N_last); with
+// slopes to be added to it, it may be without data, which stands for zeros. The layers are overwritten.
+void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_gradient,
+                    const OutputSlopes& added = {});
 
 }  // namespace aefast::cpu

@@ -5,6 +5,7 @@
 
 #include "losses.h"
 #include "pairwise.h"
+#include "penalty.h"
 #include "pointwise.h"
 #include "product.h"
 #include "pyramid.h"
@@ -17,6 +18,7 @@ namespace aefast::cpu {
   namespace instruction_set {                      \
   extern const LossKernels loss_kernels;           \
   extern const PairwiseKernels pairwise_kernels;   \
+  extern const PenaltyKernels penalty_kernels;     \
   extern const PointwiseKernels pointwise_kernels; \
   extern const ProductKernels product_kernels;     \
   extern const PyramidKernels pyramid_kernels;     \
@@ -34,6 +36,7 @@ namespace {
 struct Kernels {
   const LossKernels& loss;
   const PairwiseKernels& pairwise;
+  const PenaltyKernels& penalty;
   const PointwiseKernels& pointwise;
   const ProductKernels& product;
   const PyramidKernels& pyramid;
@@ -46,16 +49,16 @@ struct Kernels {
 const std::vector<Kernels>& instruction_sets() {
   static const std::vector<Kernels> sets = {
 #if defined(__x86_64__)
-      {avx512::loss_kernels, avx512::pairwise_kernels, avx512::pointwise_kernels, avx512::product_kernels,
-       avx512::pyramid_kernels, avx512::random_kernels, avx512::sparse_kernels,
+      {avx512::loss_kernels, avx512::pairwise_kernels, avx512::penalty_kernels, avx512::pointwise_kernels,
+       avx512::product_kernels, avx512::pyramid_kernels, avx512::random_kernels, avx512::sparse_kernels,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-      {avx2::loss_kernels, avx2::pairwise_kernels, avx2::pointwise_kernels, avx2::product_kernels,
-       avx2::pyramid_kernels, avx2::random_kernels, avx2::sparse_kernels,
+      {avx2::loss_kernels, avx2::pairwise_kernels, avx2::penalty_kernels, avx2::pointwise_kernels,
+       avx2::product_kernels, avx2::pyramid_kernels, avx2::random_kernels, avx2::sparse_kernels,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-      {baseline::loss_kernels, baseline::pairwise_kernels, baseline::pointwise_kernels, baseline::product_kernels,
-       baseline::pyramid_kernels, baseline::random_kernels, baseline::sparse_kernels, true},
+      {baseline::loss_kernels, baseline::pairwise_kernels, baseline::penalty_kernels, baseline::pointwise_kernels,
+       baseline::product_kernels, baseline::pyramid_kernels, baseline::random_kernels, baseline::sparse_kernels, true},
   };
   return sets;
 }
@@ -73,6 +76,8 @@ const Kernels& selected() { return *chosen().load(std::memory_order_relaxed); }
 const LossKernels& loss_kernels() { return selected().loss; }
 
 const PairwiseKernels& pairwise_kernels() { return selected().pairwise; }
+
+const PenaltyKernels& penalty_kernels() { return selected().penalty; }
 
 const PointwiseKernels& pointwise() { return selected().pointwise; }
 

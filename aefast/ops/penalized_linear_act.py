@@ -1,0 +1,306 @@
+"""A dense layer, its activation, and a sparsity penalty of what it gives, in one op."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aefast.errors import InputError
+from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X, STORES_DERIVATIVE, specification
+from aefast.ops import _arguments, _registry, linear_act
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+
+PENALTIES = ("l1", "kl")
+
+# Mean activations count as at least this much away from 0 and from 1, where the divergence is infinite.
+EPS = 1e-6
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    *,
+    penalty: str = "l1",
+    rate: float = 0.05,
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`penalized_linear_act` in plain PyTorch."""
+    h = linear_act.reference(x, weight, bias, activation, negative_slope=negative_slope, alpha=alpha)
+    return h, _penalty(_activity(h, penalty), math.prod(h.shape[:-1]), penalty, rate)
+
+
+def _activity(h: Tensor, penalty: str) -> Tensor:
+    """What `penalty` is made of: Σ |h|, or the sums of h's columns."""
+    wide = h.to(_arguments.accumulator(h.dtype))
+    if penalty == "l1":
+        return wide.abs().sum()
+    return wide.sum(tuple(range(h.dim() - 1))) if h.dim() > 1 else wide
+
+
+def _penalty(activity: Tensor, rows: int, penalty: str, rate: float) -> Tensor:
+    mean = activity / rows
+    if penalty == "l1":
+        return mean
+    q = mean.clamp(EPS, 1.0 - EPS)
+    return (rate * (rate / q).log() + (1.0 - rate) * ((1.0 - rate) / (1.0 - q)).log()).sum()
+
+
+def _layer_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, penalty: str
+) -> tuple[Tensor, Tensor]:
+    h = linear_act.specified_reference(x, weight, bias, activation)
+    return h, _activity(h, penalty)
+
+
+# x (M, K), weight (N, K), bias (N,): h (M, N), and for "l1" Σ |h|, for "kl" the sums of h's columns (N,), in the
+# accumulator. `activation` is a specification, and `needs` says which gradients are wanted, as in
+# kernels/activation.py.
+define(
+    "penalized_linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, str penalty, str backend)"
+    " -> (Tensor, Tensor)"
+)
+define(
+    "penalized_linear_act_with_derivative(Tensor x, Tensor weight, Tensor? bias, str activation, str penalty,"
+    " str backend) -> (Tensor, Tensor, Tensor)"
+)
+# Of the gradients of both outputs one may be absent, which stands for zeros. h is read for "l1" alone.
+define(
+    "penalized_linear_act_backward(Tensor? grad, Tensor? grad_activity, Tensor x, Tensor weight, Tensor? saved,"
+    " Tensor? h, str activation, str penalty, int needs, str backend) -> Tensor[]"
+)
+
+
+@torch.library.impl(LIBRARY, "penalized_linear_act", "CompositeExplicitAutograd")
+def _(x, weight, bias, activation, penalty, backend):
+    launch = _registry.kernels(backend, "penalized_linear_act").penalized_linear_act
+    return launch(x, weight, bias, activation, penalty, False)[:2]
+
+
+@torch.library.impl(LIBRARY, "penalized_linear_act_with_derivative", "CompositeExplicitAutograd")
+def _(x, weight, bias, activation, penalty, backend):
+    launch = _registry.kernels(backend, "penalized_linear_act").penalized_linear_act
+    return launch(x, weight, bias, activation, penalty, True)
+
+
+@torch.library.impl(LIBRARY, "penalized_linear_act_backward", "CompositeExplicitAutograd")
+def _(grad, grad_activity, x, weight, saved, h, activation, penalty, needs, backend):
+    launch = _registry.kernels(backend, "penalized_linear_act").penalized_linear_act_backward
+    gradients = launch(grad, grad_activity, x, weight, saved, h, activation, penalty, needs)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@torch.library.register_fake("aefast::penalized_linear_act", lib=LIBRARY)
+def _(x, weight, bias, activation, penalty, backend):
+    shape = () if penalty == "l1" else weight.shape[:1]
+    activity = x.new_empty(shape, dtype=_arguments.accumulator(x.dtype))
+    return x.new_empty(x.shape[0], weight.shape[0]), activity
+
+
+@torch.library.register_fake("aefast::penalized_linear_act_with_derivative", lib=LIBRARY)
+def _(x, weight, bias, activation, penalty, backend):
+    shape = () if penalty == "l1" else weight.shape[:1]
+    activity = x.new_empty(shape, dtype=_arguments.accumulator(x.dtype))
+    h, derivative = (x.new_empty(x.shape[0], weight.shape[0]) for _ in range(2))
+    return h, activity, derivative
+
+
+@torch.library.register_fake("aefast::penalized_linear_act_backward", lib=LIBRARY)
+def _(grad, grad_activity, x, weight, saved, h, activation, penalty, needs, backend):
+    shapes = {NEED_X: x.shape, NEED_WEIGHT: weight.shape, NEED_BIAS: weight.shape[:1]}
+    return [x.new_empty(shape) for need, shape in shapes.items() if needs & need]
+
+
+class _PenalizedLinearAct(torch.autograd.Function):
+    """`call` is (activation, penalty, backend, launchers to call at once or None)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, call):
+        activation, penalty, backend, launchers = call
+        derivative = None
+        if launchers is not None:
+            h, activity, derivative = launchers.penalized_linear_act(
+                x, weight, bias, activation, penalty, True
+            )
+        else:
+            with below_autograd():
+                if activation in STORES_DERIVATIVE:
+                    forward = torch.ops.aefast.penalized_linear_act_with_derivative.default
+                    h, activity, derivative = forward(x, weight, bias, activation, penalty, backend)
+                else:
+                    forward = torch.ops.aefast.penalized_linear_act.default
+                    h, activity = forward(x, weight, bias, activation, penalty, backend)
+        saved = derivative
+        if saved is None and activation != "identity":
+            saved = h
+        ctx.save_for_backward(x, weight, bias, saved, h if penalty == "l1" else None)
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        return h, activity
+
+    @staticmethod
+    def backward(ctx, *grads):
+        activation, penalty, backend, _ = ctx.call
+        x, weight, bias, saved, h = ctx.saved_tensors
+        some = next((grad for grad in grads if grad is not None), None)
+        if some is None:
+            return None, None, None, None
+        needs = ctx.needs_input_grad[:3]
+        if _registry.wants_reference(some):
+            gradients = _registry.differentiate(
+                lambda x, weight, bias: _layer_reference(x, weight, bias, activation, penalty),
+                (x, weight, bias),
+                needs,
+                grads,
+            )
+            return *gradients, None
+        bits = NEED_X * needs[0] + NEED_WEIGHT * needs[1] + NEED_BIAS * needs[2]
+        if _registry.is_direct(backend, *grads, x, weight, saved, h):
+            launch = _registry.kernels(backend, "penalized_linear_act").penalized_linear_act_backward
+            return *launch(*grads, x, weight, saved, h, activation, penalty, bits), None
+        backward = torch.ops.aefast.penalized_linear_act_backward.default
+        computed = iter(backward(*grads, x, weight, saved, h, activation, penalty, bits, backend))
+        return *(next(computed) if need else None for need in needs), None
+
+
+_apply = direct_apply(_PenalizedLinearAct)
+
+
+def _needs_gradient(x, weight, bias):
+    return torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+@torch.library.impl(LIBRARY, "penalized_linear_act", "Autograd")
+def _(x, weight, bias, activation, penalty, backend):
+    if _registry.is_transformed():
+        return _layer_reference(x, weight, bias, activation, penalty)
+    if _needs_gradient(x, weight, bias):
+        return _PenalizedLinearAct.apply(x, weight, bias, (activation, penalty, backend, None))
+    with below_autograd():
+        return torch.ops.aefast.penalized_linear_act.default(x, weight, bias, activation, penalty, backend)
+
+
+def penalized_linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    *,
+    penalty: str = "l1",
+    rate: float = 0.05,
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`linear_act`, and a penalty of its output's activity, without another pass over the output.
+
+    The forward sums the output while it is in the cache, and the backward adds the penalty's gradient to that of the
+    output where it multiplies it by the activation's derivative. Sums are in float32 at least, in an order that depends
+    on the shape alone. What is summed is the output as it is stored, rounded to its dtype.
+
+    Args:
+        x, weight, bias, activation, negative_slope, alpha: as `linear_act` takes them.
+        penalty: "l1", the mean over the batch of Σ_f abs(h_f); or "kl", Σ_f KL(rate ‖ q_f) =
+            Σ_f rate log(rate / q_f) + (1 - rate) log((1 - rate) / (1 - q_f)), with q_f the mean of h_f over the
+            batch (Ng, Sparse autoencoder, CS294A lecture notes). Being a divergence of Bernoulli distributions it
+            makes sense for activations from 0 to 1, as sigmoid's. q_f counts as its nearest value in
+            [1e-6, 1 - 1e-6], and has no gradient outside.
+        rate: the mean activation that "kl" draws towards, above 0 and below 1; "l1" does not look at it.
+
+    Returns:
+        h (*, N), as from `linear_act`, and the penalty, a scalar in float32, or float64 for float64; of an empty batch,
+        which has no mean, NaN. The backward reads h, which must not be modified in place before it.
+
+    Raises:
+        InputError: a shape, dtype, device, name or value is not as above; the message names it.
+        BackendError: the backend asked for cannot serve the call.
+    """
+    x, weight, bias = _arguments.autocast(x, weight, bias)
+    _check(x, weight, bias, activation, penalty, rate, negative_slope, alpha)
+    backend = _registry.choose("penalized_linear_act", x, weight, bias)
+    if backend == "eager":
+        settings = {"penalty": penalty, "rate": rate, "negative_slope": negative_slope, "alpha": alpha}
+        return reference(x, weight, bias, activation, **settings)
+    leading = x.shape[:-1]
+    rows = math.prod(leading)
+    flat = x if x.dim() == 2 else x.reshape(rows, x.shape[-1])
+    activation = specification(activation, float(negative_slope), float(alpha))
+    if _registry.is_direct(backend, x, weight, bias):
+        launchers = _registry.kernels(backend, "penalized_linear_act")
+        if _needs_gradient(flat, weight, bias):
+            h, activity = _apply(flat, weight, bias, (activation, penalty, backend, launchers))
+        else:
+            h, activity, _ = launchers.penalized_linear_act(flat, weight, bias, activation, penalty, False)
+    else:
+        forward = torch.ops.aefast.penalized_linear_act.default
+        h, activity = forward(flat, weight, bias, activation, penalty, backend)
+    value = _penalty(activity, rows, penalty, float(rate))
+    return (h if x.dim() == 2 else h.reshape(*leading, weight.shape[0])), value
+
+
+def _check(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    activation: Any,
+    penalty: Any,
+    rate: Any,
+    negative_slope: Any,
+    alpha: Any,
+) -> None:
+    op = "penalized_linear_act"
+    linear_act.check_layer(x, weight, bias, op, "weight", "bias")
+    _arguments.check_activation("activation", activation, op)
+    _arguments.check_activation_parameter(activation, negative_slope, alpha, op)
+    if not isinstance(penalty, str) or penalty not in PENALTIES:
+        raise InputError(f"{op}: penalty must be one of {', '.join(PENALTIES)}, got {penalty!r}")
+    if penalty == "kl":
+        _arguments.check_number("rate", rate, op, 0.0, 1.0)
+        if rate in (0, 1):
+            raise InputError(f"{op}: rate must be above 0 and below 1, got {rate!r}")
+
+
+def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Both penalties over shapes and strides: empty, one-wide, prime, multiples of a vector, transposed, sliced."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    kinds: tuple[dict[str, Any], ...] = (
+        {"penalty": "l1"},
+        {"activation": "sigmoid", "penalty": "kl", "rate": 0.1},
+    )
+    for kind in kinds:
+        for rows, inputs, features in (
+            (4, 0, 3), (4, 5, 0), (1, 1, 1), (7, 1, 1), (1, 13, 7), (31, 17, 29), (64, 32, 48), (257, 67, 131),
+            (130, 8, 1030), (1100, 5, 3),
+        ):  # fmt: skip
+            scale = max(1, inputs) ** -0.5
+            layer = {"weight": draw(features, inputs) * scale, "bias": draw(features)}
+            yield {"x": draw(rows, inputs), **layer, **kind}
+        yield {"x": draw(6, 5, 24), "weight": draw(16, 24) * 0.2, "bias": draw(16), **kind}
+        yield {"x": draw(24), "weight": draw(16, 24) * 0.2, "bias": None, **kind}
+        yield {"x": draw(24, 66).t(), "weight": draw(24, 40).t() * 0.2, "bias": draw(80)[::2], **kind}
+    yield {"x": draw(40, 12), "weight": draw(9, 12) * 0.3, "bias": None, "activation": "identity"}
+    yield {"x": draw(40, 12), "weight": draw(9, 12) * 0.3, "bias": draw(9), "activation": "silu"}
+
+
+def cost(
+    backward: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    **settings: Any,
+) -> _registry.Cost:
+    """That of the layer: the penalty needs no pass of its own."""
+    return linear_act.cost(backward, x, weight, bias, activation)
+
+
+OP = _registry.register(_registry.Op("penalized_linear_act", penalized_linear_act, reference, samples, cost))
