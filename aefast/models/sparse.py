@@ -247,7 +247,10 @@ class SparseAutoencoder(Model):
         """Make the directions of the decoder of length 1, as training does before each step, and `eval`."""
         weight = self.encoder.weight if self.config.tied else self.decoder.weight
         norms = weight.norm(dim=1, keepdim=True)
-        weight.div_(norms.clamp_min(torch.finfo(weight.dtype).tiny))
+        info = torch.finfo(weight.dtype)
+        # What is of length 1 up to rounding stays as it is, so that it does not matter how often this is done.
+        is_one = (norms - 1.0).abs() <= 4 * info.eps
+        weight.div_(torch.where(is_one, 1.0, norms.clamp_min(info.tiny)))
 
     def train(self, mode: bool = True) -> SparseAutoencoder:
         if not mode and self.config.unit_norm:

@@ -22,3 +22,18 @@ def test_sharper_reconstructions(tmp_path):
     assert errors["pyramid loss"] <= errors["mean squared error"] < 0.02
     assert shares["mean squared error"] < shares["pyramid loss"] < shares["original"] == 100
     assert (tmp_path / "sharper.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_sparse_dictionary(tmp_path):
+    """At an equal number of latents in use, TopK explains more of the patches than an L1 penalty."""
+    arguments = ("--out", tmp_path, "--epochs", "3", "--patches", "12000", "--latent", "512")
+    command = [sys.executable, EXAMPLES / "sparse_dictionary.py", *arguments]
+    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    pairs = re.findall(r"^at L0 .*of topk ([\d.]+), of l1 ([\d.]+)$", found, re.MULTILINE)
+    assert pairs
+    assert all(float(topk) > float(l1) for topk, l1 in pairs)
+    dead = re.findall(r"^topk .*dead latents ([\d.]+)%$", found, re.MULTILINE)
+    assert len(dead) == 3
+    assert all(float(part) < 5 for part in dead)
+    assert (tmp_path / "dictionary.png").read_bytes().startswith(b"\x89PNG")

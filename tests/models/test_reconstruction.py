@@ -22,7 +22,8 @@ OPTIONS = {
 def make(name, loss, **options):
     torch.manual_seed(0)
     given = OPTIONS[loss] | options
-    return MODELS[name](input_size=60, hidden=(8,), latent=3, activation="tanh", loss=loss, **given)
+    given |= {"sparsity": "l1"} if name == "sparse" else {"hidden": (8,), "activation": "tanh"}
+    return MODELS[name](input_size=60, latent=3, loss=loss, **given)
 
 
 @pytest.fixture(autouse=True)

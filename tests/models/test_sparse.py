@@ -1,0 +1,470 @@
+"""The sparse autoencoder: its kinds of sparsity, unit directions, dead latents, and other libraries' files."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from aefast import cli
+from aefast.errors import InputError
+from aefast.models import SparseAutoencoder, SparseCode, from_pretrained, load_saelens, load_sparsify
+from aefast.models.sparse import SPARSITIES
+from aefast.nn import SparseDecoder, TopKEncoder
+
+FEATURES, LATENT, BATCH = 12, 40, 30
+OPTIONS = {
+    "topk": {"k": 5},
+    "batchtopk": {"k": 5},
+    "l1": {"sparsity_weight": 0.01},
+    "kl": {"sparsity_weight": 0.01, "rate": 0.1},
+    "jumprelu": {"sparsity_weight": 0.01, "bandwidth": 0.5, "threshold": 0.2},
+}
+
+
+def make(sparsity="topk", dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    given = OPTIONS[sparsity] | options
+    model = SparseAutoencoder(input_size=FEATURES, latent=LATENT, sparsity=sparsity, dtype=dtype, **given)
+    with torch.no_grad():
+        # What training would make of the start, in which encoder and decoder are one and biases 0.
+        model.encoder.weight.add_(0.1 * torch.randn_like(model.encoder.weight))
+        model.encoder.bias.add_(0.1 * torch.randn_like(model.encoder.bias))
+        model.decoder.bias.add_(0.1 * torch.randn_like(model.decoder.bias))
+    if options.get("unit_norm", True):
+        model.normalize()
+    return model
+
+
+def data(batch=BATCH, dtype=torch.float64):
+    return torch.randn(batch, FEATURES, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        dtype
+    )
+
+
+def directions(model):
+    return model.encoder.weight if model.config.tied else model.decoder.weight
+
+
+def plain_code(model, x):
+    """The codes by the formulas of the class, dense."""
+    config = model.config
+    made = (x - model.decoder.bias if config.pre_bias else x) @ model.encoder.weight.T + model.encoder.bias
+    if config.sparsity == "l1":
+        return made.relu()
+    if config.sparsity == "kl":
+        return made.sigmoid()
+    if config.sparsity == "jumprelu":
+        return made * (made > model.log_threshold.exp())
+    if config.sparsity == "topk":
+        kept = torch.zeros_like(made, dtype=torch.bool).scatter(1, made.topk(config.k).indices, True)
+    else:
+        flat = torch.zeros(made.numel(), dtype=torch.bool)
+        flat[made.flatten().topk(config.k * len(x)).indices] = True
+        kept = flat.view_as(made)
+    return torch.where(kept, made, 0.0).relu()
+
+
+@pytest.mark.parametrize("unit_norm", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("pre_bias", [True, False])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_the_loss_is_that_of_the_formulas(sparsity, pre_bias, tied, unit_norm):
+    model = make(sparsity, pre_bias=pre_bias, tied=tied, unit_norm=unit_norm)
+    x = data()
+    out = model(x)
+    code = plain_code(model, x)
+    made = code @ directions(model) + model.decoder.bias
+    expected = (made - x).square().mean()
+    weight = model.config.sparsity_weight
+    if sparsity == "l1":
+        expected = expected + weight * code.abs().sum(1).mean()
+    elif sparsity == "kl":
+        rate, mean = model.config.rate, code.mean(0)
+        divergence = rate * (rate / mean).log() + (1 - rate) * ((1 - rate) / (1 - mean)).log()
+        expected = expected + weight * divergence.sum()
+    elif sparsity == "jumprelu":
+        expected = expected + weight * (code > 0).sum(1).double().mean()
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(sum(out.terms.values()), out.loss)
+    torch.testing.assert_close(model.dense(out.latent), code)
+    torch.testing.assert_close(out.reconstruction, made)
+
+
+@pytest.mark.parametrize("unit_norm", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_the_eager_twin_trains_alike(sparsity, tied, unit_norm):
+    model = make(
+        sparsity, tied=tied, unit_norm=unit_norm, **({"dead_after": 1} if "topk" in sparsity else {})
+    )
+    twin, x = model.eager_twin(), data()
+    for one in (model, twin):
+        # With the dead latents that the first batch leaves, the second has an auxiliary loss.
+        one.optimizer = torch.optim.SGD(one.parameters(), 0.1)
+    for _ in range(3):
+        losses = [model(x).loss, model.eager_loss(twin, x)]
+        for one, loss in zip((model, twin), losses, strict=True):
+            one.optimizer.zero_grad()
+            loss.backward()
+        torch.testing.assert_close(*losses)
+        for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
+        for one in (model, twin):
+            one.optimizer.step()
+    for ours, theirs in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    if unit_norm:
+        SparseAutoencoder.normalize(twin)
+    torch.testing.assert_close(model.eval()(x).reconstruction, twin.eval()(x))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_directions_stay_of_length_one(sparsity, tied):
+    model, x = make(sparsity, dtype=torch.float32, tied=tied), data(dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(x).loss.backward()
+        along = (directions(model) * directions(model).grad).sum(1)
+        # Of a sum of FEATURES products that cancel.
+        assert along.abs().max() <= 1e-6 * directions(model).grad.abs().max().clamp_min(1)
+        optimizer.step()
+    assert (directions(model).norm(dim=1) - 1).abs().max() > 1e-4
+    model.eval()
+    kept = directions(model).clone()
+    torch.testing.assert_close(kept.norm(dim=1), torch.ones(LATENT))
+    model.normalize()
+    assert torch.equal(directions(model), kept)
+
+
+def test_without_unit_norm_directions_are_free():
+    model, x = make(unit_norm=False), data()
+    with torch.no_grad():
+        model.decoder.weight.mul_(3)
+    model(x).loss.backward()
+    assert (model.decoder.weight * model.decoder.weight.grad).sum(1).abs().max() > 1e-3
+    torch.testing.assert_close(
+        model.eval().decoder.weight.norm(dim=1), torch.full((LATENT,), 3.0, dtype=torch.float64)
+    )
+
+
+def test_dead_latents_make_what_is_left():
+    model, x = make(dead_after=BATCH, aux_k=3, aux_weight=0.5), data()
+    with torch.no_grad():
+        # These are never among the largest.
+        model.encoder.bias[:7] = -20.0
+    assert "aux" in model(x).terms
+    dead = model.unused >= BATCH
+    assert dead[:7].all()
+    assert model.dead.equal(dead)
+    before = copy.deepcopy(model)
+    out = model(x)
+    with torch.no_grad():
+        left = x - (plain_code(before, x) @ before.decoder.weight + before.decoder.bias)
+        made = (x - before.decoder.bias) @ before.encoder.weight.T + before.encoder.bias
+        kept = torch.where(dead, made, -torch.inf).topk(3)
+        code = torch.zeros_like(made).scatter(1, kept.indices, kept.values.relu())
+        expected = 0.5 * (code @ before.decoder.weight - left).square().mean()
+    torch.testing.assert_close(out.terms["aux"], expected)
+    # The reconstruction's own gradient does not reach them, this one does.
+    out.loss.backward()
+    assert model.decoder.weight.grad[dead].abs().sum() > 0 or code.abs().sum() == 0
+
+
+def test_use_is_counted_in_training_alone():
+    model, x = make(), data()
+    assert not model.unused.any()
+    used = (plain_code(model, x) > 0).any(0)
+    model(x)
+    assert torch.equal(model.unused, torch.where(used, 0, BATCH))
+    with torch.no_grad():
+        model(x)
+    model.eval()(x)
+    assert torch.equal(model.unused, torch.where(used, 0, BATCH))
+
+
+def test_codes_of_batchtopk_in_eval_mode_are_the_samples_own():
+    model, x = make("batchtopk"), data()
+    least = model(x).latent.values
+    least = least[least > 0].min()
+    torch.testing.assert_close(model.kept_above, least.float())
+    model.eval()
+    whole = model.dense(model.encode(x))
+    parts = torch.cat([model.dense(model.encode(part)) for part in x.split(7)])
+    torch.testing.assert_close(whole, parts)
+    made = (x - model.decoder.bias) @ model.encoder.weight.T + model.encoder.bias
+    torch.testing.assert_close(whole, torch.where(made > model.kept_above, made, 0.0))
+
+
+def test_a_sparse_code_and_its_dense_view_decode_alike():
+    model, x = make("batchtopk"), data()
+    code = model.encode(x)
+    assert isinstance(code, SparseCode)
+    assert code.values.shape == code.indices.shape
+    dense = model.dense(code)
+    assert dense.shape == (BATCH, LATENT)
+    torch.testing.assert_close(model.decode(code), model.decode(dense))
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_evaluate(sparsity):
+    model, x = make(sparsity).eval(), data()
+    measures = model.evaluate(x)
+    code = model.dense(model.encode(x))
+    error = (model.decode(model.encode(x)) - x).square().mean()
+    torch.testing.assert_close(measures["mse"], error)
+    torch.testing.assert_close(measures["l0"], (code > 0).sum(1).double().mean())
+    torch.testing.assert_close(measures["explained_variance"], 1 - error / x.var(0, unbiased=False).mean())
+    assert ("dead" in measures) == ("topk" in sparsity)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_round_trip(tmp_path, sparsity):
+    model, x = make(sparsity, dtype=torch.float32), data(dtype=torch.float32)
+    model(x)
+    model.eval().save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert type(loaded) is SparseAutoencoder
+    assert loaded.config == model.config
+    assert torch.equal(loaded(x).reconstruction, model(x).reconstruction)
+    for ours, theirs in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_training_streams_from_a_memory_map(tmp_path):
+    """Mixtures of few directions are found again."""
+    generator = np.random.default_rng(0)
+    atoms = generator.standard_normal((24, 16))
+    atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
+    codes = generator.random((4000, 24)) * (generator.random((4000, 24)) < 0.1)
+    np.save(tmp_path / "activations.npy", (codes @ atoms).astype(np.float32))
+    arguments = (
+        *(
+            "train",
+            "--model",
+            "sparse",
+            "--data",
+            str(tmp_path / "activations.npy"),
+            "--latent",
+            "48",
+            "--k",
+            "4",
+        ),
+        *("--epochs", "20", "--batch-size", "128", "--lr", "3e-3", "--no-compare", "--device", "cpu"),
+        *("--dead-after", "4000", "--out", str(tmp_path / "run")),
+    )
+    assert cli.main(list(arguments)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = [line["val_explained_variance"] for line in lines if "val_explained_variance" in line]
+    assert measured[-1] > 0.9
+    model = from_pretrained(tmp_path / "run")
+    assert model.config.k == 4
+
+
+def sparsify_files(folder, **changes):
+    """A folder as sparsify's `save_to_disk` writes it."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = {
+        "encoder.weight": (LATENT, FEATURES),
+        "encoder.bias": (LATENT,),
+        "W_dec": (LATENT, FEATURES),
+        "b_dec": (FEATURES,),
+    }
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    weights["W_dec"] /= weights["W_dec"].norm(dim=1, keepdim=True)
+    options = {
+        "activation": "topk",
+        "expansion_factor": 32,
+        "normalize_decoder": True,
+        "num_latents": LATENT,
+        "k": 5,
+    }
+    options |= {"multi_topk": False, "skip_connection": False, "transcode": False, "d_in": FEATURES}
+    (folder / "cfg.json").write_text(json.dumps(options | changes))
+    safetensors.torch.save_file(weights, folder / "sae.safetensors")
+    return weights
+
+
+def saelens_files(folder, architecture, **changes):
+    """A folder as SAELens's `save_inference_model` writes it."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {
+        "W_enc": (FEATURES, LATENT),
+        "b_enc": (LATENT,),
+        "W_dec": (LATENT, FEATURES),
+        "b_dec": (FEATURES,),
+    }
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    options = {
+        "d_in": FEATURES,
+        "d_sae": LATENT,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+    }
+    options |= {"normalize_activations": "none", "reshape_activations": "none", "architecture": architecture}
+    if architecture == "topk":
+        options["k"] = 5
+    if architecture == "jumprelu":
+        weights["threshold"] = torch.rand(LATENT, generator=generator)
+    (folder / "cfg.json").write_text(json.dumps(options | changes))
+    safetensors.torch.save_file(weights, folder / "sae_weights.safetensors")
+    return weights
+
+
+def test_loads_what_sparsify_saves(tmp_path):
+    weights, x = sparsify_files(tmp_path), data(dtype=torch.float32)
+    model = load_sparsify(tmp_path)
+    made = F.relu((x - weights["b_dec"]) @ weights["encoder.weight"].T + weights["encoder.bias"])
+    values, indices = made.topk(5)
+    found = model.encode(x)
+    torch.testing.assert_close(found.values, values)
+    assert torch.equal(model.dense(found) > 0, torch.zeros_like(made).scatter(1, indices, values) > 0)
+    expected = torch.zeros_like(made).scatter(1, indices, values) @ weights["W_dec"] + weights["b_dec"]
+    torch.testing.assert_close(model(x).reconstruction, expected)
+
+
+@pytest.mark.parametrize("rescaled", [True, False])
+@pytest.mark.parametrize("pre_bias", [True, False])
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard"])
+def test_loads_what_saelens_saves(tmp_path, architecture, pre_bias, rescaled):
+    changes = {"apply_b_dec_to_input": pre_bias}
+    if architecture == "topk":
+        changes["rescale_acts_by_decoder_norm"] = rescaled
+    weights, x = saelens_files(tmp_path, architecture, **changes), data(dtype=torch.float32)
+    model = load_saelens(tmp_path)
+    made = (x - weights["b_dec"] if pre_bias else x) @ weights["W_enc"] + weights["b_enc"]
+    decoder = weights["W_dec"]
+    if architecture == "topk" and rescaled:
+        norms = decoder.norm(dim=1)
+        made, decoder = made * norms, decoder / norms[:, None]
+    if architecture == "topk":
+        values, indices = made.topk(5)
+        code = torch.zeros_like(made).scatter(1, indices, values.relu())
+    else:
+        code = made.relu()
+        if architecture == "jumprelu":
+            code = code * (made > weights["threshold"])
+    torch.testing.assert_close(model.dense(model.encode(x)), code)
+    torch.testing.assert_close(model(x).reconstruction, code @ decoder + weights["b_dec"])
+
+
+def without(folder, name, file):
+    weights = safetensors.torch.load_file(folder / file)
+    del weights[name]
+    safetensors.torch.save_file(weights, folder / file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda folder: without(folder, "W_dec", "sae.safetensors"),
+            "missing W_dec; the file has b_dec, encoder.bias",
+        ),
+        (lambda folder: (folder / "sae.safetensors").unlink(), "expected a readable sae.safetensors"),
+        (
+            lambda folder: (folder / "sae.safetensors").write_bytes(b"no"),
+            "expected a readable sae.safetensors",
+        ),
+        (lambda folder: (folder / "cfg.json").write_text("{"), "expected a readable cfg.json"),
+        (lambda folder: (folder / "cfg.json").write_text("[]"), "expected options by name"),
+        (
+            lambda folder: sparsify_files(folder, activation="groupmax"),
+            "activation='groupmax': expected 'topk'",
+        ),
+        (lambda folder: sparsify_files(folder, skip_connection=True), "skip_connection=True"),
+        (
+            lambda folder: sparsify_files(folder, d_in=13),
+            r"encoder.weight: expected shape \(40, 13\), got \(40, 12\)",
+        ),
+        (lambda folder: sparsify_files(folder, d_in=None), "d_in=None: expected a positive integer"),
+        (lambda folder: sparsify_files(folder, k=41), "k=41: expected at most latent, 40"),
+    ],
+)
+def test_foreign_files_of_sparsify_are_refused(tmp_path, change, message):
+    sparsify_files(tmp_path)
+    change(tmp_path)
+    with pytest.raises(InputError, match=message):
+        load_sparsify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("gated", {}, "architecture='gated': expected one of standard, topk, jumprelu"),
+        (
+            "topk",
+            {"normalize_activations": "layer_norm"},
+            "normalize_activations='layer_norm': expected 'none'",
+        ),
+        ("topk", {"k": None}, "missing option 'k'"),
+        ("standard", {"d_sae": 41}, r"W_enc: expected shape \(12, 41\), got \(12, 40\)"),
+    ],
+)
+def test_foreign_files_of_saelens_are_refused(tmp_path, architecture, changes, message):
+    saelens_files(tmp_path, architecture, **changes)
+    with pytest.raises(InputError, match=message):
+        load_saelens(tmp_path)
+
+
+def test_saelens_files_need_their_threshold(tmp_path):
+    saelens_files(tmp_path, "jumprelu")
+    without(tmp_path, "threshold", "sae_weights.safetensors")
+    with pytest.raises(InputError, match="missing threshold"):
+        load_saelens(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": "top"}, "sparsity='top': expected one of l1, kl, topk, batchtopk, jumprelu"),
+        ({"k": 0}, "k=0: expected a positive integer"),
+        ({"k": 41}, "k=41: expected at most latent, 40"),
+        ({"sparsity": "l1", "k": 3}, "k=3: sparsity 'l1' has no such option; it takes sparsity_weight"),
+        ({"sparsity_weight": 1.0}, "sparsity_weight=1.0: sparsity 'topk' has no such option"),
+        (
+            {"sparsity": "l1", "sparsity_weight": -1.0},
+            "sparsity_weight=-1.0: expected a finite number of at least 0",
+        ),
+        ({"sparsity": "kl", "rate": 1.0}, "rate=1.0: expected a number between 0 and 1"),
+        ({"sparsity": "jumprelu", "bandwidth": 0.0}, "bandwidth=0.0: expected a number above 0"),
+        ({"hidden": (8,)}, "hidden=.*: a sparse autoencoder has no hidden layers"),
+        ({"activation": "gelu"}, "activation='gelu': the activation is that of the sparsity"),
+        ({"tied": 1}, "tied=1: expected true or false"),
+        ({"loss": None}, "loss=None"),
+        ({"output_activation": "relu"}, "output_activation='relu': expected identity or sigmoid"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        SparseAutoencoder(input_size=FEATURES, latent=LATENT, **options)
+
+
+def test_modules():
+    torch.manual_seed(0)
+    encoder, decoder, x = (
+        TopKEncoder(FEATURES, LATENT, 5),
+        SparseDecoder(LATENT, FEATURES),
+        data(dtype=torch.float32),
+    )
+    values, indices = encoder(x)
+    expected = F.linear(x, encoder.weight, encoder.bias).topk(5)
+    torch.testing.assert_close(values, expected.values)
+    assert torch.equal(indices, expected.indices)
+    dense = SparseCode(values, indices).dense(LATENT)
+    torch.testing.assert_close(decoder(values, indices), decoder(dense))
+    torch.testing.assert_close(decoder.weight.norm(dim=1), torch.ones(LATENT))
+    of_batch = TopKEncoder(FEATURES, LATENT, 5, of_batch=True)
+    assert int((of_batch(x)[1] >= 0).sum()) == 5 * BATCH
+    assert "k=5" in repr(encoder)
+    assert "latents=40" in repr(decoder)
+    with pytest.raises(InputError, match="k=41: expected at most latents, 40"):
+        TopKEncoder(FEATURES, LATENT, 41)
+    with pytest.raises(InputError, match="latents=0"):
+        SparseDecoder(0, FEATURES)
