@@ -293,12 +293,14 @@ class TrainingCase(Case):
     """A step on a model: forward, loss, backward and Adam's update, fused on all sides.
 
     ``make_model()`` gives a model on the device with fresh weights. What a rival loads is a function of that model,
-    and gives a `Learner` with the same weights in the same order.
+    and gives a `Learner` with the same weights in the same order. ``is_undecided(twin, batch)`` tells, in float64, of
+    which samples (batch,) rounding decides what the model does with them.
     """
 
     make_model: Callable[[], Model]
     features: int
     cost: Callable[[Model], Cost]
+    is_undecided: Callable[[nn.Module, Tensor], Tensor] | None = None
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -307,7 +309,7 @@ class TrainingCase(Case):
     def trial(self, mode: str) -> Trial:
         model = self.make_model()
         exact = model.eager_twin().double()
-        checked = _without_kinks(exact, self._batch)
+        checked = _without_kinks(exact, self._batch, self.is_undecided)
 
         rivals, missing = self._loaded_rivals(mode)
         ours = variants.backends("mlp", self.device, self.dtype)
@@ -355,8 +357,13 @@ def _eager(model: Model) -> Learner:
     return Learner(list(step.twin.parameters()), lambda batch: model.eager_loss(step.twin, batch), step)
 
 
-def _without_kinks(twin: nn.Module, draw: Callable[[], Tensor]) -> Tensor:
-    """A batch from `draw`, of whose samples no pre-activation of `twin`, in float64, lies beside relu's kink.
+def _without_kinks(
+    twin: nn.Module,
+    draw: Callable[[], Tensor],
+    is_undecided: Callable[[nn.Module, Tensor], Tensor] | None,
+) -> Tensor:
+    """A batch from `draw`, of whose samples no pre-activation of `twin`, in float64, lies beside relu's kink, and none
+    is undecided.
 
     Samples that have one are drawn again, in their places: noise belongs to places.
     """
@@ -374,6 +381,8 @@ def _without_kinks(twin: nn.Module, draw: Callable[[], Tensor]) -> Tensor:
         torch.manual_seed(NOISE_SEED)
         with torch.no_grad(), _noise_of_aefast():
             twin(batch.double())
+            if is_undecided is not None:
+                beside |= is_undecided(twin, batch.double())
         if not beside.any():
             break
         batch[beside] = draw()[beside]

@@ -12,15 +12,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from aefast.bench.case import Learner, TrainingCase, dtypes
+from aefast.bench.case import KINK_WIDTH, Learner, TrainingCase, dtypes
 from aefast.bench.variants import Rival
-from aefast.models import VAE, Autoencoder, DenoisingAutoencoder, InfoVAE, Model
+from aefast.models import VAE, Autoencoder, DenoisingAutoencoder, InfoVAE, Model, SparseAutoencoder
 from aefast.ops._registry import OPS, Cost
 
 BATCHES = (64, 256, 1024, 4096)
 QUICK_BATCHES = (256,)
 # (inputs, hidden, latent): digits of 28 × 28, and patches of 16 × 16 pixels.
 WIDTHS = ((784, 512, 16), (256, 512, 16))
+# (batch, inputs, latents, k): activations of a language model, and patches.
+SPARSE = ((4096, 512, 8192, 32), (1024, 256, 1024, 16))
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[TrainingCase]:
@@ -32,6 +34,8 @@ def cases(device: torch.device, quick: bool) -> Iterator[TrainingCase]:
                 yield infovae(batch, *sizes, dtype, device)
         for batch in QUICK_BATCHES if quick else BATCHES:
             yield denoising(batch, *WIDTHS[-1], dtype, device)
+        for shape in SPARSE[-1:] if quick else SPARSE:
+            yield sparse(*shape, dtype, device)
 
 
 def autoencoder(
@@ -145,6 +149,37 @@ def denoising(
         output_activation="sigmoid",
         noise="gaussian",
         noise_std=0.2,
+    )
+
+
+def sparse(
+    batch: int, inputs: int, latents: int, k: int, dtype: torch.dtype, device: torch.device
+) -> TrainingCase:
+    def cost(model: Model) -> Cost:
+        # The pre-activations, and of each entry of a code a row of either weight, forward and backward.
+        flops = 2 * batch * latents * inputs + 4 * 2 * batch * k * inputs
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        elements = 5 * batch * inputs + (2 + 1 + 7) * parameters
+        return Cost(elements * dtype.itemsize, flops, 0)
+
+    def is_undecided(twin: nn.Module, data: Tensor) -> Tensor:
+        """Whether one more latent is about as large as the last that is kept."""
+        first = twin.encoder(data - twin.decoder.bias).topk(k + 1).values
+        return first[:, -2] - first[:, -1] < KINK_WIDTH
+
+    return TrainingCase(
+        "train",
+        "sparse",
+        f"{inputs}-{latents}-k{k}-b{batch}",
+        {"batch": batch, "inputs": inputs, "features": inputs},
+        dtype,
+        device,
+        make_model=lambda: SparseAutoencoder(
+            input_size=inputs, latent=latents, k=k, device=device, dtype=dtype
+        ),
+        features=inputs,
+        cost=cost,
+        is_undecided=is_undecided,
     )
 
 
