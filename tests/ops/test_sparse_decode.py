@@ -109,9 +109,7 @@ def test_any_shape_and_stride(on_cpu, batch, entries, latents, columns, strides,
         if layout == "transposed":
             return torch.randn(*leading, cols, rows, generator=generator).transpose(-1, -2)
         if layout == "sliced":
-            return torch.randn(*leading, 2 * rows + 1, cols + 3, generator=generator)[
-                ..., 1::2, 2 : cols + 2
-            ]
+            return torch.randn(*leading, 2 * rows + 1, cols + 3, generator=generator)[..., 1::2, 2 : cols + 2]
         return torch.randn(*shape, generator=generator)
 
     values = matrix(strides[0], *batch, 1, entries)[..., 0, :]
@@ -202,9 +200,7 @@ def test_vectorised_backward(on_cpu):
     inputs = values, weight, bias
     found = torch.autograd.grad(out, inputs, upstream, is_grads_batched=True, retain_graph=True)
     for index, one in enumerate(upstream):
-        for ours, theirs in zip(
-            found, torch.autograd.grad(out, inputs, one, retain_graph=True), strict=True
-        ):
+        for ours, theirs in zip(found, torch.autograd.grad(out, inputs, one, retain_graph=True), strict=True):
             torch.testing.assert_close(ours[index], theirs)
 
 
