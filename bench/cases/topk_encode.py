@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import aefast.functional as AF
 from aefast.bench.case import KINK_WIDTH, OpCase, dtypes, training_inputs
 
-# (batch, inputs, latents, k): the activations of a language model's layer, by sixteen and by four times as many latents.
+# (batch, inputs, latents, k): activations of a language model, and four to 32 times as many latents.
 SHAPES = ((4096, 512, 8192, 32), (1024, 768, 24576, 32), (4096, 256, 1024, 16), (256, 512, 8192, 64))
 QUICK_SHAPES = SHAPES[:1]
 
