@@ -23,7 +23,8 @@ def reference(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | No
     rows = torch.cat((weight.to(wide), weight.new_zeros((1, weight.shape[1]), dtype=wide)))
     is_padding = indices < 0
     taken = F.embedding(torch.where(is_padding, weight.shape[0], indices), rows)
-    out = (torch.where(is_padding, 0.0, values.to(wide)).unsqueeze(-2) @ taken).squeeze(-2)
+    # No matrix product, which autocast would make in half precision.
+    out = (torch.where(is_padding, 0.0, values.to(wide)).unsqueeze(-1) * taken).sum(-2)
     if bias is not None:
         out = out + bias.to(wide)
     return out.to(values.dtype)
@@ -123,11 +124,11 @@ def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor 
     """``bias + Σ_j values[..., j] weight[indices[..., j]]``: what a code of k entries is decoded to, of F latents.
 
     Only the rows of weight that a code names are read, and no matrix of F columns is made, but on the CPU where a row
-    has an entry for every eighth latent or more, in bfloat16 for every 32nd: there dense products are faster. The
-    gradient of values[..., j] is the product of the result's with the row of weight; that of a row of weight is summed
-    by latent, its entries in their order, in float32 at least: it is the same whatever the number of threads, and no
-    two of them add to one sum. An index that stands in a row more than once counts as often. A negative index is
-    padding: it adds nothing, and its value gets the gradient 0.
+    has an entry for every eighth latent or more, in bfloat16 for every 32nd: there dense products are faster, and rows
+    of weight that are not finite reach every result. The gradient of values[..., j] is the product of the result's with
+    the row of weight; that of a row of weight is summed by latent, its entries in their order, in float32 at least: it
+    is the same whatever the number of threads, and no two of them add to one sum. An index that stands in a row more
+    than once counts as often. A negative index is padding: it adds nothing, and its value gets the gradient 0.
 
     values, indices and weight are saved, and must not be modified in place before the backward.
 

@@ -308,12 +308,13 @@ def pointwise():
 
 def signatures():
     # Not above: it is made of what this file defines.
-    from . import aot_loss, aot_nearest, aot_pairwise, aot_pyramid, aot_random
+    from . import aot_latents, aot_loss, aot_nearest, aot_pairwise, aot_pyramid, aot_random
 
     return [
         *gemms(),
         *pointwise(),
         *aot_random.signatures(),
+        *aot_latents.signatures(),
         *aot_nearest.signatures(),
         *aot_pairwise.signatures(),
         *aot_loss.signatures(),

@@ -1,0 +1,42 @@
+"""The encoder of a TopK sparse autoencoder: cuBLAS's products and the largest of each row, for some rows at a time."""
+
+import torch
+
+from ..activation import NEED_BIAS, NEED_WEIGHT, NEED_X
+from ..selection import largest
+from .latents import latent_sums, weighted_sum
+from .linear_act import compatible, on_device
+
+__all__ = ["compatible", "topk_encode", "topk_encode_backward"]
+
+# Pre-activations that there are at once, with the keys by which they are selected some 30 bytes each.
+ELEMENTS = 1 << 24
+
+
+def topk_encode(x, weight, bias, k):
+    """The k largest of each row of x @ weight.T + bias -> values and indices (N, k). x (N, D), weight (F, D), bias (F,)
+    or None."""
+    N = x.shape[0]
+    with on_device(x):
+        values = torch.empty((N, k), dtype=x.dtype, device=x.device)
+        indices = torch.empty((N, k), dtype=torch.int64, device=x.device)
+        rows = max(1, ELEMENTS // weight.shape[0])
+        for first in range(0, N, rows):
+            pre = torch.nn.functional.linear(x[first : first + rows], weight, bias)
+            chosen = largest(pre, k)
+            indices[first : first + rows] = chosen
+            values[first : first + rows] = pre.gather(1, chosen)
+    return values, indices
+
+
+def topk_encode_backward(grad, indices, x, weight, needs):
+    """(dx | None, dweight | None, dbias | None); needs: the sum of NEED_X, NEED_WEIGHT and NEED_BIAS."""
+    dx, dweight, dbias = None, None, None
+    with on_device(grad):
+        if needs & NEED_X:
+            dx = weighted_sum(grad, indices, weight, None)
+        if needs & (NEED_WEIGHT | NEED_BIAS):
+            # Of the bias alone there are no rows to sum.
+            rows = x if needs & NEED_WEIGHT else x[:, :0]
+            dweight, dbias = latent_sums(grad, indices, rows, weight.shape[0], bool(needs & NEED_BIAS))
+    return dx, dweight if needs & NEED_WEIGHT else None, dbias
