@@ -3,6 +3,7 @@
 from aefast.ops.chamfer import chamfer
 from aefast.ops.corrupt import corrupt
 from aefast.ops.gaussian_head import gaussian_head
+from aefast.ops.jumprelu import jumprelu
 from aefast.ops.kl_discrete import kl_discrete
 from aefast.ops.kl_normal import kl_normal
 from aefast.ops.linear_act import linear_act
@@ -22,6 +23,7 @@ __all__ = [
     "chamfer",
     "corrupt",
     "gaussian_head",
+    "jumprelu",
     "kl_discrete",
     "kl_normal",
     "linear_act",

@@ -9,13 +9,9 @@ from torch import Tensor
 
 from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X, STORES_DERIVATIVE, specification
+from aefast.kernels.penalty import EPS, PENALTIES
 from aefast.ops import _arguments, _registry, linear_act
 from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
-
-PENALTIES = ("l1", "kl")
-
-# Mean activations count as at least this much away from 0 and from 1, where the divergence is infinite.
-EPS = 1e-6
 
 
 def reference(
@@ -30,140 +26,124 @@ def reference(
     alpha: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`penalized_linear_act` in plain PyTorch."""
-    h = linear_act.reference(x, weight, bias, activation, negative_slope=negative_slope, alpha=alpha)
-    return h, _penalty(_activity(h, penalty), math.prod(h.shape[:-1]), penalty, rate)
+    specified = specification(activation, float(negative_slope), float(alpha))
+    return _reference(x, weight, bias, specified, penalty, rate)
 
 
-def _activity(h: Tensor, penalty: str) -> Tensor:
-    """What `penalty` is made of: Σ |h|, or the sums of h's columns."""
-    wide = h.to(_arguments.accumulator(h.dtype))
-    if penalty == "l1":
-        return wide.abs().sum()
-    return wide.sum(tuple(range(h.dim() - 1))) if h.dim() > 1 else wide
-
-
-def _penalty(activity: Tensor, rows: int, penalty: str, rate: float) -> Tensor:
-    mean = activity / rows
-    if penalty == "l1":
-        return mean
-    q = mean.clamp(EPS, 1.0 - EPS)
-    return (rate * (rate / q).log() + (1.0 - rate) * ((1.0 - rate) / (1.0 - q)).log()).sum()
-
-
-def _layer_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, penalty: str
+def _reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, penalty: str, rate: float
 ) -> tuple[Tensor, Tensor]:
     h = linear_act.specified_reference(x, weight, bias, activation)
-    return h, _activity(h, penalty)
+    wide = h.to(_arguments.accumulator(h.dtype))
+    rows = math.prod(h.shape[:-1])
+    if penalty == "l1":
+        return h, wide.abs().sum() / rows
+    q = (wide.reshape(rows, h.shape[-1]).sum(0) / rows).clamp(EPS, 1.0 - EPS)
+    return h, (rate * (rate / q).log() + (1.0 - rate) * ((1.0 - rate) / (1.0 - q)).log()).sum()
 
 
-# x (M, K), weight (N, K), bias (N,): h (M, N), and for "l1" Σ |h|, for "kl" the sums of h's columns (N,), in the
-# accumulator. `activation` is a specification, and `needs` says which gradients are wanted, as in
-# kernels/activation.py.
+# x (M, K), weight (N, K), bias (N,): h (M, N) and the penalty, a scalar in the accumulator. `activation` is a
+# specification, and `needs` says which gradients are wanted, as in kernels/activation.py.
 define(
-    "penalized_linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, str penalty, str backend)"
-    " -> (Tensor, Tensor)"
+    "penalized_linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, str penalty, float rate,"
+    " str backend) -> (Tensor, Tensor)"
 )
+# The same, and what the backward reads beside h: for "kl" the sums of h's columns (N,), in the accumulator, and act'
+# where it is stored; else no elements.
 define(
-    "penalized_linear_act_with_derivative(Tensor x, Tensor weight, Tensor? bias, str activation, str penalty,"
-    " str backend) -> (Tensor, Tensor, Tensor)"
+    "penalized_linear_act_saving(Tensor x, Tensor weight, Tensor? bias, str activation, str penalty, float rate,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-# Of the gradients of both outputs one may be absent, which stands for zeros. h is read for "l1" alone.
+# Of the gradients of both outputs one may be absent, which stands for zeros. h is read for "l1", sums for "kl" alone.
 define(
-    "penalized_linear_act_backward(Tensor? grad, Tensor? grad_activity, Tensor x, Tensor weight, Tensor? saved,"
-    " Tensor? h, str activation, str penalty, int needs, str backend) -> Tensor[]"
+    "penalized_linear_act_backward(Tensor? grad, Tensor? grad_penalty, Tensor x, Tensor weight, Tensor? saved,"
+    " Tensor? h, Tensor? sums, str activation, str penalty, float rate, int needs, str backend) -> Tensor[]"
 )
 
 
 @torch.library.impl(LIBRARY, "penalized_linear_act", "CompositeExplicitAutograd")
-def _(x, weight, bias, activation, penalty, backend):
+def _(x, weight, bias, activation, penalty, rate, backend):
     launch = _registry.kernels(backend, "penalized_linear_act").penalized_linear_act
-    return launch(x, weight, bias, activation, penalty, False)[:2]
+    return launch(x, weight, bias, activation, penalty, rate, False)[:2]
 
 
-@torch.library.impl(LIBRARY, "penalized_linear_act_with_derivative", "CompositeExplicitAutograd")
-def _(x, weight, bias, activation, penalty, backend):
+@torch.library.impl(LIBRARY, "penalized_linear_act_saving", "CompositeExplicitAutograd")
+def _(x, weight, bias, activation, penalty, rate, backend):
     launch = _registry.kernels(backend, "penalized_linear_act").penalized_linear_act
-    return launch(x, weight, bias, activation, penalty, True)
+    h, value, *saved = launch(x, weight, bias, activation, penalty, rate, True)
+    return h, value, *(x.new_empty(0) if one is None else one for one in saved)
 
 
 @torch.library.impl(LIBRARY, "penalized_linear_act_backward", "CompositeExplicitAutograd")
-def _(grad, grad_activity, x, weight, saved, h, activation, penalty, needs, backend):
+def _(grad, grad_penalty, x, weight, saved, h, sums, activation, penalty, rate, needs, backend):
     launch = _registry.kernels(backend, "penalized_linear_act").penalized_linear_act_backward
-    gradients = launch(grad, grad_activity, x, weight, saved, h, activation, penalty, needs)
+    gradients = launch(grad, grad_penalty, x, weight, saved, h, sums, activation, penalty, rate, needs)
     return [gradient for gradient in gradients if gradient is not None]
 
 
 @torch.library.register_fake("aefast::penalized_linear_act", lib=LIBRARY)
-def _(x, weight, bias, activation, penalty, backend):
-    shape = () if penalty == "l1" else weight.shape[:1]
-    activity = x.new_empty(shape, dtype=_arguments.accumulator(x.dtype))
-    return x.new_empty(x.shape[0], weight.shape[0]), activity
+def _(x, weight, bias, activation, penalty, rate, backend):
+    value = x.new_empty((), dtype=_arguments.accumulator(x.dtype))
+    return x.new_empty(x.shape[0], weight.shape[0]), value
 
 
-@torch.library.register_fake("aefast::penalized_linear_act_with_derivative", lib=LIBRARY)
-def _(x, weight, bias, activation, penalty, backend):
-    shape = () if penalty == "l1" else weight.shape[:1]
-    activity = x.new_empty(shape, dtype=_arguments.accumulator(x.dtype))
-    h, derivative = (x.new_empty(x.shape[0], weight.shape[0]) for _ in range(2))
-    return h, activity, derivative
+@torch.library.register_fake("aefast::penalized_linear_act_saving", lib=LIBRARY)
+def _(x, weight, bias, activation, penalty, rate, backend):
+    wide = _arguments.accumulator(x.dtype)
+    shape = x.shape[0], weight.shape[0]
+    sums = x.new_empty(weight.shape[0], dtype=wide) if penalty == "kl" else x.new_empty(0)
+    derivative = x.new_empty(shape if activation in STORES_DERIVATIVE else 0)
+    return x.new_empty(shape), x.new_empty((), dtype=wide), sums, derivative
 
 
 @torch.library.register_fake("aefast::penalized_linear_act_backward", lib=LIBRARY)
-def _(grad, grad_activity, x, weight, saved, h, activation, penalty, needs, backend):
+def _(grad, grad_penalty, x, weight, saved, h, sums, activation, penalty, rate, needs, backend):
     shapes = {NEED_X: x.shape, NEED_WEIGHT: weight.shape, NEED_BIAS: weight.shape[:1]}
     return [x.new_empty(shape) for need, shape in shapes.items() if needs & need]
 
 
 class _PenalizedLinearAct(torch.autograd.Function):
-    """`call` is (activation, penalty, backend, launchers to call at once or None)."""
+    """`call` is (activation, penalty, rate, backend, launchers to call at once or None)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, call):
-        activation, penalty, backend, launchers = call
-        derivative = None
+        *settings, backend, launchers = call
+        activation, penalty, _ = settings
         if launchers is not None:
-            h, activity, derivative = launchers.penalized_linear_act(
-                x, weight, bias, activation, penalty, True
-            )
+            h, value, sums, derivative = launchers.penalized_linear_act(x, weight, bias, *settings, True)
         else:
             with below_autograd():
-                if activation in STORES_DERIVATIVE:
-                    forward = torch.ops.aefast.penalized_linear_act_with_derivative.default
-                    h, activity, derivative = forward(x, weight, bias, activation, penalty, backend)
-                else:
-                    forward = torch.ops.aefast.penalized_linear_act.default
-                    h, activity = forward(x, weight, bias, activation, penalty, backend)
-        saved = derivative
-        if saved is None and activation != "identity":
-            saved = h
-        ctx.save_for_backward(x, weight, bias, saved, h if penalty == "l1" else None)
+                forward = torch.ops.aefast.penalized_linear_act_saving.default
+                h, value, sums, derivative = forward(x, weight, bias, *settings, backend)
+        saved = derivative if activation in STORES_DERIVATIVE else None if activation == "identity" else h
+        kept = (h, None) if penalty == "l1" else (None, sums)
+        ctx.save_for_backward(x, weight, bias, saved, *kept)
         ctx.set_materialize_grads(False)
         ctx.call = call
-        return h, activity
+        return h, value
 
     @staticmethod
     def backward(ctx, *grads):
-        activation, penalty, backend, _ = ctx.call
-        x, weight, bias, saved, h = ctx.saved_tensors
+        *settings, backend, _ = ctx.call
+        x, weight, bias, *saved = ctx.saved_tensors
         some = next((grad for grad in grads if grad is not None), None)
         if some is None:
             return None, None, None, None
         needs = ctx.needs_input_grad[:3]
         if _registry.wants_reference(some):
             gradients = _registry.differentiate(
-                lambda x, weight, bias: _layer_reference(x, weight, bias, activation, penalty),
+                lambda x, weight, bias: _reference(x, weight, bias, *settings),
                 (x, weight, bias),
                 needs,
                 grads,
             )
             return *gradients, None
         bits = NEED_X * needs[0] + NEED_WEIGHT * needs[1] + NEED_BIAS * needs[2]
-        if _registry.is_direct(backend, *grads, x, weight, saved, h):
+        if _registry.is_direct(backend, *grads, x, weight, *saved):
             launch = _registry.kernels(backend, "penalized_linear_act").penalized_linear_act_backward
-            return *launch(*grads, x, weight, saved, h, activation, penalty, bits), None
+            return *launch(*grads, x, weight, *saved, *settings, bits), None
         backward = torch.ops.aefast.penalized_linear_act_backward.default
-        computed = iter(backward(*grads, x, weight, saved, h, activation, penalty, bits, backend))
+        computed = iter(backward(*grads, x, weight, *saved, *settings, bits, backend))
         return *(next(computed) if need else None for need in needs), None
 
 
@@ -177,13 +157,14 @@ def _needs_gradient(x, weight, bias):
 
 
 @torch.library.impl(LIBRARY, "penalized_linear_act", "Autograd")
-def _(x, weight, bias, activation, penalty, backend):
+def _(x, weight, bias, activation, penalty, rate, backend):
+    settings = (activation, penalty, rate)
     if _registry.is_transformed():
-        return _layer_reference(x, weight, bias, activation, penalty)
+        return _reference(x, weight, bias, *settings)
     if _needs_gradient(x, weight, bias):
-        return _PenalizedLinearAct.apply(x, weight, bias, (activation, penalty, backend, None))
+        return _PenalizedLinearAct.apply(x, weight, bias, (*settings, backend, None))
     with below_autograd():
-        return torch.ops.aefast.penalized_linear_act.default(x, weight, bias, activation, penalty, backend)
+        return torch.ops.aefast.penalized_linear_act.default(x, weight, bias, *settings, backend)
 
 
 def penalized_linear_act(
@@ -227,19 +208,17 @@ def penalized_linear_act(
         settings = {"penalty": penalty, "rate": rate, "negative_slope": negative_slope, "alpha": alpha}
         return reference(x, weight, bias, activation, **settings)
     leading = x.shape[:-1]
-    rows = math.prod(leading)
-    flat = x if x.dim() == 2 else x.reshape(rows, x.shape[-1])
-    activation = specification(activation, float(negative_slope), float(alpha))
+    flat = x if x.dim() == 2 else x.reshape(math.prod(leading), x.shape[-1])
+    specified = specification(activation, float(negative_slope), float(alpha))
+    settings = (specified, penalty, float(rate) if penalty == "kl" else 0.0)
     if _registry.is_direct(backend, x, weight, bias):
         launchers = _registry.kernels(backend, "penalized_linear_act")
         if _needs_gradient(flat, weight, bias):
-            h, activity = _apply(flat, weight, bias, (activation, penalty, backend, launchers))
+            h, value = _apply(flat, weight, bias, (*settings, backend, launchers))
         else:
-            h, activity, _ = launchers.penalized_linear_act(flat, weight, bias, activation, penalty, False)
+            h, value, *_ = launchers.penalized_linear_act(flat, weight, bias, *settings, False)
     else:
-        forward = torch.ops.aefast.penalized_linear_act.default
-        h, activity = forward(flat, weight, bias, activation, penalty, backend)
-    value = _penalty(activity, rows, penalty, float(rate))
+        h, value = torch.ops.aefast.penalized_linear_act.default(flat, weight, bias, *settings, backend)
     return (h if x.dim() == 2 else h.reshape(*leading, weight.shape[0])), value
 
 

@@ -363,7 +363,8 @@ void layer_forward(const LayerForward& layer, Matrix x, Matrix out, Matrix deriv
   const void* const bias = has_bias ? nullptr : layer.bias.data;
   const bool is_done = layer.spec.activation == Activation::identity && !bias && type == out.scalar;
   if (is_done && !sums.wanted()) return;
-  const int64_t block = std::max<int64_t>(1, (1 << 14) / out.cols);
+  // A block that is read once more is to stay in the first-level cache.
+  const int64_t block = std::max<int64_t>(1, (sums.wanted() ? 1 << 12 : 1 << 14) / out.cols);
   const auto activate = [&](int64_t row, int64_t rows) {
     pointwise().bias_activation(layer.spec, type, out.scalar, pre.row_block(row, rows).data, bias,
                                 out.row_block(row, rows).data, derivative.row_block(row, rows).data, rows, out.cols);

@@ -65,16 +65,17 @@ std::tuple<OptionalTensor, OptionalTensor> jumprelu_backward(OptionalTensor grad
   // The threshold's gradient is summed over blocks of rows, and then over the blocks in order. Blocks and the strips of
   // columns in them, whose sums stay in the first-level cache, depend on the shape alone.
   constexpr int64_t kRows = 64, kStrip = 2048;
-  const int64_t block = std::max(kRows, kElementsOfTask / std::max<int64_t>(1, cols) / kRows * kRows);
-  const int64_t blocks = (rows + block - 1) / block, strips = (cols + kStrip - 1) / kStrip;
+  const int64_t blocks = (rows + kRows - 1) / kRows, strips = (cols + kStrip - 1) / kStrip;
   OptionalTensor partials;
   if (needs & jump::kNeedThreshold) partials = new_accumulators(x, blocks, cols);
-  for_each(blocks * strips, [&](int64_t task) {
-    const int64_t index = task / strips, first = index * block, begin = task % strips * kStrip;
-    JumpGradient part = gradient;
-    if (partials) part.threshold_sums = matrix_of(partials).row_block(index, 1).data;
-    penalty_kernels().jump_gradient(operands, part, first, std::min(block, rows - first), begin,
-                                    std::min(kStrip, cols - begin));
+  for_tasks(blocks * strips, kRows * std::min(kStrip, cols), 1, [&](int64_t from, int64_t count) {
+    for (int64_t task = from; task < from + count; ++task) {
+      const int64_t block = task / strips, first = block * kRows, begin = task % strips * kStrip;
+      JumpGradient part = gradient;
+      if (partials) part.threshold_sums = matrix_of(partials).row_block(block, 1).data;
+      penalty_kernels().jump_gradient(operands, part, first, std::min(kRows, rows - first), begin,
+                                      std::min(kStrip, cols - begin));
+    }
   });
   if (partials) {
     threshold_gradient = new_sums(x, cols);

@@ -1,6 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
-#include <numeric>
+#include <cmath>
 #include <tuple>
 
 #include "dense.h"
@@ -9,58 +9,88 @@
 namespace aefast::cpu {
 namespace {
 
-// Whether the activity is the sum of the outputs' magnitudes, and not those of their columns.
-bool is_of_magnitudes(const std::string& penalty) {
-  STD_TORCH_CHECK(penalty == "l1" || penalty == "kl", "aefast: unknown penalty ", penalty);
-  return penalty == "l1";
-}
+// "l1", or "kl" to a mean activation of `rate`, over so many rows.
+class Penalty {
+ public:
+  Penalty(const std::string& name, double rate, int64_t rows)
+      : is_l1_(name == "l1"), rate_(rate), rows_(static_cast<double>(rows)) {
+    STD_TORCH_CHECK(is_l1_ || name == "kl", "aefast: unknown penalty ", name);
+  }
+  bool is_l1() const { return is_l1_; }
 
-// body(pointer to the elements of `accumulators`, as what they are)
+  // From the sums of the columns of |h|, or of h for kl.
+  template <typename T>
+  double value(const T* sums, int64_t cols) const {
+    double total = 0.0;
+    for (int64_t col = 0; col < cols; ++col) total += is_l1_ ? sums[col] : divergence(sums[col] / rows_);
+    return is_l1_ ? total / rows_ : total;
+  }
+
+  // Its derivative by the sum of a column.
+  double slope(double sum) const {
+    if (is_l1_) return 1.0 / rows_;
+    const double q = sum / rows_;
+    return q >= kEps && q <= 1.0 - kEps ? ((1.0 - rate_) / (1.0 - q) - rate_ / q) / rows_ : 0.0;
+  }
+
+ private:
+  // As EPS of kernels/penalty.py.
+  static constexpr double kEps = 1e-6;
+
+  double divergence(double mean) const {
+    const double q = mean < kEps ? kEps : mean > 1.0 - kEps ? 1.0 - kEps : mean;
+    return rate_ * std::log(rate_ / q) + (1.0 - rate_) * std::log((1.0 - rate_) / (1.0 - q));
+  }
+
+  bool is_l1_;
+  double rate_, rows_;
+};
+
+// body(pointer to what `accumulators` holds)
 template <typename Body>
 auto with_accumulators(const Tensor& accumulators, const Body& body) {
-  void* const data = accumulators.mutable_data_ptr();
+  void* const data = accumulators.data_ptr();
   return scalar_of(accumulators) == Scalar::float64 ? body(static_cast<double*>(data)) : body(static_cast<float*>(data));
 }
 
-std::tuple<Tensor, Tensor, OptionalTensor> penalized_linear_act(Tensor x, Tensor weight, OptionalTensor bias,
-                                                                std::string activation, std::string penalty,
-                                                                bool save_derivative) {
+std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> penalized_linear_act(Tensor x, Tensor weight,
+                                                                                OptionalTensor bias,
+                                                                                std::string activation, std::string name,
+                                                                                double rate, bool save) {
   STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
   check_layer(weight, bias, x.size(1), x);
   const ActivationSpec spec = activation_spec(activation);
-  const bool of_magnitudes = is_of_magnitudes(penalty);
   const int64_t rows = x.size(0), cols = weight.size(0);
+  const Penalty penalty(name, rate, rows);
   const Tensor h = new_matrix(x, rows, cols), sums = new_sums(x, cols);
   OptionalTensor derivative;
-  if (save_derivative && stores_derivative(spec.activation)) derivative = new_matrix(x, rows, cols);
+  if (save && stores_derivative(spec.activation)) derivative = new_matrix(x, rows, cols);
   LayerForward layer{spec, matrix_of(weight), vector_of(bias), matrix_of(h), matrix_of(derivative)};
-  dense_forward(matrix_of(x), &layer, 1, {vector_of(sums), of_magnitudes});
-  if (!of_magnitudes) return {h, sums, derivative};
-  const double total =
-      with_accumulators(sums, [&](const auto* each) { return std::accumulate(each, each + cols, 0.0); });
-  return {h, new_scalar(x, total), derivative};
+  dense_forward(matrix_of(x), &layer, 1, {vector_of(sums), penalty.is_l1()});
+  const double value = with_accumulators(sums, [&](const auto* each) { return penalty.value(each, cols); });
+  return {h, new_scalar(x, value), save && !penalty.is_l1() ? OptionalTensor(sums) : std::nullopt, derivative};
 }
 
-// (cols,) of what the penalty's gradient is at an output of each column, but for the sign.
-Tensor slopes_of(const Tensor& grad_activity, bool of_magnitudes, int64_t cols) {
-  STD_TORCH_CHECK(of_magnitudes ? grad_activity.dim() == 0 : grad_activity.dim() == 1 && grad_activity.size(0) == cols,
-                  "grad_activity must have the shape of the activity");
-  const Tensor slopes = new_sums(grad_activity, cols);
-  const int64_t stride = of_magnitudes ? 0 : grad_activity.stride(0);
+// (cols,) of what is added to the gradient of each column, but for l1's sign.
+Tensor slopes_of(const Penalty& penalty, const Tensor& grad, const OptionalTensor& sums, int64_t cols) {
+  const Tensor slopes = new_sums(grad, cols);
   with_accumulators(slopes, [&](auto* each) {
-    const auto* const grad = static_cast<decltype(each)>(grad_activity.data_ptr());
-    for (int64_t col = 0; col < cols; ++col) each[col] = grad[col * stride];
+    using Pointer = decltype(each);
+    const double factor = *static_cast<Pointer>(grad.data_ptr());
+    const auto* const sum = sums ? static_cast<Pointer>(sums->data_ptr()) : nullptr;
+    for (int64_t col = 0; col < cols; ++col) each[col] = factor * penalty.slope(sum ? sum[col] : 0.0);
   });
   return slopes;
 }
 
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> penalized_linear_act_backward(
-    OptionalTensor grad, OptionalTensor grad_activity, Tensor x, Tensor weight, OptionalTensor saved, OptionalTensor h,
-    std::string activation, std::string penalty, int64_t needs) {
+    OptionalTensor grad, OptionalTensor grad_penalty, Tensor x, Tensor weight, OptionalTensor saved, OptionalTensor h,
+    OptionalTensor sums, std::string activation, std::string name, double rate, int64_t needs) {
   STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
   check_layer(weight, std::nullopt, x.size(1), x);
-  STD_TORCH_CHECK(grad || grad_activity, "one of the gradients must be given");
+  STD_TORCH_CHECK(grad || grad_penalty, "one of the gradients must be given");
   const int64_t rows = x.size(0), cols = weight.size(0);
+  const Penalty penalty(name, rate, rows);
   const ActivationSpec spec = activation_spec(activation);
   if (spec.activation != Activation::identity) {
     STD_TORCH_CHECK(saved, "saved must be given for every activation but identity");
@@ -69,17 +99,21 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> penalized_linear_act_
   if (grad) check_matrix("grad", *grad, rows, cols, x);
   OutputSlopes added;
   OptionalTensor slopes;
-  if (grad_activity) {
-    const bool of_magnitudes = is_of_magnitudes(penalty);
-    STD_TORCH_CHECK(scalar_of(*grad_activity) == accumulator_of(scalar_of(x)),
-                    "grad_activity must have the dtype of the activity");
-    slopes = slopes_of(*grad_activity, of_magnitudes, cols);
-    added.slopes = vector_of(slopes);
-    if (of_magnitudes) {
+  if (grad_penalty) {
+    const auto is_wide = [&](const Tensor& one) { return scalar_of(one) == accumulator_of(scalar_of(x)); };
+    STD_TORCH_CHECK(grad_penalty->numel() == 1 && is_wide(*grad_penalty),
+                    "grad_penalty must be a scalar of the penalty's dtype");
+    if (penalty.is_l1()) {
       STD_TORCH_CHECK(h, "h must be given for l1");
       check_matrix("h", *h, rows, cols, x);
       added.output = matrix_of(h);
+    } else {
+      STD_TORCH_CHECK(sums && sums->dim() == 1 && sums->size(0) == cols && is_wide(*sums),
+                      "sums must be (", cols, ",) of the penalty's dtype for kl");
+      if (cols > 1) STD_TORCH_CHECK(sums->stride(0) == 1, "sums must be contiguous");
     }
+    slopes = slopes_of(penalty, *grad_penalty, penalty.is_l1() ? std::nullopt : sums, cols);
+    added.slopes = vector_of(slopes);
   }
   OptionalTensor x_gradient, weight_gradient, bias_gradient;
   if (needs & dense::kNeedX) x_gradient = new_matrix(x, rows, x.size(1));

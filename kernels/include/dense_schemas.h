@@ -4,9 +4,10 @@
 // The second output of linear_act is act'(pre-activation), for save_derivative and an activation that stores
 // it; `saved` is that derivative where it exists, nothing for identity, else the output. `needs` has bit 0 set if
 // x's gradient is wanted, bit 1 weight's, bit 2 bias's.
-// penalized_linear_act: its second output is the activity that `penalty` is made of, float32, or float64 for float64:
-// for "l1" the sum of |h|, a scalar, and for "kl" the sums of h's columns (N,). h (M, N), the first output, comes back
-// for "l1" alone. Of the gradients of both outputs one may be absent, which stands for zeros.
+// penalized_linear_act: `penalty` is "l1" or "kl", the latter to `rate`; h (M, N), the value, a scalar, float32, or
+// float64 for float64, and with `save` for "kl" the sums of h's columns (N,), of the value's dtype, and act' as above.
+// The backward reads h for "l1" and the sums for "kl". Of the gradients of h and the value one may be absent, which stands
+// for zeros.
 // mlp: `activations` has one a layer, between commas; a list of so many strings would cost a short call more than its
 // work. With save the result, and what the backward takes as `saved`, is one output a layer and then the derivatives
 // of the layers that store one; without, the last output alone. `needs` has a 1 for each gradient that is wanted, else
@@ -26,11 +27,11 @@ constexpr std::array<const char*, 2> kLinearActSchemas = {
 };
 
 constexpr std::array<const char*, 2> kPenalizedLinearActSchemas = {
-    "penalized_linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, str penalty, bool save_derivative) "
-    "-> (Tensor, Tensor, Tensor?)",
+    "penalized_linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, str penalty, float rate, bool save) "
+    "-> (Tensor, Tensor, Tensor?, Tensor?)",
 
-    "penalized_linear_act_backward(Tensor? grad, Tensor? grad_activity, Tensor x, Tensor weight, Tensor? saved, "
-    "Tensor? h, str activation, str penalty, int needs) -> (Tensor?, Tensor?, Tensor?)",
+    "penalized_linear_act_backward(Tensor? grad, Tensor? grad_penalty, Tensor x, Tensor weight, Tensor? saved, "
+    "Tensor? h, Tensor? sums, str activation, str penalty, float rate, int needs) -> (Tensor?, Tensor?, Tensor?)",
 };
 
 constexpr int64_t kNeedX = 1, kNeedWeight = 2, kNeedBias = 4;

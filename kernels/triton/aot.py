@@ -308,7 +308,7 @@ def pointwise():
 
 def signatures():
     # Not above: it is made of what this file defines.
-    from . import aot_latents, aot_loss, aot_nearest, aot_pairwise, aot_pyramid, aot_random
+    from . import aot_latents, aot_loss, aot_nearest, aot_pairwise, aot_penalty, aot_pyramid, aot_random
 
     return [
         *gemms(),
@@ -319,4 +319,5 @@ def signatures():
         *aot_pairwise.signatures(),
         *aot_loss.signatures(),
         *aot_pyramid.signatures(),
+        *aot_penalty.signatures(),
     ]
