@@ -27,11 +27,12 @@ demo: setup
 # Kernels, models, training and packaging on the CPU; then what needs a process or a compiler of its own.
 test: setup test-cpu test-interpret test-emulation test-aot
 
-test-cpu: setup
-	$(BIN)/python -m pytest -q --ignore=tests/aot --ignore=tests/cuda_emulation --ignore-glob='tests/ops/test_triton_*'
-
-# These lanes run on one thread each, so that two processes share the cores.
+# The lanes run on one thread each, so that two processes share the cores; tests of threads ask for more by themselves.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2
+
+# A file's tests stay in one process, since some share what takes long to make.
+test-cpu: setup
+	$(PARALLEL) --dist loadfile --ignore=tests/aot --ignore=tests/cuda_emulation --ignore-glob='tests/ops/test_triton_*'
 
 test-interpret: setup
 	TRITON_INTERPRET=1 $(PARALLEL) tests/ops/test_triton_*.py
