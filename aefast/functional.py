@@ -1,5 +1,6 @@
 """The public functions: ``import aefast.functional as AF``."""
 
+from aefast.ops.batch_topk_encode import batch_topk_encode
 from aefast.ops.chamfer import chamfer
 from aefast.ops.corrupt import corrupt
 from aefast.ops.gaussian_head import gaussian_head
@@ -20,6 +21,7 @@ from aefast.ops.sparse_decode import sparse_decode
 from aefast.ops.topk_encode import topk_encode
 
 __all__ = [
+    "batch_topk_encode",
     "chamfer",
     "corrupt",
     "gaussian_head",

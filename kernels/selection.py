@@ -8,10 +8,21 @@ def largest(elements, k):
     index; NaN counts as the largest of all, and -0 is 0."""
     if elements.dtype == torch.float64:
         return elements.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    # Keys without equals: the number as an integer of the same order, and the lower half greater for the lower index.
+    return elements.shape[-1] - 1 - (keys(elements).topk(k, dim=-1).values & 0xFFFFFFFF)
+
+
+def is_largest(elements, count):
+    """(F,) -> a mask of its `count` largest, of equals those of the lower indices."""
+    if elements.dtype == torch.float64:
+        return torch.zeros_like(elements, dtype=torch.bool).index_fill_(0, largest(elements, count), True)
+    order = keys(elements)
+    return order >= order.kthvalue(elements.shape[0] - count + 1).values
+
+
+def keys(elements):
+    """Integers without equals in the order of the numbers, in their lower half greater for the lower index."""
     wide = elements.float() + 0.0
     bits = wide.view(torch.int32).long()
     order = torch.where(wide.isnan(), 0x7FFFFFFF, torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
     below = torch.arange(elements.shape[-1] - 1, -1, -1, device=elements.device)
-    keys = (order << 32) | below
-    return elements.shape[-1] - 1 - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
+    return (order << 32) | below

@@ -1,6 +1,7 @@
 """The ops: one file each, and the registry of backends that serve them."""
 
 from aefast.ops import (
+    batch_topk_encode,
     chamfer,
     corrupt,
     gaussian_head,
@@ -26,6 +27,7 @@ __all__ = [
     "BACKENDS",
     "OPS",
     "backend",
+    "batch_topk_encode",
     "chamfer",
     "corrupt",
     "gaussian_head",

@@ -146,10 +146,7 @@ def topk_encode(
         BackendError: the backend asked for cannot serve the call.
     """
     x, weight, bias = _arguments.autocast(x, weight, bias)
-    check_layer(x, weight, bias, "topk_encode", "weight", "bias")
-    if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= weight.shape[0]:
-        raise InputError(f"topk_encode: k must be a whole number from 1 to {weight.shape[0]}, got {k!r}")
-    k = int(k)
+    k = checked(x, weight, bias, k, "topk_encode")
     backend = _registry.choose("topk_encode", x, weight, bias)
     if backend == "eager":
         return reference(x, weight, bias, k=k)
@@ -167,6 +164,14 @@ def topk_encode(
     if len(shape) != 1:
         values, indices = values.reshape(*shape, k), indices.reshape(*shape, k)
     return values, indices
+
+
+def checked(x: Any, weight: Any, bias: Any, k: Any, op: str) -> int:
+    """k, if that and the operands are as `topk_encode` says."""
+    check_layer(x, weight, bias, op, "weight", "bias")
+    if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= weight.shape[0]:
+        raise InputError(f"{op}: k must be a whole number from 1 to {weight.shape[0]}, got {k!r}")
+    return int(k)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
