@@ -103,7 +103,7 @@ def train(
         str,
         typer.Option(
             metavar="NAME",
-            help="Which model to train: autoencoder, denoising, infovae, stochastic, vae.",
+            help="Which model to train: autoencoder, denoising, infovae, sparse, stochastic, vae.",
             rich_help_panel=_RUN,
         ),
     ] = "autoencoder",

@@ -77,6 +77,8 @@ def penalties():
                 exps=2 * FEATURES * is_kl,
                 passes=triton.cdiv(FEATURES, columns),
                 pass_bytes=columns * size,
+                # All lanes store the value together.
+                distinct_bytes=(FEATURES + 1) * size,
             ),
         )
 

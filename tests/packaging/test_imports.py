@@ -103,9 +103,10 @@ def threads():
     return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else threading.active_count()
 
 before, running = set(sys.modules), threads()
-start = time.perf_counter()
+# What else runs on this machine takes none of a process's own time.
+start = time.process_time()
 import aefast
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps({
     "seconds": seconds,
     "threads": threads() - running,

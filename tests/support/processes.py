@@ -7,6 +7,8 @@ import subprocess
 SETTINGS = (
     *("AEFAST_BACKEND", "AEFAST_BUILD_CPU", "AEFAST_BUILD_CUDA", "AEFAST_DEBUG", "PYTHONPATH"),
     *("CUDACXX", "CUDA_PATH", "CXX", "TRITON_INTERPRET"),
+    # With it pytest-benchmark measures nothing.
+    "PYTEST_XDIST_WORKER",
 )
 
 
