@@ -38,8 +38,8 @@ def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
 class Case:
     """An op, its kind (such as its activation), and its shape, in words for the id and in numbers in `sizes`.
 
-    ``kind`` is empty for an op of one. ``sizes`` has "batch" at least. ``is_compiled``: whether torch.compile takes
-    part, which costs seconds a case.
+    ``kind`` is empty for an op of one. ``sizes`` has "batch" unless it is of sets of points. ``is_compiled``: whether
+    torch.compile takes part, which costs seconds a case.
     """
 
     op: str

@@ -241,13 +241,14 @@ def _speedup_plot(figure: Any, results: dict[str, Any]) -> None:
 
 
 def _scaling_plot(figure: Any, results: dict[str, Any]) -> None:
+    timed = [case for case in _timed(results) if "batch" in case["sizes"]]
     batches: dict[str, set[int]] = {}
-    for case in _timed(results):
+    for case in timed:
         batches.setdefault(case["op"], set()).add(case["sizes"]["batch"])
     ops = [op for op, found in batches.items() if len(found) > 1]
     grid = figure.subplots(1, max(1, len(ops)), squeeze=False)[0]
     for axes, op in zip(grid, ops, strict=False):
-        cases = [case for case in _timed(results) if case["op"] == op]
+        cases = [case for case in timed if case["op"] == op]
         # Its last mode, and of that the shape that was run at most batches, the larger of two.
         mode = cases[-1]["mode"]
         series: dict[tuple[Any, ...], list[dict[str, Any]]] = {}

@@ -13,7 +13,7 @@ from aefast import cli
 from aefast.errors import InputError
 from aefast.models import SparseAutoencoder, SparseCode, from_pretrained, load_saelens, load_sparsify
 from aefast.models.sparse import SPARSITIES
-from aefast.nn import SparseDecoder, TopKEncoder
+from aefast.nn import JumpReLU, PenalizedLinearAct, SparseDecoder, TopKEncoder
 
 FEATURES, LATENT, BATCH = 12, 40, 30
 OPTIONS = {
@@ -468,3 +468,44 @@ def test_modules():
         TopKEncoder(FEATURES, LATENT, 41)
     with pytest.raises(InputError, match="latents=0"):
         SparseDecoder(0, FEATURES)
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "sigmoid", "penalty": "kl", "rate": 0.2}])
+def test_a_penalized_layer_and_its_twin_agree(options):
+    torch.manual_seed(0)
+    layer, x = PenalizedLinearAct(FEATURES, LATENT, **options), data(dtype=torch.float32)
+    twin = layer.eager()
+    assert layer.state_dict().keys() == twin.state_dict().keys()
+    torch.testing.assert_close(layer(x), twin(x))
+    assert f"penalty={options.get('penalty', 'l1')}" in repr(layer)
+
+
+def test_jumprelu_and_its_twin_agree():
+    activation, x = JumpReLU(FEATURES, threshold=0.3, bandwidth=0.5), data(dtype=torch.float32)
+    twin = activation.eager()
+    results = []
+    for one in (activation, twin):
+        h, count = one(x)
+        (h.square().sum() + count.sum()).backward()
+        results.append((h, count, one.log_threshold.grad))
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(results[0][0], x * (x > 0.3))
+    assert "bandwidth=0.5" in repr(activation)
+
+
+@pytest.mark.parametrize(
+    ("make_module", "message"),
+    [
+        (lambda: PenalizedLinearAct(3, 4, penalty="l2"), "penalty='l2': expected one of"),
+        (
+            lambda: PenalizedLinearAct(3, 4, penalty="kl", rate=1.0),
+            "rate=1.0: expected a number between 0 and 1",
+        ),
+        (lambda: JumpReLU(0), "features=0"),
+        (lambda: JumpReLU(3, threshold=0.0), "threshold=0.0: expected a number above 0"),
+        (lambda: JumpReLU(3, bandwidth=-1.0), "bandwidth must be a finite number of at least 0"),
+    ],
+)
+def test_bad_options_of_modules_are_named(make_module, message):
+    with pytest.raises(InputError, match=message):
+        make_module()
