@@ -13,7 +13,6 @@
 namespace aefast::cpu {
 namespace {
 
-
 // Places of the entries with the same latent lie side by side, in order: those of latent f from starts[f] on.
 struct Ordered {
   std::vector<int64_t> starts;  // F + 1

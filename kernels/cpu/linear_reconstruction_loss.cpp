@@ -85,12 +85,6 @@ class Gradient {
   bool is_shared_, is_begun_ = false;
 };
 
-loss::Spec spec_of(const std::string& kind, double parameter) {
-  const auto found = std::find(std::begin(loss::kKindNames), std::end(loss::kKindNames), kind);
-  STD_TORCH_CHECK(found != std::end(loss::kKindNames), "unknown loss ", kind);
-  return {static_cast<loss::Kind>(found - std::begin(loss::kKindNames)), parameter};
-}
-
 // The sum over output, row-major, and target, whose rows may lie apart; with `gradient` scale * its derivative by output.
 LossSum compare(const loss::Spec& spec, Matrix output, Matrix target, double scale, void* gradient) {
   const int64_t cols = output.cols, gap = target.row_stride - cols;
@@ -102,12 +96,7 @@ LossSum compare(const loss::Spec& spec, Matrix output, Matrix target, double sca
       sums[row] = loss_kernels().sum(operands, scale, gradient, row * cols, cols);
     }
   });
-  LossSum total{0.0, false};
-  for (const LossSum& sum : sums) {
-    total.value += sum.value;
-    total.is_outside |= sum.is_outside;
-  }
-  return total;
+  return sum_of(sums.data(), output.rows);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_reconstruction_loss(
@@ -121,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_reconstruction_loss(
   const Scalar scalar = scalar_of(h), wide = scalar_of(target);
   STD_TORCH_CHECK(wide == scalar || wide == accumulator_of(scalar), "target must have the dtype of h or its accumulator");
   const ActivationSpec layer_spec = activation_spec(activation);
-  const loss::Spec loss_spec = spec_of(kind, parameter);
+  const loss::Spec loss_spec = spec_of(kind.c_str(), parameter);
 
   // Parts are of the rows, or where there are more of them of the features, so that the gradients that parts have in
   // common are the smaller. They depend on the shape alone, and so do all sums.
@@ -176,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_reconstruction_loss(
     // The gradient takes the place of what it is made of, unless the layer's backward reads that.
     Matrix upstream = keeps_output && !wide_outputs ? in(upstreams) : compared;
     const LossSum sum = compare(loss_spec, compared, some_target, scale, needs ? upstream.data : nullptr);
-    STD_TORCH_CHECK(!checked || !sum.is_outside, "probabilities must be from 0 to 1");
+    check_range(sum, checked);
     total += sum.value;
     if (!needs) continue;
     if (wide_outputs) {

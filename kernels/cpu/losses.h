@@ -21,6 +21,15 @@ struct LossSum {
   bool is_outside;  // whether one of the numbers that bce's are to have from 0 to 1 is outside
 };
 
+// Raises an error for a kind that is unknown.
+loss::Spec spec_of(const char* kind, double parameter);
+
+// Raises an error if the numbers are `checked` and one is outside.
+void check_range(const LossSum& sum, bool checked);
+
+// The sum, in order.
+LossSum sum_of(const LossSum* parts, int64_t count);
+
 // Ranges of elements are [first, first + count).
 struct LossKernels {
   // The sum of the losses; `gradient`, unless it is null, = scale * derivative by the input.

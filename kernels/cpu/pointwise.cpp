@@ -64,8 +64,9 @@ constexpr int64_t kStrip = 1024;
 // g and column_sums may be null. What is there is asked at each vector, since copies of this function take long to compile;
 // it is out of line for the same reason.
 template <Activation A, typename Grad, typename G>
-__attribute__((noinline)) void activation_gradient_strips(ActivationParameters<double> parameters, const Grad* grad, int64_t grad_row_stride,
-                                const G* saved, G* g, Accumulator<G>* column_sums, int64_t rows, int64_t cols) {
+__attribute__((noinline)) void activation_gradient_strips(ActivationParameters<double> parameters, const Grad* grad,
+                                                          int64_t grad_row_stride, const G* saved, G* g,
+                                                          Accumulator<G>* column_sums, int64_t rows, int64_t cols) {
   using C = Lanes<G>;
   const ActivationParameters<C> p{C(parameters.slope), C(parameters.alpha)};
   for (int64_t begin = 0; begin < cols; begin += kStrip) {

@@ -12,17 +12,32 @@
 #include "parallel.h"
 
 namespace aefast::cpu {
+
+loss::Spec spec_of(const char* kind, double parameter) {
+  const auto found = std::find(std::begin(loss::kKindNames), std::end(loss::kKindNames), std::string(kind));
+  STD_TORCH_CHECK(found != std::end(loss::kKindNames), "unknown loss ", kind);
+  return {static_cast<loss::Kind>(found - std::begin(loss::kKindNames)), parameter};
+}
+
+void check_range(const LossSum& sum, bool checked) {
+  STD_TORCH_CHECK(!checked || !sum.is_outside, "probabilities must be from 0 to 1");
+}
+
+LossSum sum_of(const LossSum* parts, int64_t count) {
+  LossSum total{0.0, false};
+  for (int64_t index = 0; index < count; ++index) {
+    total.value += parts[index].value;
+    total.is_outside |= parts[index].is_outside;
+  }
+  return total;
+}
+
 namespace {
 
 LossOperands operands_of(const Tensor& input, const Tensor& target, const std::string& kind, double parameter) {
-  const auto found = std::find(std::begin(loss::kKindNames), std::end(loss::kKindNames), kind);
-  STD_TORCH_CHECK(found != std::end(loss::kKindNames), "unknown loss ", kind);
   check_layout("target", target, input);
   STD_TORCH_CHECK(target.scalar_type() == input.scalar_type(), "target must have the dtype of input");
-  return {scalar_of(input),
-          {static_cast<loss::Kind>(found - std::begin(loss::kKindNames)), parameter},
-          input.const_data_ptr(),
-          target.const_data_ptr()};
+  return {scalar_of(input), spec_of(kind.c_str(), parameter), input.const_data_ptr(), target.const_data_ptr()};
 }
 
 // run(first, count) over the elements, in tasks that do not depend on the threads; the sum of what it finds, in order.
@@ -30,16 +45,7 @@ template <typename Run>
 LossSum sum_of_tasks(int64_t size, const Run& run) {
   std::vector<LossSum> parts((size + kElementsOfTask - 1) / kElementsOfTask);
   for_tasks(size, 1, 1, [&](int64_t first, int64_t count) { parts[first / kElementsOfTask] = run(first, count); });
-  LossSum total{0.0, false};
-  for (const LossSum& part : parts) {
-    total.value += part.value;
-    total.is_outside |= part.is_outside;
-  }
-  return total;
-}
-
-void check_range(const LossSum& sum, bool checked) {
-  STD_TORCH_CHECK(!checked || !sum.is_outside, "probabilities must be from 0 to 1");
+  return sum_of(parts.data(), static_cast<int64_t>(parts.size()));
 }
 
 std::tuple<Tensor, Tensor> reconstruction_loss(Tensor input, Tensor target, std::string kind, double parameter,
