@@ -1,0 +1,312 @@
+"""Autoencoders as scikit-learn estimators, for pipelines, grid searches and cross-validation.
+
+::
+
+    model = make_pipeline(MinMaxScaler(), AutoencoderEstimator(latent=8, random_state=0))
+    codes = model.fit_transform(X)  # (N, 8)
+    model.inverse_transform(codes)  # (N, features)
+
+Needs scikit-learn, which comes with ``aefast[train]``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aefast.data import Batches
+from aefast.models import VAE, Autoencoder, Model
+from aefast.train import TrainConfig, TrainingError, TrainStep
+
+try:
+    from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+    from sklearn.utils import check_array, check_random_state
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError(
+        f'aefast.estimators needs scikit-learn 1.6 or newer ({error}); install it with: pip install "aefast[train]"'
+    ) from error
+
+# Rows that are encoded, decoded or scored at a time.
+_ROWS = 4096
+
+
+class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """What the estimators share. A subclass has ``_model_class``, ``_model_options`` and ``_score``."""
+
+    _model_class: type[Model]
+    # Arguments of the initialiser that are options of the model.
+    _model_options: tuple[str, ...]
+
+    def fit(self, X: Any, y: Any = None) -> _DenseEstimator:
+        """Train the model on X (N, features); y is ignored. Returns itself.
+
+        Raises:
+            ValueError: X is not as scikit-learn wants it, or an option is out of its range.
+            TrainingError: the loss is no longer finite.
+        """
+        X = validate_data(self, X, dtype=(np.float64, np.float32), order="C")
+        options = {name: _plain(getattr(self, name)) for name in self._model_options}
+        config = self._model_class.config_class.from_dict(
+            {"input_size": X.shape[1], **options}, type(self).__name__
+        )
+        # 2**31 - 1 seeds, as many as RandomState draws on every platform.
+        seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        settings = {name: _plain(getattr(self, name)) for name in ("epochs", "batch_size", "lr", "device")}
+        training = TrainConfig(seed=seed, **settings)
+        device = training.resolve_device()
+        samples = _tensor(X)
+        with _seeded(seed, device):
+            model = self._model_class(config, device=device, dtype=samples.dtype)
+            self.loss_curve_ = self._train(model, samples.to(device), training)
+        self.model_ = model.eval()
+        self._noise_seed = seed
+        return self
+
+    def _train(self, model: Model, samples: Tensor, training: TrainConfig) -> list[float]:
+        """Train `model` in place; the mean loss of each epoch."""
+        step = TrainStep(model.train(), training.lr)
+        rows = torch.arange(len(samples))
+        batches = Batches(samples, rows, batch_size=training.batch_size, seed=training.seed)
+        losses = []
+        for epoch in range(training.epochs):
+            total = torch.zeros((), dtype=torch.float64, device=samples.device)
+            for batch in batches.epoch(epoch):
+                total += len(batch) * sum(step(batch).values())
+            losses.append(total.item() / len(samples))
+            if not math.isfinite(losses[-1]):
+                raise TrainingError(
+                    f"the loss is no longer finite in epoch {epoch + 1}; lower lr={training.lr:g}, or scale X"
+                )
+            if self.verbose:
+                print(f"{type(self).__name__}: epoch {epoch + 1}/{training.epochs} · loss {losses[-1]:.5g}")
+        return losses
+
+    def transform(self, X: Any) -> np.ndarray:
+        """The codes of X (N, features): (N, latent), of the dtype that the model was fitted in."""
+        return self._mapped(self._checked(X), self.model_.encode)
+
+    def inverse_transform(self, X: Any) -> np.ndarray:
+        """The samples that codes X (N, latent) stand for: (N, features)."""
+        check_is_fitted(self)
+        codes = check_array(X, dtype=self._dtype, order="C")
+        if codes.shape[1] != self._n_features_out:
+            raise ValueError(
+                f"X has {codes.shape[1]} features, but {type(self).__name__}.inverse_transform is expecting "
+                f"{self._n_features_out} features, the latents, as input"
+            )
+        return self._mapped(codes, self.model_.decode)
+
+    def score(self, X: Any, y: Any = None) -> float:
+        samples = _tensor(self._checked(X))
+        place = next(self.model_.parameters()).device
+        total = 0.0
+        with torch.no_grad(), _seeded(self._noise_seed, place):
+            for batch in samples.split(_ROWS):
+                total += len(batch) * self._score(batch.to(place)).item()
+        return total / len(samples)
+
+    def _score(self, batch: Tensor) -> Tensor:
+        """The mean score of a batch (B, features); the larger the better."""
+        raise NotImplementedError
+
+    def _checked(self, X: Any) -> np.ndarray:
+        check_is_fitted(self)
+        return validate_data(self, X, dtype=self._dtype, order="C", reset=False)
+
+    def _mapped(self, rows: np.ndarray, function: Callable[[Tensor], Tensor]) -> np.ndarray:
+        place = next(self.model_.parameters()).device
+        with torch.no_grad():
+            parts = [function(part.to(place)).cpu() for part in _tensor(rows).split(_ROWS)]
+        return torch.cat(parts).numpy()
+
+    @property
+    def _dtype(self) -> type[np.floating]:
+        is_single = next(self.model_.parameters()).dtype == torch.float32
+        return np.float32 if is_single else np.float64
+
+    @property
+    def _n_features_out(self) -> int:
+        """What names of output features are made for; scikit-learn looks for it by this name."""
+        return self.model_.config.latent
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(super().__getstate__())
+        if "model_" in state:
+            # Parameters on a GPU would be of no use where there is none.
+            state["model_"] = copy.deepcopy(state["model_"]).cpu()
+        return state
+
+
+class AutoencoderEstimator(_DenseEstimator):
+    """`aefast.models.Autoencoder` as a scikit-learn transformer.
+
+    It minimises the mean squared error of the reconstruction. Features count as they are: scale them first, for
+    example with ``StandardScaler`` or ``MinMaxScaler``. float32 X is trained in float32, which is faster; everything
+    else in float64.
+
+    Args:
+        latent: size of the codes.
+        hidden: widths of the encoder's hidden layers; may be empty. The decoder's are the same in reverse.
+        activation: activation of the hidden layers, one of `aefast.kernels.activation.ACTIVATIONS`.
+        output_activation: activation of the reconstruction, such as "sigmoid" for data in [0, 1].
+        linear_decoder: makes the decoder a single linear layer.
+        epochs: passes over X.
+        batch_size: samples of a step.
+        lr: learning rate of Adam.
+        device: "cpu", "cuda", or "auto": CUDA where it is.
+        random_state: of the initial weights and the order of samples. An int makes equal fits, and leaves numpy's and
+            torch's global generators alone; None draws from numpy's.
+        verbose: whether the loss of each epoch is printed.
+
+    Attributes:
+        model_: the fitted `aefast.models.Autoencoder`, in eval mode.
+        loss_curve_: the mean loss of each epoch.
+        n_features_in_, feature_names_in_: as scikit-learn has them.
+    """
+
+    _model_class = Autoencoder
+    _model_options = ("latent", "hidden", "activation", "output_activation", "linear_decoder")
+
+    def __init__(
+        self,
+        latent: int = 16,
+        *,
+        hidden: Sequence[int] = (128,),
+        activation: str = "relu",
+        output_activation: str = "identity",
+        linear_decoder: bool = False,
+        epochs: int = 50,
+        batch_size: int = 256,
+        lr: float = 1e-3,
+        device: str = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.latent = latent
+        self.hidden = hidden
+        self.activation = activation
+        self.output_activation = output_activation
+        self.linear_decoder = linear_decoder
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """The negative mean squared error of the reconstructions of X (N, features), over all elements."""
+        return super().score(X)
+
+    def _score(self, batch: Tensor) -> Tensor:
+        return -(self.model_.decode(self.model_.encode(batch)) - batch).square().mean()
+
+
+class VAEEstimator(_DenseEstimator):
+    """`aefast.models.VAE` as a scikit-learn transformer; the codes are the means of the posterior.
+
+    Args:
+        latent: size of the codes.
+        hidden: widths of the encoder's hidden layers; may be empty. The decoder's are the same in reverse.
+        activation: activation of the hidden layers, one of `aefast.kernels.activation.ACTIVATIONS`.
+        likelihood: what a sample is given its code: "mse", a Gaussian of variance 1; "gaussian", one whose variance
+            is learnt; "bernoulli", for features in [0, 1].
+        beta: weight of the KL divergence.
+        epochs, batch_size, lr, device, verbose: as in `AutoencoderEstimator`.
+        random_state: as there, and of the noise that codes get in training and in `score`.
+
+    Attributes:
+        model_: the fitted `aefast.models.VAE`, in eval mode.
+        loss_curve_, n_features_in_, feature_names_in_: as in `AutoencoderEstimator`.
+    """
+
+    _model_class = VAE
+    _model_options = ("latent", "hidden", "activation", "likelihood", "beta")
+
+    def __init__(
+        self,
+        latent: int = 16,
+        *,
+        hidden: Sequence[int] = (128,),
+        activation: str = "relu",
+        likelihood: str = "mse",
+        beta: float = 1.0,
+        epochs: int = 50,
+        batch_size: int = 256,
+        lr: float = 1e-3,
+        device: str = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.latent = latent
+        self.hidden = hidden
+        self.activation = activation
+        self.likelihood = likelihood
+        self.beta = beta
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """The evidence lower bound on log p(x), the mean over the rows of X (N, features), in nats.
+
+        It is estimated with one draw a row, the same ones at each call; beta has no part in it.
+        """
+        return super().score(X)
+
+    def sample(self, n_samples: int = 1) -> tuple[np.ndarray, None]:
+        """New samples (n_samples, features), decoded from draws of the prior N(0, I), and None for their labels.
+
+        As with scikit-learn's own mixtures, a call makes what random_state says: an int the same at each call.
+        """
+        check_is_fitted(self)
+        place = next(self.model_.parameters()).device
+        seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        with torch.no_grad(), _seeded(seed, place):
+            return self.model_.sample(_plain(n_samples)).cpu().numpy(), None
+
+    def _score(self, batch: Tensor) -> Tensor:
+        return self.model_.elbo(batch)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy, as grid searches make them, as Python's; the rest as it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return tuple(_plain(item) for item in value)
+    return value
+
+
+def _tensor(rows: np.ndarray) -> Tensor:
+    # torch shares memory, which it cannot promise to leave unwritten.
+    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's generators start from a seed within, and go on as if nothing had been drawn afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        # torch.manual_seed would also reach devices whose state is not put back.
+        torch.default_generator.manual_seed(seed)
+        for one in devices:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -1,0 +1,98 @@
+"""A trained model at work on many samples: codes, reconstructions, and decoded draws of a sampler."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from aefast.data import Batches
+from aefast.errors import InputError
+from aefast.models import Model, SparseAutoencoder
+from aefast.nn.linear_act import check_positive_int
+from aefast.sampling._base import Sampler
+
+BATCH_SIZE = 4096
+
+
+def encode_batches(model: Model, samples: Tensor, *, batch_size: int = BATCH_SIZE) -> Iterator[Tensor]:
+    """The codes of samples (N, ...), in their order and in eval mode, (batch_size, latent) at a time on the CPU.
+
+    Of models with a posterior they are its means, and of sparse ones dense rows.
+    """
+    for batch in _batches(model, samples, batch_size):
+        with _evaluating(model):
+            codes = _dense_codes(model, batch).cpu()
+        yield codes
+
+
+def reconstruct_batches(model: Model, samples: Tensor, *, batch_size: int = BATCH_SIZE) -> Iterator[Tensor]:
+    """What the model makes of samples (N, ...), likewise: (batch_size, input_size) at a time on the CPU.
+
+    A denoising model gets the samples as they are, without noise of its own.
+    """
+    for batch in _batches(model, samples, batch_size):
+        with _evaluating(model):
+            made = model.decode(model.encode(batch)).cpu()
+        yield made
+
+
+def codes_of(model: Model, samples: Tensor, *, batch_size: int = BATCH_SIZE) -> Tensor:
+    """The codes of all samples (N, ...) as `encode_batches` gives them: (N, latent) on the CPU."""
+    return torch.cat(list(encode_batches(model, samples, batch_size=batch_size)))
+
+
+def generate(
+    model: Model, sampler: Sampler, count: int, *, seed: int | None = None, batch_size: int = BATCH_SIZE
+) -> Tensor:
+    """`count` new samples, decoded from codes that `sampler` draws: (count, input_size) on the CPU.
+
+    Args:
+        model: the trained model, in any mode, on any device.
+        sampler: fitted to codes of this model.
+        count: how many.
+        seed: of the draws; None takes torch's generator.
+        batch_size: codes that are decoded at a time.
+
+    Raises:
+        InputError: a sampler that is not fitted, or to codes of another size, or a count that is not positive.
+    """
+    check_positive_int(batch_size, "batch_size")
+    codes = sampler.sample(count, seed)
+    if codes.shape[1] != model.config.latent:
+        raise InputError(
+            f"sampler: expected one fitted to codes of {model.config.latent} latents, the model's, "
+            f"got one of {codes.shape[1]}"
+        )
+    like = next(model.parameters())
+    with _evaluating(model):
+        return torch.cat([model.decode(part.to(like)).cpu() for part in codes.split(batch_size)])
+
+
+def _dense_codes(model: Model, batch: Tensor) -> Tensor:
+    code = model.encode(batch)
+    return model.dense(code) if isinstance(model, SparseAutoencoder) else code
+
+
+def _batches(model: Model, samples: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Batches (≤ batch_size, input_size) in the order of `samples`, on the device and in the dtype of the model."""
+    check_positive_int(batch_size, "batch_size")
+    flat = model.flatten(samples)
+    like = next(model.parameters())
+    rows = torch.arange(len(flat))
+    for batch in Batches(flat, rows, batch_size=batch_size, seed=0, device=like.device).in_order():
+        yield batch.to(like.dtype)
+
+
+@contextlib.contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """The model in eval mode and without gradients, within; afterwards in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
