@@ -10,7 +10,8 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,9 @@ from aefast.bench.cli import bench
 from aefast.errors import AefastError, InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from aefast.data import Dataset
     from aefast.models import Model, ModelConfig
 
 # typer exports the leaves of click's exceptions only; this is the base of all that concern the command line.
@@ -572,6 +576,268 @@ def _held_out_line(measures: dict[str, float]) -> str:
     if "elbo" in measures:
         return f"ELBO {measures['elbo']:,.2f} nats a sample · reconstruction {psnr} (held out)"
     return f"reconstruction {psnr} (held out)"
+
+
+_RUN_FOLDER = "Folder of a trained model, the --out of [cyan]aefast train[/cyan]."
+_SAMPLES = (
+    "Samples like those that the model was trained on: [cyan]digits[/cyan], [cyan]patches[/cyan], or a .npy, .npz or "
+    ".pt array of shape (N, ...)."
+)
+_PATCH_SIZE = "Side of the patches of --data patches, in pixels."
+_DEVICE = "Where to compute; auto takes CUDA where it is."
+_REPLACE = "Replace --out if it is there already, which is an error without this."
+
+_SAMPLE_EPILOG = """
+[bold]Examples[/bold]
+
+aefast sample --run runs/vae --data digits --out samples.npy
+
+aefast sample --run runs/digits --data digits --sampler gmm --components 20 --count 500 --out samples.npy
+"""
+
+
+@app.command(epilog=_SAMPLE_EPILOG)
+def sample(
+    run: Annotated[str, typer.Option(metavar="DIR", help=_RUN_FOLDER)],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH|NAME",
+            help="What the model was trained on, for its codes and for the comparison: [cyan]digits[/cyan], "
+            "[cyan]patches[/cyan], or a .npy, .npz or .pt array of shape (N, ...).",
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE.npy",
+            help="Where the samples go, float32 of shape (count, ...). A picture of some goes beside it, FILE.png.",
+        ),
+    ],
+    sampler: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Where codes are drawn from. [cyan]prior[/cyan]: N(0, I) for vae and infovae; for other models, which "
+            "have no prior, the box that the codes of training samples lie in. [cyan]gmm[/cyan]: a mixture of "
+            "Gaussians fitted to these codes. [cyan]flow[/cyan]: a normalising flow fitted to them.",
+        ),
+    ] = "prior",
+    components: Annotated[
+        int | None, typer.Option(help="Gaussians of --sampler gmm. \\[default: 10]")
+    ] = None,
+    count: Annotated[int, typer.Option(help="How many samples, at least 2.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the fit and of the draws.")] = 0,
+    save_sampler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the fitted sampler in this folder, for aefast.sampling.load_sampler.",
+        ),
+    ] = None,
+    patch_size: Annotated[int, typer.Option(help=_PATCH_SIZE)] = 16,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda|auto", help=_DEVICE)] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=_REPLACE)] = False,
+) -> None:
+    """Draw new samples from a trained model and compare them with data that it has not seen.
+
+    The report gives the MMD² of the samples to held-out data, with a two-sample test, and says whether they are copies
+    of training data.
+    """
+    from aefast.models._base import check_choice
+    from aefast.sampling import SAMPLERS, PriorSampler, codes_of, generate, quality
+
+    check_choice(sampler, "sampler", SAMPLERS)
+    if components is not None and sampler != "gmm":
+        raise InputError(f"components={components!r}: sampler {sampler!r} has no components, only 'gmm' has")
+    if count < 2:
+        raise InputError(f"count={count!r}: expected an integer of at least 2")
+    options = {} if sampler == "prior" else {"seed": seed}
+    if components is not None:
+        options["components"] = components
+    density = SAMPLERS[sampler](**options)
+    path = _new_file(out, data, overwrite)
+    model, dataset = _trained(run, data, patch_size, device)
+    if sampler == "prior":
+        density = PriorSampler.of(model)
+
+    training, held_out = (dataset.samples[rows] for rows in dataset.split())
+    say = _teller()
+    say(f"fitting {sampler} to the codes of {len(training):,} training samples")
+    density.fit(codes_of(model, training))
+    if save_sampler is not None:
+        density.save(save_sampler)
+        say(f"sampler: {save_sampler}")
+    samples = generate(model, density, count, seed=seed)
+    _write_array(path, (count, *dataset.sample_shape), [samples])
+    say(f"{count:,} samples: {path}")
+    try:
+        title = f"{model.name} on {dataset.name}, codes drawn from {sampler}"
+        _draw_samples(held_out, samples, dataset.sample_shape, title, path.with_suffix(".png"))
+        say(f"picture: {path.with_suffix('.png')}")
+    except ImportError as error:
+        say(f'notice: no picture ({error}); for pictures: pip install "aefast[train]"')
+    say(str(quality(samples, held_out, training, seed=seed)))
+
+
+@app.command()
+def encode(
+    run: Annotated[str, typer.Option(metavar="DIR", help=_RUN_FOLDER)],
+    data: Annotated[str, typer.Option(metavar="PATH|NAME", help=_SAMPLES)],
+    out: Annotated[
+        str,
+        typer.Option(metavar="FILE.npy", help="Where the codes go, float32 of shape (N, latent)."),
+    ],
+    batch_size: Annotated[int, typer.Option(help="Samples that are encoded at a time.")] = 4096,
+    patch_size: Annotated[int, typer.Option(help=_PATCH_SIZE)] = 16,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda|auto", help=_DEVICE)] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=_REPLACE)] = False,
+) -> None:
+    """Write the codes of all samples, in their order, with a trained model.
+
+    Of vae and infovae they are the means of the posterior. Memory does not grow with the number of samples of a
+    float32 .npy file.
+    """
+    from aefast.sampling import encode_batches
+
+    _check_batch_size(batch_size)
+    path = _new_file(out, data, overwrite)
+    model, dataset = _trained(run, data, patch_size, device)
+    shape = (len(dataset), model.config.latent)
+    _write_array(path, shape, encode_batches(model, dataset.samples, batch_size=batch_size), "encoding")
+    _teller()(f"{len(dataset):,} codes of size {model.config.latent}: {path}")
+
+
+@app.command()
+def reconstruct(
+    run: Annotated[str, typer.Option(metavar="DIR", help=_RUN_FOLDER)],
+    data: Annotated[str, typer.Option(metavar="PATH|NAME", help=_SAMPLES)],
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE.npy", help="Where the reconstructions go, float32 of the shape of the samples."
+        ),
+    ],
+    batch_size: Annotated[int, typer.Option(help="Samples that are reconstructed at a time.")] = 4096,
+    patch_size: Annotated[int, typer.Option(help=_PATCH_SIZE)] = 16,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda|auto", help=_DEVICE)] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=_REPLACE)] = False,
+) -> None:
+    """Write what a trained model makes of all samples, in their order; a denoising model removes their noise.
+
+    Memory does not grow with the number of samples of a float32 .npy file.
+    """
+    from aefast.sampling import reconstruct_batches
+
+    _check_batch_size(batch_size)
+    path = _new_file(out, data, overwrite)
+    model, dataset = _trained(run, data, patch_size, device)
+    made = reconstruct_batches(model, dataset.samples, batch_size=batch_size)
+    _write_array(path, (len(dataset), *dataset.sample_shape), made, "reconstructing")
+    _teller()(f"{len(dataset):,} reconstructions: {path}")
+
+
+def _check_batch_size(batch_size: int) -> None:
+    from aefast.nn.linear_act import check_positive_int
+
+    check_positive_int(batch_size, "batch_size")
+
+
+def _teller() -> Callable[[str], None]:
+    """Prints lines as they are, however wide the terminal is."""
+    from rich.console import Console
+
+    console = Console()
+    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _trained(run: str, data: str, patch_size: int, device: str) -> tuple[Model, Dataset]:
+    """The model of a run, on the device, and samples that it fits."""
+    from aefast.data import load
+    from aefast.models import from_pretrained
+    from aefast.train import TrainConfig
+
+    place = TrainConfig(device=device).resolve_device()
+    if run == "":
+        raise InputError("run='': expected a folder with a saved model")
+    try:
+        model = from_pretrained(run, device=place)
+    except InputError as error:
+        raise InputError(str(error).replace("directory=", "run=", 1)) from None
+    dataset = load(data, patch_size=patch_size)
+    if dataset.features != model.config.input_size:
+        raise InputError(
+            f"data={data!r}: expected {model.config.input_size} features a sample, those of the model in {run}, "
+            f"got {dataset.features}"
+        )
+    return model, dataset
+
+
+def _new_file(out: str, data: str, overwrite: bool) -> Path:
+    """The checked path of a ``.npy`` file to write; its folder is made if missing."""
+    path = Path(out)
+    if path.suffix.lower() != ".npy":
+        raise InputError(f"out={out!r}: expected the name of a .npy file")
+    if path.is_dir():
+        raise InputError(f"out={out!r}: expected a file, found a folder")
+    if path.exists():
+        if Path(data).exists() and path.samefile(data):
+            raise InputError(f"out={out!r}: expected another file than --data, which would be lost")
+        if not overwrite:
+            raise InputError(
+                f"out={out!r}: is there already; add --overwrite to replace it, or choose another file"
+            )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out={out!r}: expected a folder that can be written ({error.strerror})") from None
+    return path
+
+
+def _write_array(
+    path: Path, shape: tuple[int, ...], batches: Iterable[Tensor], what: str | None = None
+) -> None:
+    """Write batches (n, ...) as one float32 array of `shape`, which appears whole or not at all.
+
+    One batch at a time is in memory. With `what` for a headline, a terminal shows how far it is.
+    """
+    import numpy as np
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with (
+            Progress(*columns, console=console, disable=what is None or not console.is_terminal) as progress,
+            open(temporary, "wb") as file,
+        ):
+            task = progress.add_task(what or "", total=shape[0])
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in batches:
+                file.write(batch.float().contiguous().numpy().astype("<f4", copy=False).data)
+                progress.advance(task, len(batch))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"out={str(path)!r}: cannot be written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+_DRAWN = 30
+
+
+def _draw_samples(
+    held_out: Tensor, samples: Tensor, sample_shape: tuple[int, ...], title: str, path: Path
+) -> None:
+    """Draw some new samples below some that are real."""
+    from aefast.train.plots import plot_samples
+
+    count = min(_DRAWN, len(held_out), len(samples))
+    rows = [index * len(held_out) // count for index in range(count)]
+    plot_samples({"held out": held_out[rows], "drawn": samples[:count]}, sample_shape, title, path)
 
 
 @app.command()

@@ -172,14 +172,15 @@ class FlowSampler(Sampler):
             return batch + _NOISE * scale * torch.randn(batch.shape, generator=generator).to(batch.device)
 
         checked = noisy(checked)
-        optimizer = torch.optim.Adam(flow.parameters(), lr=self.lr, fused=True)
+        parameters = list(flow.parameters())
+        optimizer = torch.optim.Adam(parameters, lr=self.lr, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         best, kept = -math.inf, copy.deepcopy(flow.state_dict())
         for step in range(1, self.steps + 1):
             rows = torch.randint(len(codes), (self.batch_size,), generator=generator).to(codes.device)
             optimizer.zero_grad(set_to_none=True)
             (-flow.log_prob(noisy(codes[rows])).mean()).backward()
-            nn.utils.clip_grad_norm_(flow.parameters(), _LARGEST_GRADIENT)
+            nn.utils.clip_grad_norm_(parameters, _LARGEST_GRADIENT)
             optimizer.step()
             schedule.step()
             if step % _STEPS_BETWEEN_CHECKS == 0 or step == self.steps:
