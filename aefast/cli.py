@@ -657,24 +657,34 @@ def sample(
         options["components"] = components
     density = SAMPLERS[sampler](**options)
     path = _new_file(out, data, overwrite)
+    picture = path.with_suffix(".png")
+    if picture.exists() and not overwrite:
+        raise InputError(
+            f"out={out!r}: its picture {picture} is there already; add --overwrite to replace it, or choose another "
+            "file"
+        )
     model, dataset = _trained(run, data, patch_size, device)
+    source = sampler
     if sampler == "prior":
         density = PriorSampler.of(model)
+        source = "N(0, I)" if density.prior == "normal" else "the box of its codes"
 
     training, held_out = (dataset.samples[rows] for rows in dataset.split())
     say = _teller()
-    say(f"fitting {sampler} to the codes of {len(training):,} training samples")
+    say(
+        f"{model.name} of {run} · {dataset.name}: {len(training):,} training samples · codes drawn from {source}"
+    )
     density.fit(codes_of(model, training))
     if save_sampler is not None:
         density.save(save_sampler)
         say(f"sampler: {save_sampler}")
-    samples = generate(model, density, count, seed=seed)
+    samples = generate(model, density, count, seed=seed).float()
     _write_array(path, (count, *dataset.sample_shape), [samples])
     say(f"{count:,} samples: {path}")
     try:
-        title = f"{model.name} on {dataset.name}, codes drawn from {sampler}"
-        _draw_samples(held_out, samples, dataset.sample_shape, title, path.with_suffix(".png"))
-        say(f"picture: {path.with_suffix('.png')}")
+        title = f"{model.name} on {dataset.name}, codes drawn from {source}"
+        _draw_samples(held_out, samples, dataset.sample_shape, title, picture)
+        say(f"picture: {picture}")
     except ImportError as error:
         say(f'notice: no picture ({error}); for pictures: pip install "aefast[train]"')
     say(str(quality(samples, held_out, training, seed=seed)))

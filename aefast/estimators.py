@@ -91,11 +91,12 @@ class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
     def transform(self, X: Any) -> np.ndarray:
         """The codes of X (N, features): (N, latent), of the dtype that the model was fitted in."""
-        return self._mapped(self._checked(X), self.model_.encode)
+        rows = self._checked(X)
+        return self._mapped(rows, self.model_.encode)
 
     def inverse_transform(self, X: Any) -> np.ndarray:
         """The samples that codes X (N, latent) stand for: (N, features)."""
-        check_is_fitted(self)
+        check_is_fitted(self, "model_")
         codes = check_array(X, dtype=self._dtype, order="C")
         if codes.shape[1] != self._n_features_out:
             raise ValueError(
@@ -118,7 +119,7 @@ class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         raise NotImplementedError
 
     def _checked(self, X: Any) -> np.ndarray:
-        check_is_fitted(self)
+        check_is_fitted(self, "model_")
         return validate_data(self, X, dtype=self._dtype, order="C", reset=False)
 
     def _mapped(self, rows: np.ndarray, function: Callable[[Tensor], Tensor]) -> np.ndarray:
@@ -275,7 +276,7 @@ class VAEEstimator(_DenseEstimator):
 
         As with scikit-learn's own mixtures, a call makes what random_state says: an int the same at each call.
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "model_")
         place = next(self.model_.parameters()).device
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         with torch.no_grad(), _seeded(seed, place):

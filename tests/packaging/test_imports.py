@@ -21,9 +21,10 @@ LAYERS = (
     {"", "functional", "info"},
     {"nn"},
     {"models"},
-    {"data", "patch", "sampling", "stats"},
+    {"data", "patch", "stats"},
+    {"sampling"},
     {"train"},
-    {"bench"},
+    {"bench", "estimators"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

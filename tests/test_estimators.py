@@ -1,0 +1,224 @@
+"""The scikit-learn estimators: scikit-learn's own checks, what they learn, randomness, errors."""
+
+import copy
+import json
+import pickle
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler
+
+from aefast.errors import InputError
+from aefast.estimators import AutoencoderEstimator, VAEEstimator
+from aefast.train import TrainingError
+from support.processes import environment, run
+
+ESTIMATORS = (AutoencoderEstimator, VAEEstimator)
+QUICK = {"latent": 3, "hidden": (16,), "epochs": 2, "random_state": 0, "device": "cpu"}
+every_estimator = pytest.mark.parametrize("estimator_class", ESTIMATORS)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """(1797, 64) in [0, 1], float32."""
+    return (load_digits().data / 16).astype(np.float32)
+
+
+CHECKS = """
+import json, sys, warnings
+from sklearn.utils.estimator_checks import check_estimator
+from aefast import estimators
+
+estimator = getattr(estimators, sys.argv[1])()
+results = check_estimator(estimator, on_skip=None, on_fail=None)
+print(json.dumps([[found["check_name"], found["status"], repr(found["exception"])] for found in results]))
+"""
+
+
+@pytest.mark.slow
+@every_estimator
+def test_scikit_learn_finds_nothing_wrong(estimator_class, tmp_path):
+    """All checks, with the default options, none of them skipped or expected to fail."""
+    # scikit-learn checks array inputs only where SciPy was told of them before it is imported.
+    settings = {"cwd": tmp_path, "env": environment(SCIPY_ARRAY_API="1", OMP_NUM_THREADS="1")}
+    done = run([sys.executable, "-c", CHECKS, estimator_class.__name__], **settings)
+    assert done.returncode == 0, done.stdout
+    results = json.loads(done.stdout.splitlines()[-1])
+    # scikit-learn 1.6 has about as many for a transformer.
+    assert len(results) > 35
+    assert [result for result in results if result[1] != "passed"] == []
+
+
+def test_an_autoencoder_explains_more_than_principal_components(digits):
+    training, held_out = digits[::2], digits[1::2]
+    model = AutoencoderEstimator(latent=8, epochs=60, random_state=0).fit(training)
+    pca = PCA(8).fit(training)
+    linear = -np.square(pca.inverse_transform(pca.transform(held_out)) - held_out).mean()
+    assert model.score(held_out) > linear
+    codes = model.transform(held_out)
+    assert codes.shape == (len(held_out), 8)
+    error = np.square(model.inverse_transform(codes) - held_out).mean()
+    assert model.score(held_out) == pytest.approx(-error, rel=1e-5)
+    assert len(model.loss_curve_) == 60 and model.loss_curve_[-1] < 0.3 * model.loss_curve_[0]
+
+
+def test_the_score_of_a_vae_is_its_bound(digits):
+    options = {"latent": 6, "likelihood": "bernoulli", "random_state": 0}
+    short, long = (VAEEstimator(epochs=epochs, **options).fit(digits) for epochs in (1, 30))
+    assert long.score(digits) > short.score(digits) + 5
+    assert long.score(digits) == long.score(digits)
+    x = torch.from_numpy(digits)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        bounds = torch.stack([long.model_.elbo(x) for _ in range(20)])
+    # The mean over 1797 draws varies by the deviation that twenty such means have.
+    assert long.score(digits) == pytest.approx(bounds.mean().item(), abs=5 * bounds.std().item())
+    with torch.no_grad():
+        assert np.array_equal(long.transform(digits), long.model_.encode(x).numpy())
+    samples, labels = long.sample(50)
+    assert samples.shape == (50, 64) and labels is None
+    assert samples.min() >= 0 and samples.max() <= 1
+    assert np.array_equal(long.sample(50)[0], samples)
+
+
+@every_estimator
+def test_an_int_makes_equal_fits_and_disturbs_no_generator(digits, estimator_class):
+    def states():
+        return torch.get_rng_state().numpy().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+    before = states()
+    first = estimator_class(**QUICK).fit(digits)
+    codes, score = first.transform(digits), first.score(digits)
+    assert states() == before
+    torch.manual_seed(99)
+    second = estimator_class(**QUICK).fit(digits)
+    assert np.array_equal(second.transform(digits), codes) and second.score(digits) == score
+    other = clone(first).set_params(random_state=1).fit(digits)
+    assert not np.array_equal(other.transform(digits), codes)
+
+
+@every_estimator
+def test_none_draws_from_numpy_and_an_instance_from_itself(digits, estimator_class):
+    def codes(random_state):
+        options = {**QUICK, "random_state": random_state}
+        return estimator_class(**options).fit(digits[:50]).transform(digits[:50])
+
+    np.random.seed(3)
+    first = codes(None)
+    assert not np.array_equal(codes(None), first)
+    np.random.seed(3)
+    assert np.array_equal(codes(None), first)
+    assert np.array_equal(codes(np.random.RandomState(3)), first)
+
+
+@every_estimator
+def test_a_pickle_and_a_copy_are_the_same(digits, estimator_class):
+    model = estimator_class(**QUICK).fit(digits)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert np.array_equal(other.transform(digits), model.transform(digits))
+        assert other.score(digits) == model.score(digits)
+        assert other.get_params() == model.get_params()
+    # The model itself stays where it was.
+    assert model.model_ is not pickle.loads(pickle.dumps(model)).model_
+
+
+@every_estimator
+def test_precision_is_that_of_the_data(digits, estimator_class):
+    for dtype in (np.float32, np.float64):
+        model = estimator_class(**QUICK).fit(digits.astype(dtype))
+        codes = model.transform(digits)
+        assert codes.dtype == model.inverse_transform(codes).dtype == dtype
+        assert {parameter.dtype for parameter in model.model_.parameters()} == {
+            torch.from_numpy(np.zeros(1, dtype)).dtype
+        }
+    integers = estimator_class(**QUICK).fit((16 * digits).astype(np.int64))
+    assert integers.transform(digits).dtype == np.float64
+
+
+def test_pipelines_and_grid_searches(digits):
+    pipeline = make_pipeline(MinMaxScaler(), AutoencoderEstimator(**QUICK))
+    grid = {"autoencoderestimator__latent": np.arange(1, 3), "autoencoderestimator__lr": np.array([1e-3])}
+    search = GridSearchCV(pipeline, grid, cv=2, error_score="raise").fit(digits[:200])
+    best = search.best_estimator_
+    latent = search.best_params_["autoencoderestimator__latent"]
+    codes = best.transform(digits[:5])
+    assert codes.shape == (5, latent)
+    assert best.inverse_transform(codes).shape == (5, 64)
+    names = [f"autoencoderestimator{index}" for index in range(latent)]
+    assert best.get_feature_names_out().tolist() == names
+
+
+def test_verbose_tells_each_epoch(digits, capsys):
+    AutoencoderEstimator(**QUICK).fit(digits)
+    assert capsys.readouterr().out == ""
+    model = AutoencoderEstimator(**QUICK, verbose=True).fit(digits)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"AutoencoderEstimator: epoch {index + 1}/2 · loss {loss:.5g}"
+        for index, loss in enumerate(model.loss_curve_)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("estimator_class", "options", "message"),
+    [
+        (AutoencoderEstimator, {"latent": 0}, "latent=0: expected a positive integer"),
+        (AutoencoderEstimator, {"hidden": 5}, "hidden=5: expected a sequence"),
+        (AutoencoderEstimator, {"activation": "rleu"}, "activation='rleu'.*did you mean 'relu'"),
+        (AutoencoderEstimator, {"epochs": 0}, "epochs=0: expected a positive integer"),
+        (AutoencoderEstimator, {"batch_size": 1.5}, "batch_size=1.5: expected a positive integer"),
+        (AutoencoderEstimator, {"lr": -1}, "lr=-1: expected a finite number above 0"),
+        (AutoencoderEstimator, {"device": "gpu"}, "device='gpu': expected one of auto, cpu, cuda"),
+        (VAEEstimator, {"beta": -1.0}, "beta=-1.0: expected a finite number"),
+        (VAEEstimator, {"likelihood": "normal"}, "likelihood='normal': expected one of"),
+    ],
+)
+def test_bad_options_are_named_by_the_fit(digits, estimator_class, options, message):
+    model = estimator_class(**{**QUICK, **options})
+    with pytest.raises(InputError, match=message):
+        model.fit(digits)
+    with pytest.raises(NotFittedError):
+        model.transform(digits)
+
+
+def test_bad_data_are_named(digits):
+    model = AutoencoderEstimator(**QUICK).fit(digits)
+    with pytest.raises(ValueError, match="X has 63 features, but AutoencoderEstimator is expecting 64"):
+        model.transform(digits[:, 1:])
+    with pytest.raises(ValueError, match=r"X has 4 features.*is expecting 3 features, the latents"):
+        model.inverse_transform(np.zeros((2, 4)))
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        model.score(np.full((2, 64), np.nan))
+    with pytest.raises(InputError, match=r"expected values in \[0, 1\] for the bernoulli likelihood"):
+        VAEEstimator(**QUICK, likelihood="bernoulli").fit(16 * digits)
+    with pytest.raises(
+        TrainingError, match=r"the loss is no longer finite in epoch 1; lower lr=0\.001, or scale X"
+    ):
+        AutoencoderEstimator(**QUICK).fit(1e30 * digits)
+
+
+WITHOUT = """
+import sys
+sys.modules["sklearn"] = None
+import aefast, aefast.models, aefast.sampling, aefast.train, aefast.cli
+try:
+    import aefast.estimators
+except ImportError as error:
+    print("refused:", error)
+"""
+
+
+def test_without_scikit_learn_only_the_estimators_are_missing(tmp_path):
+    done = run([sys.executable, "-c", WITHOUT], cwd=tmp_path, env=environment())
+    assert done.returncode == 0, done.stdout
+    assert "refused: aefast.estimators needs scikit-learn 1.6 or newer" in done.stdout
+    assert 'pip install "aefast[train]"' in done.stdout
