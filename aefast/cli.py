@@ -6,6 +6,7 @@ their traceback. An interrupted command exits with 128 + the number of the signa
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
@@ -646,12 +647,16 @@ def sample(
     """
     from aefast.models._base import check_choice
     from aefast.sampling import SAMPLERS, PriorSampler, codes_of, generate, quality
+    from aefast.sampling._base import check_seed
 
     check_choice(sampler, "sampler", SAMPLERS)
     if components is not None and sampler != "gmm":
         raise InputError(f"components={components!r}: sampler {sampler!r} has no components, only 'gmm' has")
     if count < 2:
         raise InputError(f"count={count!r}: expected an integer of at least 2")
+    check_seed(seed)
+    if save_sampler == "":
+        raise InputError("save_sampler='': expected a folder")
     options = {} if sampler == "prior" else {"seed": seed}
     if components is not None:
         options["components"] = components
@@ -784,7 +789,7 @@ def _trained(run: str, data: str, patch_size: int, device: str) -> tuple[Model, 
 
 
 def _new_file(out: str, data: str, overwrite: bool) -> Path:
-    """The checked path of a ``.npy`` file to write; its folder is made if missing."""
+    """The checked path of a ``.npy`` file to write."""
     path = Path(out)
     if path.suffix.lower() != ".npy":
         raise InputError(f"out={out!r}: expected the name of a .npy file")
@@ -797,10 +802,6 @@ def _new_file(out: str, data: str, overwrite: bool) -> Path:
             raise InputError(
                 f"out={out!r}: is there already; add --overwrite to replace it, or choose another file"
             )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out={out!r}: expected a folder that can be written ({error.strerror})") from None
     return path
 
 
@@ -809,7 +810,8 @@ def _write_array(
 ) -> None:
     """Write batches (n, ...) as one float32 array of `shape`, which appears whole or not at all.
 
-    One batch at a time is in memory. With `what` for a headline, a terminal shows how far it is.
+    Its folder is made if missing. One batch at a time is in memory. With `what` for a headline, a terminal shows how
+    far it is.
     """
     import numpy as np
     from rich.console import Console
@@ -820,6 +822,7 @@ def _write_array(
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with (
             Progress(*columns, console=console, disable=what is None or not console.is_terminal) as progress,
             open(temporary, "wb") as file,
@@ -833,7 +836,8 @@ def _write_array(
     except OSError as error:
         raise InputError(f"out={str(path)!r}: cannot be written ({error.strerror or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 _DRAWN = 30
@@ -847,7 +851,10 @@ def _draw_samples(
 
     count = min(_DRAWN, len(held_out), len(samples))
     rows = [index * len(held_out) // count for index in range(count)]
-    plot_samples({"held out": held_out[rows], "drawn": samples[:count]}, sample_shape, title, path)
+    try:
+        plot_samples({"held out": held_out[rows], "drawn": samples[:count]}, sample_shape, title, path)
+    except OSError as error:
+        raise InputError(f"out: the picture {path} cannot be written ({error.strerror or error})") from None
 
 
 @app.command()

@@ -97,7 +97,7 @@ class Sampler:
         Each file appears whole or not at all. They may share the folder of the model.
 
         Raises:
-            InputError: there is nothing to write before `fit`, or `directory` is a file.
+            InputError: there is nothing to write before `fit`, or `directory` cannot be written.
         """
         latent = self._check_fitted("save")
         directory = Path(directory)
@@ -108,13 +108,15 @@ class Sampler:
             "latent": latent,
             "options": options,
         }
+        tensors = {name: tensor.contiguous() for name, tensor in self._state().items()}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise InputError(f"directory={str(directory)!r}: expected a directory, found a file") from None
-        tensors = {name: tensor.contiguous() for name, tensor in self._state().items()}
-        write_atomically(directory / TENSORS_FILE, safetensors.torch.save(tensors))
-        write_atomically(directory / OPTIONS_FILE, (json.dumps(content, indent=2) + "\n").encode())
+            write_atomically(directory / TENSORS_FILE, safetensors.torch.save(tensors))
+            write_atomically(directory / OPTIONS_FILE, (json.dumps(content, indent=2) + "\n").encode())
+        except OSError as error:
+            raise InputError(
+                f"directory={str(directory)!r}: expected a folder that can be written ({error.strerror or error})"
+            ) from None
 
     def _fit(self, codes: Tensor) -> None:
         raise NotImplementedError

@@ -37,3 +37,24 @@ def test_sparse_dictionary(tmp_path):
     assert len(dead) == 3
     assert all(float(part) < 5 for part in dead)
     assert (tmp_path / "dictionary.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_generate(tmp_path):
+    """A mixture over an autoencoder's codes is nearer to real digits than their box, and copies are told from both."""
+    arguments = ("--out", tmp_path, "--epochs", "40", "--steps", "100", "--count", "400")
+    command = [sys.executable, EXAMPLES / "generate.py", *arguments]
+    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    row = r"^(.+?) +MMD² +(-?[\d.]+) · p [\d.]+ · closer than held-out +([\d.]+)% · near copies +([\d.]+)%$"
+    rows = {
+        name: (float(mmd), float(closer), float(copies))
+        for name, mmd, closer, copies in re.findall(row, found, re.MULTILINE)
+    }
+    assert len(rows) == 9
+    mmd = {name: values[0] for name, values in rows.items()}
+    assert mmd["real, held out"] < mmd["autoencoder, mixture"] < 0.3 * mmd["autoencoder, box of codes"]
+    assert mmd["vae, mixture"] < mmd["vae, prior"] and mmd["infovae, mixture"] < mmd["infovae, prior"]
+    # The deviation of the probability is 0.02 for 300 digits of either kind.
+    assert 44 < rows["real, held out"][1] < 56 and rows["real, held out"][2] < 4
+    assert rows["copies of training"][1:] == (100, 100)
+    assert (tmp_path / "generated.png").read_bytes().startswith(b"\x89PNG")

@@ -263,7 +263,7 @@ def test_files_that_are_missing_or_damaged_are_told(tmp_path):
     (tmp_path / "sampler.json").write_text("{")
     with pytest.raises(InputError, match="expected a readable JSON file"):
         load_sampler(tmp_path)
-    with pytest.raises(InputError, match="expected a directory, found a file"):
+    with pytest.raises(InputError, match="expected a folder that can be written"):
         PriorSampler().fit(draw(5)).save(tmp_path / "sampler.json")
 
 

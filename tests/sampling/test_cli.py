@@ -1,0 +1,182 @@
+"""The commands sample, encode and reconstruct: files, reports, messages."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from aefast import cli
+from aefast.models import MODELS, from_pretrained
+from aefast.sampling import load_sampler
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with 120 samples of 3×4 values, and by name a little trained model of each kind."""
+    folder = tmp_path_factory.mktemp("runs")
+    generator = np.random.default_rng(0)
+    samples = generator.random((120, 2)) @ generator.random((2, 12)) / 2
+    np.save(folder / "data.npy", samples.astype(np.float32).reshape(120, 3, 4))
+    for name in MODELS:
+        torch.manual_seed(0)
+        sizes = {"k": 3} if name == "sparse" else {"hidden": (8,)}
+        MODELS[name](input_size=12, latent=4, **sizes).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def command(runs):
+    """Runs a command of the line on one of the models; the exit code."""
+
+    def run(name, *arguments, model="autoencoder", data=runs / "data.npy"):
+        common = ("--run", runs / model, "--data", data, "--device", "cpu")
+        return cli.main([name, *map(str, (*common, *arguments))])
+
+    return run
+
+
+def samples_of(runs):
+    return torch.from_numpy(np.load(runs / "data.npy"))
+
+
+REPORT = (
+    r"samples:   MMD² -?[\d.e+-]+, p = [\d.]+: the test .*\n"
+    r"real data: MMD² -?[\d.e+-]+, p = [\d.]+\n"
+    r"novelty:   [\d.]+% closer to training data than held-out ones \(real data: 50%\), [\d.]+% near copies .*\n"
+)
+
+
+@pytest.mark.parametrize("sampler", ["prior", "gmm"])
+def test_sample_writes_samples_a_picture_and_a_report(command, runs, tmp_path, capsys, sampler):
+    out, kept = tmp_path / "deep" / "samples.npy", tmp_path / "kept"
+    options = ("--sampler", sampler, "--count", 20, "--seed", 3, "--save-sampler", kept)
+    options += ("--components", 2) if sampler == "gmm" else ()
+    assert command("sample", *options, "--out", out) == 0
+    told = capsys.readouterr().out
+    assert re.search(REPORT, told)
+    source = {"prior": "the box of its codes", "gmm": "gmm"}[sampler]
+    assert f"codes drawn from {source}\n" in told
+    samples = np.load(out, allow_pickle=False)
+    assert (samples.shape, samples.dtype) == ((20, 3, 4), np.float32)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["samples.npy", "samples.png"]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+    codes = load_sampler(kept).sample(20, seed=3)
+    with torch.no_grad():
+        expected = from_pretrained(runs / "autoencoder").decode(codes)
+    torch.testing.assert_close(torch.from_numpy(samples).flatten(1), expected)
+
+
+def test_a_vae_has_a_prior_and_vectors_make_lines(command, runs, tmp_path, capsys):
+    flat = tmp_path / "flat.npy"
+    np.save(flat, samples_of(runs).flatten(1).numpy())
+    assert command("sample", "--out", tmp_path / "x.npy", "--count", 9, model="vae", data=flat) == 0
+    assert "codes drawn from N(0, I)\n" in capsys.readouterr().out
+    assert np.load(tmp_path / "x.npy").shape == (9, 12)
+    assert (tmp_path / "x.png").exists()
+
+
+@pytest.mark.slow
+def test_sample_draws_from_a_flow(command, tmp_path, capsys):
+    assert command("sample", "--out", tmp_path / "x.npy", "--sampler", "flow", "--count", 9) == 0
+    assert "codes drawn from flow\n" in capsys.readouterr().out
+    assert np.isfinite(np.load(tmp_path / "x.npy")).all()
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_encode_and_reconstruct_keep_the_order(command, runs, tmp_path, capsys, model):
+    out = tmp_path / "out.npy"
+    network = from_pretrained(runs / model)
+    x = samples_of(runs)
+    with torch.no_grad():
+        code = network.encode(x)
+        made = network.decode(code).reshape(x.shape)
+        dense = network.dense(code) if model == "sparse" else code
+    assert command("encode", "--out", out, "--batch-size", 50, model=model) == 0
+    assert capsys.readouterr().out == f"120 codes of size 4: {out}\n"
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), dense)
+    assert command("reconstruct", "--out", out, "--batch-size", 50, "--overwrite", model=model) == 0
+    assert capsys.readouterr().out == f"120 reconstructions: {out}\n"
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), made)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
+
+
+def failure(capsys, code):
+    """The one line on standard error of a command that ended with exit code 2."""
+    assert code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sample", "--sampler", "gm"), "sampler='gm': expected one of .*did you mean 'gmm'"),
+        (("sample", "--components", 3), "components=3: sampler 'prior' has no components"),
+        (("sample", "--sampler", "gmm", "--components", 0), "components=0: expected a positive integer"),
+        (("sample", "--sampler", "gmm", "--components", 109), "components=109: expected at most as many"),
+        (("sample", "--count", 1), "count=1: expected an integer of at least 2"),
+        (("sample", "--seed", -1), "seed=-1: expected an integer from 0"),
+        (("sample", "--save-sampler", ""), "save_sampler='': expected a folder"),
+        (("encode", "--batch-size", 0), "batch_size=0: expected a positive integer"),
+        (("reconstruct", "--batch-size", 0), "batch_size=0: expected a positive integer"),
+        (("encode", "--device", "gpu"), "device='gpu': expected one of auto, cpu, cuda"),
+        (
+            ("encode", "--run", "nowhere"),
+            "run='nowhere': expected a folder with a saved model, found nothing",
+        ),
+        (("encode", "--run", ""), "run='': expected a folder"),
+        (("encode", "--data", "digits"), "data='digits': expected 12 features a sample.*got 64"),
+        (("encode", "--data", "digit"), "data='digit': expected one of digits"),
+        (("encode", "--out", "codes.txt"), r"out='codes.txt': expected the name of a \.npy file"),
+        (("encode", "--out", ""), r"out='': expected the name of a \.npy file"),
+        (("encode", "--out", "/proc/x/codes.npy"), "out='/proc/x/codes.npy': cannot be written"),
+        (("encode", "--bogus"), "No such option: --bogus"),
+    ],
+)
+def test_bad_flags_end_in_one_line(command, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    name, *given = arguments
+    assert re.search(message, failure(capsys, command(name, "--out", tmp_path / "x" / "y.npy", *given)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_there_are_kept(command, runs, tmp_path, capsys):
+    out = tmp_path / "x.npy"
+    out.write_bytes(b"mine")
+    for name in ("sample", "encode", "reconstruct"):
+        assert "is there already; add --overwrite" in failure(capsys, command(name, "--out", out))
+    assert out.read_bytes() == b"mine"
+    picture = tmp_path / "y.png"
+    picture.write_bytes(b"mine")
+    assert f"its picture {picture} is there" in failure(
+        capsys, command("sample", "--out", tmp_path / "y.npy")
+    )
+    (tmp_path / "folder.npy").mkdir()
+    assert "found a folder" in failure(capsys, command("encode", "--out", tmp_path / "folder.npy"))
+    data = runs / "data.npy"
+    before = data.read_bytes()
+    assert "--data, which would be lost" in failure(capsys, command("encode", "--out", data, "--overwrite"))
+    assert data.read_bytes() == before
+
+
+def test_what_cannot_be_finished_leaves_no_part(command, tmp_path, capsys, monkeypatch):
+    def stop(*arguments, **options):
+        yield torch.zeros(50, 4)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("aefast.sampling.encode_batches", stop)
+    line = failure(capsys, command("encode", "--out", tmp_path / "x.npy"))
+    assert "cannot be written (No space left on device)" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["sample", "encode", "reconstruct"])
+def test_help_names_what_is_needed(name, capsys):
+    assert cli.main([name, "--help"]) == 0
+    told = capsys.readouterr().out
+    for option in ("--run", "--data", "--out", "--overwrite"):
+        assert option in told
