@@ -52,12 +52,48 @@ def _options(
 
 
 _RUN = "Run"
+_OPTIMISATION = "Optimisation"
 _MODEL = "Model (options not given take the model's default)"
 _LIKELIHOOD = "Of --model vae and infovae"
 _VAE = "Of --model vae"
 _INFOVAE = "Of --model infovae"
 _NOISE = "Of --model denoising"
 _SPARSE = "Of --model sparse"
+
+
+def _read_options(context: typer.Context, file: str | None) -> str | None:
+    """Options from a YAML file become the command's defaults."""
+    if file is None:
+        return None
+    try:
+        import yaml
+    except ImportError as error:
+        raise InputError(
+            f'config={file!r}: needs PyYAML ({error}); install it with: pip install "aefast[train]"'
+        ) from None
+    try:
+        with open(file, encoding="utf-8") as text:
+            options = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"config={file!r}: expected a readable YAML file ({reason})") from None
+    if not isinstance(options, dict):
+        raise InputError(
+            f"config={file!r}: expected lines such as 'epochs: 20', got {type(options).__name__}"
+        )
+    names = {parameter.name for parameter in context.command.params} - {"config_file", "help"}
+    defaults = {}
+    for name, value in options.items():
+        known = str(name).replace("-", "_")
+        if known not in names:
+            from aefast.models._base import did_you_mean
+
+            raise InputError(f"config={file!r}: unknown option {name!r}{did_you_mean(known, names)}")
+        # A list is what the command line has with commas between.
+        defaults[known] = ",".join(map(str, value)) if isinstance(value, list) else value
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return file
+
 
 _TRAIN_EPILOG = """
 [bold]Examples[/bold]
@@ -73,6 +109,10 @@ aefast train --data digits --model vae --likelihood bernoulli --latent 8 --epoch
 aefast train --data patches --model infovae --mmd-weight 30 --latent 16 --out runs/infovae
 
 aefast train --data patches --model denoising --noise gaussian --noise-std 0.2 --latent 64 --out runs/denoiser
+
+aefast train --data patches --schedule cosine --warmup-steps 100 --patience 5 --keep-best --out runs/patches
+
+aefast train --config digits.yaml --lr 3e-4 --out runs/digits
 
 aefast train --data patches --epochs 20 --out runs/patches --resume
 """
@@ -107,9 +147,85 @@ def train(
             rich_help_panel=_RUN,
         ),
     ] = "autoencoder",
+    config_file: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            is_eager=True,
+            callback=_read_options,
+            help="A YAML file of options, by their names here, such as batch_size: 512. Options of the command line "
+            "go before it.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training samples.", rich_help_panel=_RUN)] = 10,
+    steps: Annotated[
+        int | None, typer.Option(help="End after so many steps instead.", rich_help_panel=_RUN)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples of a step.", rich_help_panel=_RUN)] = 256,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.", rich_help_panel=_RUN)] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.", rich_help_panel=_OPTIMISATION)] = 1e-3,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How the learning rate goes to 0 over the run: constant (it stays), linear or cosine.",
+            rich_help_panel=_OPTIMISATION,
+        ),
+    ] = "constant",
+    warmup_steps: Annotated[
+        int,
+        typer.Option(help="Steps over which it grows to --lr at first.", rich_help_panel=_OPTIMISATION),
+    ] = 0,
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="fp32|bf16|fp16",
+            help="What matrix products are formed in; bf16 is several times as fast where the processor or the GPU "
+            "multiplies it.",
+            rich_help_panel=_OPTIMISATION,
+        ),
+    ] = "fp32",
+    clip_norm: Annotated[
+        float | None,
+        typer.Option(
+            help="Scale gradients down to this norm if theirs is larger.", rich_help_panel=_OPTIMISATION
+        ),
+    ] = None,
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            help="Cut a batch into so many parts, one after the other, to save memory.",
+            rich_help_panel=_OPTIMISATION,
+        ),
+    ] = 1,
+    ema_decay: Annotated[
+        float | None,
+        typer.Option(
+            help="Validate and keep a moving average of the weights that decays so, such as 0.999.",
+            rich_help_panel=_OPTIMISATION,
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="End once so many epochs have not lowered the loss on held-out samples.",
+            rich_help_panel=_OPTIMISATION,
+        ),
+    ] = None,
+    keep_last: Annotated[int, typer.Option(help="Checkpoints that stay.", rich_help_panel=_RUN)] = 2,
+    keep_best: Annotated[
+        bool,
+        typer.Option(
+            "--keep-best",
+            help="Keep the model with the lowest loss on held-out samples in --out/best.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
+    tensorboard: Annotated[
+        bool,
+        typer.Option("--tensorboard", help="Write metrics to --out/tensorboard too.", rich_help_panel=_RUN),
+    ] = False,
     seed: Annotated[
         int,
         typer.Option(
@@ -458,11 +574,26 @@ def train(
 
     from aefast.data import load
     from aefast.models import find_model
-    from aefast.train import TrainConfig, Trainer
+    from aefast.train import TensorBoard, TrainConfig, Trainer
 
     model_class = find_model(model)
     config = TrainConfig(
-        epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, device=device, log_every=log_every
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        precision=precision,
+        clip_norm=clip_norm,
+        accumulate=accumulate,
+        ema_decay=ema_decay,
+        patience=patience,
+        keep_last=keep_last,
+        keep_best=keep_best,
+        seed=seed,
+        device=device,
+        log_every=log_every,
     )
     if resume and overwrite:
         raise InputError("overwrite: give either --resume or --overwrite, not both")
@@ -524,7 +655,8 @@ def train(
     dataset = load(data, patch_size=patch_size)
     torch.manual_seed(seed)
     network = model_class(_model_config(model_class, given, dataset.sample_shape))
-    trainer = Trainer(network, dataset, config, out, console=console)
+    callbacks = [TensorBoard(os.path.join(out, "tensorboard"))] if tensorboard else []
+    trainer = Trainer(network, dataset, config, out, callbacks=callbacks, console=console)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     say(
         f"{model_class.name}: {parameters:,} parameters on {trainer.device} · "

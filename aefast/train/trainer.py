@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from aefast.data import Batches, Dataset
 from aefast.errors import AefastError, InputError
 from aefast.models import Model
 from aefast.models._base import CONFIG_FILE, WEIGHTS_FILE
+from aefast.train.callbacks import Callback
 from aefast.train.checkpoint import Checkpoint, CheckpointStore
 from aefast.train.compare import Comparison, compare_with_eager
 from aefast.train.config import TrainConfig
@@ -28,11 +29,13 @@ from aefast.train.interrupt import Interrupt
 from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of, read_metrics
 from aefast.train.plots import plot_loss, plot_samples
 from aefast.train.progress import ProgressView
-from aefast.train.step import TrainStep
+from aefast.train.schedule import Schedule
+from aefast.train.step import CapturedStep, make_optimizer
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
 PLOT_FOLDER = "plots"
+BEST_FOLDER = "best"
 
 # What a name in metrics.jsonl begins with if it is about held-out samples.
 HELD_OUT = "val_"
@@ -57,6 +60,7 @@ class TrainResult:
         step: steps taken over the whole run.
         interrupted: the signal that ended it early, or None.
         comparison: throughput beside eager PyTorch, or None if it was not measured.
+        stopped_early: whether it ended for the loss on held-out samples, or because a callback said so.
         held_out: the last epoch's measures on held-out samples, by name: "loss" and, in dB, "psnr" of the
             reconstructions; of a denoiser the loss and PSNR of noisy samples once denoised, and in dB "noisy_psnr",
             theirs before; of a VAE also "elbo", in nats a sample; of an InfoVAE also "mmd", the MMD² of its codes to
@@ -67,6 +71,7 @@ class TrainResult:
     step: int
     interrupted: signal.Signals | None = None
     comparison: Comparison | None = None
+    stopped_early: bool = False
     held_out: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -74,14 +79,15 @@ class Trainer:
     """Trains a model on a data set and writes the run into a folder.
 
     The folder receives ``config.json`` and ``model.safetensors`` (`aefast.models.from_pretrained` loads
-    them), ``metrics.jsonl``, ``checkpoints/`` and ``plots/``. A resumed run goes on bit for bit as if it had
-    never stopped, on the CPU with the same number of threads.
+    them), ``metrics.jsonl``, ``checkpoints/``, ``plots/`` and, where it is wanted, ``best/``. A resumed run goes on
+    bit for bit as if it had never stopped, on the CPU with the same number of threads.
 
     Args:
         model: the model to train, with its initial weights. It is moved to the device and trained in place.
         dataset: what to train on; a part is held out for validation.
         config: how to train.
         directory: where the run is written.
+        callbacks: are called as the run goes on.
         console: where progress is shown; standard output by default.
     """
 
@@ -92,6 +98,7 @@ class Trainer:
         config: TrainConfig,
         directory: str | Path,
         *,
+        callbacks: Sequence[Callback] = (),
         console: Console | None = None,
     ) -> None:
         if dataset.features != model.config.input_size:
@@ -107,20 +114,38 @@ class Trainer:
         self.console = Console() if console is None else console
         self.device = config.resolve_device()
         self.model = model.to(self.device).train()
-        self.step = TrainStep(self.model, config.lr)
-
+        self.callbacks = list(callbacks)
         training, held_out = dataset.split()
         samples = self._place(dataset.samples)
         options = {"batch_size": config.batch_size, "seed": config.seed, "device": self.device}
         self.batches = Batches(samples, training, **options)
         self.held_out = Batches(samples, held_out, **options)
-        self.store = CheckpointStore(self.directory / CHECKPOINT_FOLDER)
+        self.total_steps = config.steps or config.epochs * len(self.batches)
+        self.step = CapturedStep(
+            self.model,
+            make_optimizer(self.model.parameters(), config.lr),
+            precision=config.precision,
+            clip_norm=config.clip_norm,
+            accumulate=config.accumulate,
+            schedule=Schedule(config.schedule, config.warmup_steps, self.total_steps),
+            ema_decay=config.ema_decay,
+            steps_per_replay=config.steps_per_replay,
+        )
+        self.store = CheckpointStore(self.directory / CHECKPOINT_FOLDER, config.keep_last)
         self.window = Window()
         self.steps_taken = 0
         self.epoch = 0
         # Batches of the current epoch that are done. All of them done means that only validation is left.
         self.batch = 0
         self._last_checkpoint: float | None = None
+        # The lowest loss on held-out samples, and how many epochs ago that was.
+        self._best = math.inf
+        self._epochs_since_best = 0
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """End the run at the next good moment, as if this had been its last step."""
+        self._is_stopped = True
 
     def fit(self, *, resume: bool = False, overwrite: bool = False, compare: bool = True) -> TrainResult:
         """Train to the last epoch, or until SIGINT or SIGTERM asks to stop after the current step.
@@ -163,13 +188,20 @@ class Trainer:
         self.metrics = MetricsLog(self.directory / METRICS_FILE, metrics_size)
         try:
             with Interrupt() as interrupt:
+                for callback in self.callbacks:
+                    callback.on_start(self)
                 self._train(interrupt)
                 self._save()
         finally:
             self.metrics.close()
-        if interrupt.signal is not None:
-            return TrainResult(self.directory, self.steps_taken, interrupt.signal)
+        result = self._result(interrupt.signal, compare)
+        for callback in self.callbacks:
+            callback.on_end(self, result)
+        return result
 
+    def _result(self, interrupted: signal.Signals | None, compare: bool) -> TrainResult:
+        if interrupted is not None:
+            return TrainResult(self.directory, self.steps_taken, interrupted)
         try:
             self._plot()
         except ImportError as error:
@@ -177,7 +209,9 @@ class Trainer:
         comparison = (
             compare_with_eager(self.model, self._sample_batches(), self.config.lr) if compare else None
         )
-        return TrainResult(self.directory, self.steps_taken, None, comparison, self._last_measures())
+        return TrainResult(
+            self.directory, self.steps_taken, None, comparison, self._is_stopped, self._last_measures()
+        )
 
     def _place(self, samples: torch.Tensor) -> torch.Tensor:
         """The samples on the GPU if they fit there with room to spare, else where they are."""
@@ -237,7 +271,7 @@ class Trainer:
         if resume:
             self._say(f"notice: no checkpoint in {self.directory} to resume from; starting afresh")
         elif overwrite:
-            for folder in (CHECKPOINT_FOLDER, PLOT_FOLDER):
+            for folder in (CHECKPOINT_FOLDER, PLOT_FOLDER, BEST_FOLDER):
                 shutil.rmtree(self.directory / folder, ignore_errors=True)
             weights.unlink(missing_ok=True)
         elif self.store.paths() or weights.exists():
@@ -254,6 +288,14 @@ class Trainer:
             **self.model.config.to_dict(),
             "batch_size": self.config.batch_size,
             "lr": self.config.lr,
+            "schedule": self.config.schedule,
+            "warmup_steps": self.config.warmup_steps,
+            # A learning rate that falls to 0 at the end of the run depends on where that is.
+            "total_steps": None if self.config.schedule == "constant" else self.total_steps,
+            "precision": self.config.precision,
+            "clip_norm": self.config.clip_norm,
+            "accumulate": self.config.accumulate,
+            "ema_decay": self.config.ema_decay,
             "seed": self.config.seed,
             "data": self.dataset.fingerprint(),
         }
@@ -289,12 +331,24 @@ class Trainer:
             "batch": self.batch,
             "window": window,
             "metrics_size": self.metrics.size,
+            # Infinity is no JSON value.
+            "best": self._best if math.isfinite(self._best) else None,
+            "epochs_since_best": self._epochs_since_best,
         }
         tensors = {"model": self.model.cpu_state(), "optimizer": optimizer, "rng": random}
+        of_step = self.step.state_dict()
+        if "ema" in of_step:
+            tensors["ema"] = {str(index): one.cpu() for index, one in enumerate(of_step["ema"])}
+        if "scaler" in of_step:
+            state["scaler"] = of_step["scaler"]
         self.store.save(Checkpoint(self.steps_taken, tensors, state))
-        training = {"data": self.dataset.name, "step": self.steps_taken, **dataclasses.asdict(self.config)}
-        self.model.save_pretrained(self.directory, metadata={"training": training})
+        self._keep_model(self.directory)
         self._last_checkpoint = time.monotonic()
+
+    def _keep_model(self, directory: Path) -> None:
+        training = {"data": self.dataset.name, "step": self.steps_taken, **dataclasses.asdict(self.config)}
+        with self.step.averaged():
+            self.model.save_pretrained(directory, metadata={"training": training})
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Become the run that `checkpoint` was taken of."""
@@ -312,36 +366,79 @@ class Trainer:
         self.epoch = checkpoint.state["epoch"]
         self.batch = checkpoint.state["batch"]
         self.window.restore(checkpoint.state["window"], self.device)
+        best = checkpoint.state["best"]
+        self._best = math.inf if best is None else best
+        self._epochs_since_best = checkpoint.state["epochs_since_best"]
+        if self.config.patience is not None and self._epochs_since_best >= self.config.patience:
+            self.stop()
+        of_step: dict[str, Any] = {"count": self.steps_taken}
+        if "ema" in checkpoint.tensors:
+            averages = checkpoint.tensors["ema"]
+            of_step["ema"] = [averages[str(index)] for index in range(len(averages))]
+        if "scaler" in checkpoint.state:
+            of_step["scaler"] = checkpoint.state["scaler"]
+        self.step.load_state_dict(of_step)
 
     # The loop
 
     def _train(self, interrupt: Interrupt) -> None:
         view = ProgressView(
             self.console,
-            epochs=self.config.epochs,
+            epochs=-(-self.total_steps // len(self.batches)),
             steps_per_epoch=len(self.batches),
             step=self.steps_taken,
         )
         started = time.monotonic()
         with view:
-            while self.epoch < self.config.epochs and interrupt.signal is None:
-                for batch in self.batches.epoch(self.epoch, first=self.batch):
-                    self.window.add(self.step(batch), len(batch))
-                    self.steps_taken += 1
-                    self.batch += 1
+            while not self._has_ended() and interrupt.signal is None:
+                for group in self._groups():
+                    count = sum(len(batch) for batch in group)
+                    if len(group) == 1:
+                        self.window.add(self.step(group[0]), count)
+                    else:
+                        terms = self.step.many(group)
+                        self.window.add({name: values.mean() for name, values in terms.items()}, count)
+                    self.steps_taken += len(group)
+                    self.batch += len(group)
                     view.advance(self.steps_taken, self.epoch)
                     if self.steps_taken % self.config.log_every == 0 and self.batch < len(self.batches):
                         self._log(view)
-                    if interrupt.signal is not None:
+                    if interrupt.signal is not None or self._has_ended():
                         break
                     last = started if self._last_checkpoint is None else self._last_checkpoint
                     if time.monotonic() - last >= self.config.checkpoint_seconds:
                         self._save()
-                if self.batch == len(self.batches) and interrupt.signal is None:
+                is_over = self.batch == len(self.batches) or self._has_ended()
+                if is_over and interrupt.signal is None:
                     self._end_epoch(view, interrupt)
 
+    def _has_ended(self) -> bool:
+        """Whether the run's steps are taken, or it was told to stop."""
+        if self.config.steps is not None and self.steps_taken >= self.config.steps:
+            return True
+        return self._is_stopped or (self.config.steps is None and self.epoch >= self.config.epochs)
+
+    def _groups(self) -> Iterator[list[torch.Tensor]]:
+        """The batches that are left of the epoch, by as many as a CUDA graph takes.
+
+        Groups are of one size, and end where a line is logged and where the run does.
+        """
+        most = self.config.steps_per_replay if self.device.type == "cuda" else 1
+        step, group = self.steps_taken, []
+        for batch in self.batches.epoch(self.epoch, first=self.batch):
+            if group and len(batch) != len(group[0]):
+                yield group
+                group = []
+            group.append(batch)
+            step += 1
+            if len(group) == most or step % self.config.log_every == 0 or step == self.config.steps:
+                yield group
+                group = []
+        if group:
+            yield group
+
     def _end_epoch(self, view: ProgressView, interrupt: Interrupt) -> None:
-        """Validate and log; an interruption leaves this to the resumed run."""
+        """Validate and log, and see whether to go on; an interruption leaves this to the resumed run."""
         means = self.window.means()
         samples_per_s = self.window.samples_per_s()
         self._check_finite(means)
@@ -352,11 +449,30 @@ class Trainer:
             if not math.isfinite(value):
                 raise self._diverged(f"{HELD_OUT}{name}")
         self._check_weights()
-        self._log(view, means, samples_per_s, held_out_measures(held_out, self._peak))
-        self.epoch += 1
-        self.batch = 0
+        record = self._log(view, means, samples_per_s, held_out_measures(held_out, self._peak))
+        if self.batch == len(self.batches):
+            self.epoch += 1
+            self.batch = 0
+        self._compare_with_best(held_out["loss"])
+        for callback in self.callbacks:
+            callback.on_epoch_end(self, record)
         if self._last_checkpoint is None:
             self._save()
+
+    def _compare_with_best(self, loss: float) -> None:
+        if loss < self._best:
+            self._best = loss
+            self._epochs_since_best = 0
+            if self.config.keep_best:
+                self._keep_model(self.directory / BEST_FOLDER)
+            return
+        self._epochs_since_best += 1
+        if self.config.patience is not None and self._epochs_since_best >= self.config.patience:
+            self._say(
+                f"notice: the loss on held-out samples has not fallen below {self._best:.5g} for "
+                f"{self._epochs_since_best} epochs; stopping"
+            )
+            self.stop()
 
     def _log(
         self,
@@ -364,8 +480,8 @@ class Trainer:
         means: dict[str, float] | None = None,
         samples_per_s: float | None = None,
         held_out: dict[str, float] | None = None,
-    ) -> None:
-        """Write a line of metrics about the window that ends here, and start a new window."""
+    ) -> dict[str, Any]:
+        """Write a line of metrics about the window that ends here, and start a new window; the line."""
         if means is None:
             means = self.window.means()
             samples_per_s = self.window.samples_per_s()
@@ -381,7 +497,10 @@ class Trainer:
             record[f"{HELD_OUT}{name}"] = value
         self.metrics.write(record)
         view.log(record)
+        for callback in self.callbacks:
+            callback.on_log(self, record)
         self.window.reset()
+        return record
 
     @functools.cached_property
     def _peak(self) -> float:
@@ -390,7 +509,7 @@ class Trainer:
     def _validate(self, interrupt: Interrupt) -> dict[str, float] | None:
         """The model's measures, averaged over the held-out samples, or None if a signal arrived meanwhile."""
         total = Window()
-        with self._validation_noise(), torch.no_grad():
+        with self._validation_noise(), self.step.averaged(), torch.no_grad():
             self.model.eval()
             try:
                 for batch in self.held_out.in_order():
@@ -446,7 +565,7 @@ class Trainer:
         rows = self.held_out.rows
         rows = rows[torch.linspace(0, len(rows) - 1, min(PLOTTED_SAMPLES, len(rows))).long()]
         self.model.eval()
-        with self._validation_noise(), torch.no_grad():
+        with self._validation_noise(), self.step.averaged(), torch.no_grad():
             shown = self.model.illustrate(self.dataset.samples[rows].to(self.device))
         self.model.train()
         title = f"{self.model.name} on {self.dataset.name}"
