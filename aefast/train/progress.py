@@ -20,11 +20,11 @@ class ProgressView:
     Args:
         console: where to draw.
         epochs: epochs of the whole run.
-        steps_per_epoch: steps of an epoch.
+        steps_per_epoch: steps of an epoch, or None if that is not known.
         step: steps taken before.
     """
 
-    def __init__(self, console: Console, *, epochs: int, steps_per_epoch: int, step: int) -> None:
+    def __init__(self, console: Console, *, epochs: int, steps_per_epoch: int | None, step: int) -> None:
         self._console = console
         self._epochs = epochs
         self._bar: Progress | None = None
@@ -40,8 +40,9 @@ class ProgressView:
                 console=console,
                 refresh_per_second=4,
             )
+            total = None if steps_per_epoch is None else epochs * steps_per_epoch
             self._task = self._bar.add_task(
-                "", total=epochs * steps_per_epoch, completed=step, epoch=f"1/{epochs}", metrics="loss …"
+                "", total=total, completed=step, epoch=f"1/{epochs}", metrics="loss …"
             )
 
     def __enter__(self) -> ProgressView:
@@ -67,8 +68,8 @@ class ProgressView:
             self._next_update = now + _BAR_SECONDS
             self._bar.update(self._task, completed=step, epoch=f"{epoch + 1}/{self._epochs}")
 
-    def log(self, record: dict[str, Any]) -> None:
-        """A line of metrics is known."""
+    def log(self, record: dict[str, Any], ends_epoch: bool) -> None:
+        """A line of metrics is known, with which an epoch may end."""
         text = f"loss {record['loss']:.5f}"
         if "val_loss" in record:
             text += f" · held out {record['val_loss']:.5f}"
@@ -80,7 +81,7 @@ class ProgressView:
                 epoch=f"{record['epoch']}/{self._epochs}",
                 metrics=text,
             )
-        elif "val_loss" in record:
+        elif ends_epoch:
             now = time.monotonic()
             if now >= self._next_update or record["epoch"] == self._epochs:
                 self._next_update = now + _LINE_SECONDS

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from aefast.data import Batches, Dataset
+from aefast.data import Batches, IterableBatches
 from aefast.errors import AefastError, InputError
 from aefast.models import Model
 from aefast.models._base import CONFIG_FILE, WEIGHTS_FILE
@@ -28,6 +28,7 @@ from aefast.train.interrupt import Interrupt
 from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of, read_metrics
 from aefast.train.plots import plot_loss, plot_samples
 from aefast.train.progress import ProgressView
+from aefast.train.source import Data, Source
 from aefast.train.step import TrainStep
 
 METRICS_FILE = "metrics.jsonl"
@@ -39,9 +40,6 @@ HELD_OUT = "val_"
 
 PLOTTED_SAMPLES = 20
 COMPARED_BATCHES = 16
-
-# A data set moves to the GPU whole if it takes at most this share of the free memory there.
-_GPU_SHARE = 0.5
 
 
 class TrainingError(AefastError):
@@ -60,7 +58,7 @@ class TrainResult:
         held_out: the last epoch's measures on held-out samples, by name: "loss" and, in dB, "psnr" of the
             reconstructions; of a denoiser the loss and PSNR of noisy samples once denoised, and in dB "noisy_psnr",
             theirs before; of a VAE also "elbo", in nats a sample; of an InfoVAE also "mmd", the MMD² of its codes to
-            the prior. Empty if the run was interrupted.
+            the prior. Empty if the run was interrupted, or had no held-out samples.
     """
 
     directory: Path
@@ -79,41 +77,35 @@ class Trainer:
 
     Args:
         model: the model to train, with its initial weights. It is moved to the device and trained in place.
-        dataset: what to train on; a part is held out for validation.
+        dataset: what to train on. Of a `Dataset` a part is held out for validation. Anything else is an iterable of
+            batches, or a function that returns one, as `aefast.data.IterableBatches` takes them: a `DataLoader`, a
+            list. It decides the size and order of batches, and none are held out.
         config: how to train.
         directory: where the run is written.
+        validation: a `Dataset` or batches to validate on, instead of a part of `dataset`.
         console: where progress is shown; standard output by default.
     """
 
     def __init__(
         self,
         model: Model,
-        dataset: Dataset,
+        dataset: Data,
         config: TrainConfig,
         directory: str | Path,
         *,
+        validation: Data | None = None,
         console: Console | None = None,
     ) -> None:
-        if dataset.features != model.config.input_size:
-            raise InputError(
-                f"dataset: expected {model.config.input_size} features a sample, the model's input_size, "
-                f"got {dataset.features}"
-            )
         if directory == "":
             raise InputError("out='': expected a folder")
         self.config = config
-        self.dataset = dataset
         self.directory = Path(directory)
         self.console = Console() if console is None else console
         self.device = config.resolve_device()
         self.model = model.to(self.device).train()
         self.step = TrainStep(self.model, config.lr)
 
-        training, held_out = dataset.split()
-        samples = self._place(dataset.samples)
-        options = {"batch_size": config.batch_size, "seed": config.seed, "device": self.device}
-        self.batches = Batches(samples, training, **options)
-        self.held_out = Batches(samples, held_out, **options)
+        self.source = Source(dataset, validation, model.config.input_size, config, self.device)
         self.store = CheckpointStore(self.directory / CHECKPOINT_FOLDER)
         self.window = Window()
         self.steps_taken = 0
@@ -179,13 +171,15 @@ class Trainer:
         )
         return TrainResult(self.directory, self.steps_taken, None, comparison, self._last_measures())
 
-    def _place(self, samples: torch.Tensor) -> torch.Tensor:
-        """The samples on the GPU if they fit there with room to spare, else where they are."""
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            if samples.nbytes <= _GPU_SHARE * free:
-                return samples.to(self.device)
-        return samples
+    @property
+    def batches(self) -> Batches | IterableBatches:
+        """What is trained on."""
+        return self.source.training
+
+    @property
+    def held_out(self) -> Batches | IterableBatches | None:
+        """What is validated on."""
+        return self.source.held_out
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -255,7 +249,7 @@ class Trainer:
             "batch_size": self.config.batch_size,
             "lr": self.config.lr,
             "seed": self.config.seed,
-            "data": self.dataset.fingerprint(),
+            "data": self.source.fingerprint(),
         }
 
     def _check_same_run(self, stored: dict[str, Any]) -> None:
@@ -290,9 +284,14 @@ class Trainer:
             "window": window,
             "metrics_size": self.metrics.size,
         }
-        tensors = {"model": self.model.cpu_state(), "optimizer": optimizer, "rng": random}
+        tensors = {
+            "model": self.model.cpu_state(),
+            "optimizer": optimizer,
+            "rng": random,
+            "data": self.source.state(),
+        }
         self.store.save(Checkpoint(self.steps_taken, tensors, state))
-        training = {"data": self.dataset.name, "step": self.steps_taken, **dataclasses.asdict(self.config)}
+        training = {"data": self.source.name, "step": self.steps_taken, **dataclasses.asdict(self.config)}
         self.model.save_pretrained(self.directory, metadata={"training": training})
         self._last_checkpoint = time.monotonic()
 
@@ -312,6 +311,10 @@ class Trainer:
         self.epoch = checkpoint.state["epoch"]
         self.batch = checkpoint.state["batch"]
         self.window.restore(checkpoint.state["window"], self.device)
+        if not self.source.restore(checkpoint.tensors.get("data", {})) and self.batch:
+            self._say(
+                f"notice: reading the first {self.batch:,} batches of this epoch again, to leave them out"
+            )
 
     # The loop
 
@@ -319,25 +322,26 @@ class Trainer:
         view = ProgressView(
             self.console,
             epochs=self.config.epochs,
-            steps_per_epoch=len(self.batches),
+            steps_per_epoch=self.source.steps_per_epoch(),
             step=self.steps_taken,
         )
         started = time.monotonic()
         with view:
             while self.epoch < self.config.epochs and interrupt.signal is None:
                 for batch in self.batches.epoch(self.epoch, first=self.batch):
+                    # Not before the next batch is there: the last window of an epoch is logged at its end.
+                    if self.batch and self.steps_taken % self.config.log_every == 0:
+                        self._log(view)
                     self.window.add(self.step(batch), len(batch))
                     self.steps_taken += 1
                     self.batch += 1
                     view.advance(self.steps_taken, self.epoch)
-                    if self.steps_taken % self.config.log_every == 0 and self.batch < len(self.batches):
-                        self._log(view)
                     if interrupt.signal is not None:
                         break
                     last = started if self._last_checkpoint is None else self._last_checkpoint
                     if time.monotonic() - last >= self.config.checkpoint_seconds:
                         self._save()
-                if self.batch == len(self.batches) and interrupt.signal is None:
+                else:
                     self._end_epoch(view, interrupt)
 
     def _end_epoch(self, view: ProgressView, interrupt: Interrupt) -> None:
@@ -352,7 +356,7 @@ class Trainer:
             if not math.isfinite(value):
                 raise self._diverged(f"{HELD_OUT}{name}")
         self._check_weights()
-        self._log(view, means, samples_per_s, held_out_measures(held_out, self._peak))
+        self._log(view, means, samples_per_s, held_out_measures(held_out, self._peak) if held_out else {})
         self.epoch += 1
         self.batch = 0
         if self._last_checkpoint is None:
@@ -380,15 +384,19 @@ class Trainer:
         for name, value in (held_out or {}).items():
             record[f"{HELD_OUT}{name}"] = value
         self.metrics.write(record)
-        view.log(record)
+        view.log(record, ends_epoch=held_out is not None)
         self.window.reset()
 
     @functools.cached_property
     def _peak(self) -> float:
-        return peak_of(self.held_out.in_order())
+        # Going through batches may draw random numbers, which are not the training's.
+        with self._validation_noise():
+            return peak_of(self.held_out.in_order())
 
     def _validate(self, interrupt: Interrupt) -> dict[str, float] | None:
         """The model's measures, averaged over the held-out samples, or None if a signal arrived meanwhile."""
+        if self.held_out is None:
+            return {}
         total = Window()
         with self._validation_noise(), torch.no_grad():
             self.model.eval()
@@ -443,17 +451,17 @@ class Trainer:
     def _plot(self) -> None:
         folder = self.directory / PLOT_FOLDER
         folder.mkdir(exist_ok=True)
-        rows = self.held_out.rows
-        rows = rows[torch.linspace(0, len(rows) - 1, min(PLOTTED_SAMPLES, len(rows))).long()]
-        self.model.eval()
-        with self._validation_noise(), torch.no_grad():
-            shown = self.model.illustrate(self.dataset.samples[rows].to(self.device))
-        self.model.train()
-        title = f"{self.model.name} on {self.dataset.name}"
-        plot_samples(
-            {name: samples.cpu() for name, samples in shown.items()},
-            self.dataset.sample_shape,
-            f"{title}: held-out samples after step {self.steps_taken:,}",
-            folder / "reconstructions.png",
-        )
+        title = f"{self.model.name} on {self.source.name}"
+        if self.held_out is not None:
+            samples = self.held_out.spread(PLOTTED_SAMPLES)
+            self.model.eval()
+            with self._validation_noise(), torch.no_grad():
+                shown = self.model.illustrate(samples)
+            self.model.train()
+            plot_samples(
+                {name: samples.cpu() for name, samples in shown.items()},
+                self.source.sample_shape,
+                f"{title}: held-out samples after step {self.steps_taken:,}",
+                folder / "reconstructions.png",
+            )
         plot_loss(read_metrics(self.directory / METRICS_FILE), title, folder / "loss.png")

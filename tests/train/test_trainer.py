@@ -630,7 +630,7 @@ def test_cuda_without_cuda_is_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("share", [0.5, 0.0], ids=["data-on-gpu", "data-on-cpu"])
 def test_a_run_on_a_gpu_can_be_interrupted_and_goes_on(make_trainer, tmp_path, monkeypatch, share):
-    monkeypatch.setattr(trainer_module, "_GPU_SHARE", share)
+    monkeypatch.setattr("aefast.train.source._GPU_SHARE", share)
     monkeypatch.setattr("aefast.train.compare.RUN_SECONDS", 0.002)
     make_trainer(tmp_path / "whole", device="cuda").fit(compare=False)
     with monkeypatch.context() as patch:
