@@ -42,6 +42,11 @@ class Window:
         self._samples += samples
         self._timed_samples += samples
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added since the reset."""
+        return self._samples == 0
+
     def means(self) -> dict[str, float]:
         """The mean of each term; empty if nothing was added."""
         return {name: total.item() / self._samples for name, total in self._sums.items()}

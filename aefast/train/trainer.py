@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from aefast.data import Batches, Dataset
+from aefast.data import Batches, IterableBatches
 from aefast.errors import AefastError, InputError
 from aefast.models import Model
 from aefast.models._base import CONFIG_FILE, WEIGHTS_FILE
@@ -30,6 +30,7 @@ from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of,
 from aefast.train.plots import plot_loss, plot_samples
 from aefast.train.progress import ProgressView
 from aefast.train.schedule import Schedule
+from aefast.train.source import Data, Source
 from aefast.train.step import CapturedStep, make_optimizer
 
 METRICS_FILE = "metrics.jsonl"
@@ -42,9 +43,6 @@ HELD_OUT = "val_"
 
 PLOTTED_SAMPLES = 20
 COMPARED_BATCHES = 16
-
-# A data set moves to the GPU whole if it takes at most this share of the free memory there.
-_GPU_SHARE = 0.5
 
 
 class TrainingError(AefastError):
@@ -64,7 +62,7 @@ class TrainResult:
         held_out: the last epoch's measures on held-out samples, by name: "loss" and, in dB, "psnr" of the
             reconstructions; of a denoiser the loss and PSNR of noisy samples once denoised, and in dB "noisy_psnr",
             theirs before; of a VAE also "elbo", in nats a sample; of an InfoVAE also "mmd", the MMD² of its codes to
-            the prior. Empty if the run was interrupted.
+            the prior. Empty if the run was interrupted, or had no held-out samples.
     """
 
     directory: Path
@@ -84,9 +82,12 @@ class Trainer:
 
     Args:
         model: the model to train, with its initial weights. It is moved to the device and trained in place.
-        dataset: what to train on; a part is held out for validation.
+        dataset: what to train on. Of a `Dataset` a part is held out for validation. Anything else is an iterable of
+            batches, or a function that returns one, as `aefast.data.IterableBatches` takes them: a `DataLoader`, a
+            list. It decides the size and order of batches, and none are held out.
         config: how to train.
         directory: where the run is written.
+        validation: a `Dataset` or batches to validate on, instead of a part of `dataset`.
         callbacks: are called as the run goes on.
         console: where progress is shown; standard output by default.
     """
@@ -94,40 +95,30 @@ class Trainer:
     def __init__(
         self,
         model: Model,
-        dataset: Dataset,
+        dataset: Data,
         config: TrainConfig,
         directory: str | Path,
         *,
+        validation: Data | None = None,
         callbacks: Sequence[Callback] = (),
         console: Console | None = None,
     ) -> None:
-        if dataset.features != model.config.input_size:
-            raise InputError(
-                f"dataset: expected {model.config.input_size} features a sample, the model's input_size, "
-                f"got {dataset.features}"
-            )
         if directory == "":
             raise InputError("out='': expected a folder")
         self.config = config
-        self.dataset = dataset
         self.directory = Path(directory)
         self.console = Console() if console is None else console
         self.device = config.resolve_device()
         self.model = model.to(self.device).train()
         self.callbacks = list(callbacks)
-        training, held_out = dataset.split()
-        samples = self._place(dataset.samples)
-        options = {"batch_size": config.batch_size, "seed": config.seed, "device": self.device}
-        self.batches = Batches(samples, training, **options)
-        self.held_out = Batches(samples, held_out, **options)
-        self.total_steps = config.steps or config.epochs * len(self.batches)
+        self.source = Source(dataset, validation, model.config.input_size, config, self.device)
         self.step = CapturedStep(
             self.model,
             make_optimizer(self.model.parameters(), config.lr),
             precision=config.precision,
             clip_norm=config.clip_norm,
             accumulate=config.accumulate,
-            schedule=Schedule(config.schedule, config.warmup_steps, self.total_steps),
+            schedule=self._schedule(),
             ema_decay=config.ema_decay,
             steps_per_replay=config.steps_per_replay,
         )
@@ -142,6 +133,29 @@ class Trainer:
         self._best = math.inf
         self._epochs_since_best = 0
         self._is_stopped = False
+
+    def _total_steps(self) -> int | None:
+        """Steps of the whole run, or None if the data does not tell."""
+        of_epoch = self.source.steps_per_epoch()
+        if self.config.steps is not None or of_epoch is None:
+            return self.config.steps
+        return self.config.epochs * of_epoch
+
+    def _epochs(self) -> int | None:
+        """Epochs of the whole run, a last one that ends early among them, or None if the data does not tell."""
+        if self.config.steps is None:
+            return self.config.epochs
+        of_epoch = self.source.steps_per_epoch()
+        return None if of_epoch is None else -(-self.config.steps // of_epoch)
+
+    def _schedule(self) -> Schedule:
+        config, steps = self.config, self._total_steps()
+        if config.schedule != "constant" and steps is None:
+            raise InputError(
+                f"schedule={config.schedule!r}: expected a number of steps, since the data does not tell how many "
+                "batches it has"
+            )
+        return Schedule(config.schedule, config.warmup_steps, 1 if steps is None else steps)
 
     def stop(self) -> None:
         """End the run at the next good moment, as if this had been its last step."""
@@ -213,13 +227,15 @@ class Trainer:
             self.directory, self.steps_taken, None, comparison, self._is_stopped, self._last_measures()
         )
 
-    def _place(self, samples: torch.Tensor) -> torch.Tensor:
-        """The samples on the GPU if they fit there with room to spare, else where they are."""
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            if samples.nbytes <= _GPU_SHARE * free:
-                return samples.to(self.device)
-        return samples
+    @property
+    def batches(self) -> Batches | IterableBatches:
+        """What is trained on."""
+        return self.source.training
+
+    @property
+    def held_out(self) -> Batches | IterableBatches | None:
+        """What is validated on."""
+        return self.source.held_out
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -291,13 +307,13 @@ class Trainer:
             "schedule": self.config.schedule,
             "warmup_steps": self.config.warmup_steps,
             # A learning rate that falls to 0 at the end of the run depends on where that is.
-            "total_steps": None if self.config.schedule == "constant" else self.total_steps,
+            "total_steps": None if self.config.schedule == "constant" else self._total_steps(),
             "precision": self.config.precision,
             "clip_norm": self.config.clip_norm,
             "accumulate": self.config.accumulate,
             "ema_decay": self.config.ema_decay,
             "seed": self.config.seed,
-            "data": self.dataset.fingerprint(),
+            "data": self.source.fingerprint(),
         }
 
     def _check_same_run(self, stored: dict[str, Any]) -> None:
@@ -335,7 +351,12 @@ class Trainer:
             "best": self._best if math.isfinite(self._best) else None,
             "epochs_since_best": self._epochs_since_best,
         }
-        tensors = {"model": self.model.cpu_state(), "optimizer": optimizer, "rng": random}
+        tensors = {
+            "model": self.model.cpu_state(),
+            "optimizer": optimizer,
+            "rng": random,
+            "data": self.source.state(),
+        }
         of_step = self.step.state_dict()
         if "ema" in of_step:
             tensors["ema"] = {str(index): one.cpu() for index, one in enumerate(of_step["ema"])}
@@ -346,7 +367,7 @@ class Trainer:
         self._last_checkpoint = time.monotonic()
 
     def _keep_model(self, directory: Path) -> None:
-        training = {"data": self.dataset.name, "step": self.steps_taken, **dataclasses.asdict(self.config)}
+        training = {"data": self.source.name, "step": self.steps_taken, **dataclasses.asdict(self.config)}
         with self.step.averaged():
             self.model.save_pretrained(directory, metadata={"training": training})
 
@@ -378,20 +399,27 @@ class Trainer:
         if "scaler" in checkpoint.state:
             of_step["scaler"] = checkpoint.state["scaler"]
         self.step.load_state_dict(of_step)
+        if not self.source.restore(checkpoint.tensors.get("data", {})) and self.batch:
+            self._say(
+                f"notice: reading the first {self.batch:,} batches of this epoch again, to leave them out"
+            )
 
     # The loop
 
     def _train(self, interrupt: Interrupt) -> None:
         view = ProgressView(
             self.console,
-            epochs=-(-self.total_steps // len(self.batches)),
-            steps_per_epoch=len(self.batches),
+            epochs=self._epochs(),
+            steps=self._total_steps(),
             step=self.steps_taken,
         )
         started = time.monotonic()
         with view:
             while not self._has_ended() and interrupt.signal is None:
                 for group in self._groups():
+                    # Not before the next batch is there: the last window of an epoch is logged at its end.
+                    if self.batch and self.steps_taken % self.config.log_every == 0:
+                        self._log(view)
                     count = sum(len(batch) for batch in group)
                     if len(group) == 1:
                         self.window.add(self.step(group[0]), count)
@@ -401,16 +429,16 @@ class Trainer:
                     self.steps_taken += len(group)
                     self.batch += len(group)
                     view.advance(self.steps_taken, self.epoch)
-                    if self.steps_taken % self.config.log_every == 0 and self.batch < len(self.batches):
-                        self._log(view)
                     if interrupt.signal is not None or self._has_ended():
                         break
                     last = started if self._last_checkpoint is None else self._last_checkpoint
                     if time.monotonic() - last >= self.config.checkpoint_seconds:
                         self._save()
-                is_over = self.batch == len(self.batches) or self._has_ended()
-                if is_over and interrupt.signal is None:
+                else:
                     self._end_epoch(view, interrupt)
+                    continue
+                if interrupt.signal is None:
+                    self._validate_and_log(view, interrupt)
 
     def _has_ended(self) -> bool:
         """Whether the run's steps are taken, or it was told to stop."""
@@ -438,26 +466,34 @@ class Trainer:
             yield group
 
     def _end_epoch(self, view: ProgressView, interrupt: Interrupt) -> None:
-        """Validate and log, and see whether to go on; an interruption leaves this to the resumed run."""
+        # A run that goes on where a run of so many steps ended, which was with the epoch, has that behind it.
+        if not self.window.is_empty and not self._validate_and_log(view, interrupt):
+            return
+        self.epoch += 1
+        self.batch = 0
+        if self._last_checkpoint is None:
+            self._save()
+
+    def _validate_and_log(self, view: ProgressView, interrupt: Interrupt) -> bool:
+        """Validate and log, and see whether to go on; False if an interruption leaves this to the resumed run."""
         means = self.window.means()
         samples_per_s = self.window.samples_per_s()
         self._check_finite(means)
         held_out = self._validate(interrupt)
         if held_out is None:
-            return
+            return False
         for name, value in held_out.items():
             if not math.isfinite(value):
                 raise self._diverged(f"{HELD_OUT}{name}")
         self._check_weights()
-        record = self._log(view, means, samples_per_s, held_out_measures(held_out, self._peak))
-        if self.batch == len(self.batches):
-            self.epoch += 1
-            self.batch = 0
-        self._compare_with_best(held_out["loss"])
+        record = self._log(
+            view, means, samples_per_s, held_out_measures(held_out, self._peak) if held_out else {}
+        )
+        if "loss" in held_out:
+            self._compare_with_best(held_out["loss"])
         for callback in self.callbacks:
             callback.on_epoch_end(self, record)
-        if self._last_checkpoint is None:
-            self._save()
+        return True
 
     def _compare_with_best(self, loss: float) -> None:
         if loss < self._best:
@@ -496,7 +532,7 @@ class Trainer:
         for name, value in (held_out or {}).items():
             record[f"{HELD_OUT}{name}"] = value
         self.metrics.write(record)
-        view.log(record)
+        view.log(record, ends_epoch=held_out is not None)
         for callback in self.callbacks:
             callback.on_log(self, record)
         self.window.reset()
@@ -504,10 +540,14 @@ class Trainer:
 
     @functools.cached_property
     def _peak(self) -> float:
-        return peak_of(self.held_out.in_order())
+        # Going through batches may draw random numbers, which are not the training's.
+        with self._validation_noise():
+            return peak_of(self.held_out.in_order())
 
     def _validate(self, interrupt: Interrupt) -> dict[str, float] | None:
         """The model's measures, averaged over the held-out samples, or None if a signal arrived meanwhile."""
+        if self.held_out is None:
+            return {}
         total = Window()
         with self._validation_noise(), self.step.averaged(), torch.no_grad():
             self.model.eval()
@@ -562,17 +602,17 @@ class Trainer:
     def _plot(self) -> None:
         folder = self.directory / PLOT_FOLDER
         folder.mkdir(exist_ok=True)
-        rows = self.held_out.rows
-        rows = rows[torch.linspace(0, len(rows) - 1, min(PLOTTED_SAMPLES, len(rows))).long()]
-        self.model.eval()
-        with self._validation_noise(), self.step.averaged(), torch.no_grad():
-            shown = self.model.illustrate(self.dataset.samples[rows].to(self.device))
-        self.model.train()
-        title = f"{self.model.name} on {self.dataset.name}"
-        plot_samples(
-            {name: samples.cpu() for name, samples in shown.items()},
-            self.dataset.sample_shape,
-            f"{title}: held-out samples after step {self.steps_taken:,}",
-            folder / "reconstructions.png",
-        )
+        title = f"{self.model.name} on {self.source.name}"
+        if self.held_out is not None:
+            samples = self.held_out.spread(PLOTTED_SAMPLES)
+            self.model.eval()
+            with self._validation_noise(), self.step.averaged(), torch.no_grad():
+                shown = self.model.illustrate(samples)
+            self.model.train()
+            plot_samples(
+                {name: samples.cpu() for name, samples in shown.items()},
+                self.source.sample_shape,
+                f"{title}: held-out samples after step {self.steps_taken:,}",
+                folder / "reconstructions.png",
+            )
         plot_loss(read_metrics(self.directory / METRICS_FILE), title, folder / "loss.png")

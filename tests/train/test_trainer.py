@@ -617,7 +617,7 @@ def test_a_run_with_everything_goes_on_bit_for_bit(make_trainer, tmp_path, monke
     assert torch.equal(weights(tmp_path / "parts" / "best"), weights(tmp_path / "whole" / "best"))
 
 
-def test_what_is_kept_is_the_average(make_trainer, tmp_path):
+def test_what_is_kept_is_the_average(make_trainer, tmp_path, dataset):
     trainer = make_trainer(tmp_path, lr=1e-2, ema_decay=0.99)
     trainer.fit(compare=False)
     average = torch.cat([one.flatten() for one in trainer.step.ema])
@@ -626,7 +626,7 @@ def test_what_is_kept_is_the_average(make_trainer, tmp_path):
     assert not torch.equal(average, last)
     model = from_pretrained(tmp_path)
     with torch.no_grad():
-        error = model(trainer.dataset.samples[trainer.held_out.rows]).loss.item()
+        error = model(dataset.samples[trainer.held_out.rows]).loss.item()
     assert metrics(tmp_path)[-1]["val_loss"] == pytest.approx(error, rel=1e-5)
 
 
@@ -769,7 +769,7 @@ def test_cuda_without_cuda_is_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("share", [0.5, 0.0], ids=["data-on-gpu", "data-on-cpu"])
 def test_a_run_on_a_gpu_can_be_interrupted_and_goes_on(make_trainer, tmp_path, monkeypatch, share):
-    monkeypatch.setattr(trainer_module, "_GPU_SHARE", share)
+    monkeypatch.setattr("aefast.train.source._GPU_SHARE", share)
     monkeypatch.setattr("aefast.train.compare.RUN_SECONDS", 0.002)
     make_trainer(tmp_path / "whole", device="cuda").fit(compare=False)
     with monkeypatch.context() as patch:
