@@ -114,6 +114,8 @@ aefast train --data patches --schedule cosine --warmup-steps 100 --patience 5 --
 
 aefast train --config digits.yaml --lr 3e-4 --out runs/digits
 
+torchrun --nproc-per-node 2 -m aefast train --data patches --batch-size 512 --out runs/two
+
 aefast train --data patches --epochs 20 --out runs/patches --resume
 """
 
@@ -575,6 +577,7 @@ def train(
     from aefast.data import load
     from aefast.models import find_model
     from aefast.train import TensorBoard, TrainConfig, Trainer
+    from aefast.train.processes import Processes, process_group
 
     model_class = find_model(model)
     config = TrainConfig(
@@ -647,37 +650,38 @@ def train(
     # The options are checked before the data is read, for which any shape will do that has levels enough.
     _model_config(model_class, given, given.get("image_shape") or (1, 1024, 1024))
 
-    console = Console()
+    with process_group(device):
+        console = Console(quiet=not Processes().is_first)
 
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        def say(text: str) -> None:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    dataset = load(data, patch_size=patch_size)
-    torch.manual_seed(seed)
-    network = model_class(_model_config(model_class, given, dataset.sample_shape))
-    callbacks = [TensorBoard(os.path.join(out, "tensorboard"))] if tensorboard else []
-    trainer = Trainer(network, dataset, config, out, callbacks=callbacks, console=console)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    say(
-        f"{model_class.name}: {parameters:,} parameters on {trainer.device} · "
-        f"{dataset.name}: {len(trainer.batches.rows):,} samples of {dataset.features} features, "
-        f"{len(trainer.held_out.rows):,} held out"
-    )
-    result = trainer.fit(resume=resume, overwrite=overwrite, compare=not no_compare)
-
-    if result.interrupted is not None:
-        epoch = min(trainer.epoch + 1, epochs)
+        dataset = load(data, patch_size=patch_size)
+        torch.manual_seed(seed)
+        network = model_class(_model_config(model_class, given, dataset.sample_shape))
+        callbacks = [TensorBoard(os.path.join(out, "tensorboard"))] if tensorboard else []
+        trainer = Trainer(network, dataset, config, out, callbacks=callbacks, console=console)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
         say(
-            f"interrupted by {result.interrupted.name} at epoch {epoch}/{epochs}, step "
-            f"{result.step:,}; checkpoint: {trainer.store.paths()[-1]}"
+            f"{model_class.name}: {parameters:,} parameters on {trainer.device} · "
+            f"{dataset.name}: {len(trainer.batches.rows):,} samples of {dataset.features} features, "
+            f"{len(trainer.held_out.rows):,} held out"
         )
-        say(f"resume with: {_resume_command()}")
-        return 128 + result.interrupted
-    say(f"model, metrics and plots: {result.directory}")
-    say(_held_out_line(result.held_out))
-    if result.comparison is not None:
-        say(str(result.comparison))
-    return 0
+        result = trainer.fit(resume=resume, overwrite=overwrite, compare=not no_compare)
+
+        if result.interrupted is not None:
+            epoch = min(trainer.epoch + 1, epochs)
+            say(
+                f"interrupted by {result.interrupted.name} at epoch {epoch}/{epochs}, step "
+                f"{result.step:,}; checkpoint: {trainer.store.paths()[-1]}"
+            )
+            say(f"resume with: {_resume_command()}")
+            return 128 + result.interrupted
+        say(f"model, metrics and plots: {result.directory}")
+        say(_held_out_line(result.held_out))
+        if result.comparison is not None:
+            say(str(result.comparison))
+        return 0
 
 
 def _model_config(

@@ -9,6 +9,7 @@ import torch
 from aefast.data.blocks import Blocks
 from aefast.data.files import FileRows
 from aefast.data.prefetch import prefetched
+from aefast.errors import InputError
 
 # Spreads (seed, epoch) over the 64-bit seeds of torch's generator: an odd constant near 2**64 / golden ratio.
 _SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -28,6 +29,11 @@ class Batches:
         batch_size: rows of a batch; the last batch of an epoch keeps the rest.
         seed: decides the order.
         device: where batches go; that of `samples` by default, the CPU for files.
+        share: (number, count): batches are cut into so many equal shares, and what comes of each is that one. A batch
+            loses the rows that are left over, up to count - 1.
+
+    Raises:
+        InputError: batches that cannot be cut into equal shares.
     """
 
     def __init__(
@@ -38,17 +44,24 @@ class Batches:
         batch_size: int,
         seed: int,
         device: torch.device | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
+        if batch_size % share[1]:
+            raise InputError(
+                f"batch_size={batch_size}: expected a multiple of the number of processes, {share[1]}"
+            )
         self.samples = samples
         self.rows = rows
         self.batch_size = batch_size
         self.seed = seed
+        self.share = share
         self._home = samples.device if isinstance(samples, torch.Tensor) else torch.device("cpu")
         self.device = self._home if device is None else device
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        return -(-len(self.rows) // self.batch_size)
+        whole, rest = divmod(len(self.rows), self.batch_size)
+        return whole + (rest >= self.share[1])
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
         """The batches (≤ batch_size, features) of an epoch, from batch number `first` on."""
@@ -74,10 +87,17 @@ class Batches:
     def _batches(self, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The samples of row numbers that come in `pieces`."""
         rows = _cut((piece.to(self._home) for piece in pieces), self.batch_size)
-        batches = (self._gather(some) for some in rows)
+        batches = (self._gather(some) for some in self._shares(rows))
         if isinstance(self.samples, FileRows) or self.device != self._home:
             batches = prefetched(batches)
         return (batch.to(self.device, non_blocking=True) for batch in batches)
+
+    def _shares(self, batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        number, count = self.share
+        for rows in batches:
+            size = len(rows) // count
+            if size:
+                yield rows[number * size : (number + 1) * size]
 
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
         """The samples of row numbers, where all samples are, ready for the way to the device."""

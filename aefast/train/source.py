@@ -27,6 +27,8 @@ class Source:
         features: values of a sample.
         config: how the run trains.
         device: where batches go.
+        share: which share of each batch of a data set this process gets, and of how many. Batches of an iterable are
+            taken as they come: where there are several processes, it has to give each its own.
 
     Attributes:
         training: batches to train on.
@@ -38,10 +40,21 @@ class Source:
     """
 
     def __init__(
-        self, data: Data, validation: Data | None, features: int, config: TrainConfig, device: torch.device
+        self,
+        data: Data,
+        validation: Data | None,
+        features: int,
+        config: TrainConfig,
+        device: torch.device,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._data = data
-        self._options = {"batch_size": config.batch_size, "seed": config.seed, "device": device}
+        self._options = {
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "device": device,
+            "share": share,
+        }
         self.training: Batches | IterableBatches
         self.held_out: Batches | IterableBatches | None = None
         for argument, given in (("dataset", data), ("validation", validation)):

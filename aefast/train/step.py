@@ -60,7 +60,7 @@ class CapturedStep:
             that compares samples with each other, as MMD does, compares those of a part.
         schedule: share of the optimizer's learning rates that each step takes.
         ema_decay: decay of an exponential moving average of the parameters after each step; None for none.
-        steps_per_replay: steps of a CUDA graph.
+        steps_per_replay: steps of a CUDA graph; 0 for none, as `DistributedDataParallel` needs it.
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class CapturedStep:
     ) -> None:
         check_choice(precision, "precision", PRECISIONS)
         check_positive_int(accumulate, "accumulate")
-        check_positive_int(steps_per_replay, "steps_per_replay")
+        if steps_per_replay != 0:
+            check_positive_int(steps_per_replay, "steps_per_replay")
         if clip_norm is not None and not clip_norm > 0:
             raise InputError(f"clip_norm={clip_norm!r}: expected a number above 0, or None")
         if ema_decay is not None and not 0 <= ema_decay < 1:
@@ -216,22 +217,30 @@ class CapturedStep:
         count = len(batch[0])
         parts = list(zip(*(one.chunk(self.accumulate) for one in batch), strict=True))
         means: dict[str, torch.Tensor] = {}
-        for part in parts:
-            share = len(part[0]) / count
-            with self._autocast():
-                loss = self._loss(self.model, *part)
-            terms = {}
-            if isinstance(loss, tuple):
-                loss, terms = loss
-            for name, term in (terms or {"loss": loss}).items():
-                term = term.detach() if len(parts) == 1 else term.detach() * share
+        for number, part in enumerate(parts):
+            # Between processes only the sum of all parts is exchanged.
+            is_last = number == len(parts) - 1
+            with contextlib.nullcontext() if is_last else self._without_exchange():
+                terms = self._backward(part, None if len(parts) == 1 else len(part[0]) / count)
+            for name, term in terms.items():
                 means[name] = means[name] + term if name in means else term
-            if len(parts) > 1:
-                loss = loss * share
-            if self._scaler is not None:
-                loss = self._scaler.scale(loss)
-            loss.backward()
         return means
+
+    def _backward(self, part: tuple[torch.Tensor, ...], share: float | None) -> dict[str, torch.Tensor]:
+        """Gradients of a part of a batch, whose loss counts as its share; the terms, counted so too."""
+        with self._autocast():
+            loss = self._loss(self.model, *part)
+        loss, terms = loss if isinstance(loss, tuple) else (loss, {"loss": loss})
+        terms = {name: term.detach() for name, term in terms.items()}
+        if share is not None:
+            loss = loss * share
+            terms = {name: term * share for name, term in terms.items()}
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+        return terms
+
+    def _without_exchange(self) -> contextlib.AbstractContextManager[None]:
+        is_exchanged = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        return self.model.no_sync() if is_exchanged else contextlib.nullcontext()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._type is None:

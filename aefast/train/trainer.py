@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
+from torch.nn.parallel import DistributedDataParallel
 
 from aefast.data import Batches, IterableBatches
 from aefast.errors import AefastError, InputError
 from aefast.models import Model
 from aefast.models._base import CONFIG_FILE, WEIGHTS_FILE
+from aefast.nn import MMDLoss
 from aefast.train.callbacks import Callback
 from aefast.train.checkpoint import Checkpoint, CheckpointStore
 from aefast.train.compare import Comparison, compare_with_eager
@@ -28,6 +31,7 @@ from aefast.train.config import TrainConfig
 from aefast.train.interrupt import Interrupt
 from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of, read_metrics
 from aefast.train.plots import plot_loss, plot_samples
+from aefast.train.processes import AgreedInterrupt, Processes, Request
 from aefast.train.progress import ProgressView
 from aefast.train.schedule import Schedule
 from aefast.train.source import Data, Source
@@ -37,6 +41,9 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
 PLOT_FOLDER = "plots"
 BEST_FOLDER = "best"
+
+# Spreads (seed, rank) over 64 bits: an odd constant near 2**64 / pi.
+_SEED_STRIDE = 0x517CC1B727220A95
 
 # What a name in metrics.jsonl begins with if it is about held-out samples.
 HELD_OUT = "val_"
@@ -80,6 +87,11 @@ class Trainer:
     them), ``metrics.jsonl``, ``checkpoints/``, ``plots/`` and, where it is wanted, ``best/``. A resumed run goes on
     bit for bit as if it had never stopped, on the CPU with the same number of threads.
 
+    Where torch.distributed is initialized, each of its processes makes a Trainer, and they train one model on batches
+    of which each takes its share: gradients are averaged (`DistributedDataParallel`), an MMD is that of all processes'
+    codes, and noise is each one's own. The first process writes the folder. A signal is heeded with the next line that
+    is logged, and if a process is lost the others stop, with the last checkpoint to go on from.
+
     Args:
         model: the model to train, with its initial weights. It is moved to the device and trained in place.
         dataset: what to train on. Of a `Dataset` a part is held out for validation. Anything else is an iterable of
@@ -88,8 +100,8 @@ class Trainer:
         config: how to train.
         directory: where the run is written.
         validation: a `Dataset` or batches to validate on, instead of a part of `dataset`.
-        callbacks: are called as the run goes on.
-        console: where progress is shown; standard output by default.
+        callbacks: are called as the run goes on, in every process.
+        console: where progress is shown; standard output by default, of the first process.
     """
 
     def __init__(
@@ -107,23 +119,24 @@ class Trainer:
             raise InputError("out='': expected a folder")
         self.config = config
         self.directory = Path(directory)
-        self.console = Console() if console is None else console
+        self.processes = Processes()
+        self.console = Console(quiet=not self.processes.is_first) if console is None else console
         self.device = config.resolve_device()
         self.model = model.to(self.device).train()
         self.callbacks = list(callbacks)
-        self.source = Source(dataset, validation, model.config.input_size, config, self.device)
+        self.source = Source(dataset, validation, model.config.input_size, config, self.device, self._share())
         self.step = CapturedStep(
-            self.model,
+            self.model if self.processes.is_one else self._joint_model(),
             make_optimizer(self.model.parameters(), config.lr),
             precision=config.precision,
             clip_norm=config.clip_norm,
             accumulate=config.accumulate,
             schedule=self._schedule(),
             ema_decay=config.ema_decay,
-            steps_per_replay=config.steps_per_replay,
+            steps_per_replay=config.steps_per_replay if self.processes.is_one else 0,
         )
         self.store = CheckpointStore(self.directory / CHECKPOINT_FOLDER, config.keep_last)
-        self.window = Window()
+        self.window = Window(self.processes)
         self.steps_taken = 0
         self.epoch = 0
         # Batches of the current epoch that are done. All of them done means that only validation is left.
@@ -133,6 +146,17 @@ class Trainer:
         self._best = math.inf
         self._epochs_since_best = 0
         self._is_stopped = False
+
+    def _share(self) -> tuple[int, int]:
+        return self.processes.rank, self.processes.count
+
+    def _joint_model(self) -> DistributedDataParallel:
+        for module in self.model.modules():
+            if isinstance(module, MMDLoss):
+                module.group = dist.group.WORLD
+        return DistributedDataParallel(
+            self.model, device_ids=None if self.device.type == "cpu" else [torch.cuda.current_device()]
+        )
 
     def _total_steps(self) -> int | None:
         """Steps of the whole run, or None if the data does not tell."""
@@ -173,10 +197,18 @@ class Trainer:
             InputError: the folder or a file in it cannot be written, it holds a run that was not asked for,
                 or one that was started with other options.
             CheckpointError: all checkpoints are damaged.
-            TrainingError: a loss or a weight is no longer finite; the last checkpoint is kept.
+            TrainingError: a loss or a weight is no longer finite, or another process of the run was lost; the last
+                checkpoint is kept.
         """
         try:
             return self._fit(resume, overwrite, compare)
+        except RuntimeError as error:
+            if not self.processes.is_loss(error):
+                raise
+            raise TrainingError(
+                f"a process of the run was lost after step {self.steps_taken:,} ({' '.join(str(error).split())}). "
+                f"{self._last_good()}, from which --resume goes on"
+            ) from error
         except OSError as error:
             file = self._output_file(error)
             if file is None:
@@ -199,16 +231,22 @@ class Trainer:
 
     def _fit(self, resume: bool, overwrite: bool, compare: bool) -> TrainResult:
         metrics_size = self._open(resume, overwrite)
-        self.metrics = MetricsLog(self.directory / METRICS_FILE, metrics_size)
+        self.metrics = (
+            MetricsLog(self.directory / METRICS_FILE, metrics_size) if self.processes.is_first else None
+        )
         try:
             with Interrupt() as interrupt:
+                request: Request = interrupt
+                if not self.processes.is_one:
+                    request = AgreedInterrupt(interrupt, self.processes, self.device)
                 for callback in self.callbacks:
                     callback.on_start(self)
-                self._train(interrupt)
+                self._train(request)
                 self._save()
         finally:
-            self.metrics.close()
-        result = self._result(interrupt.signal, compare)
+            if self.metrics is not None:
+                self.metrics.close()
+        result = self._result(request.signal, compare)
         for callback in self.callbacks:
             callback.on_end(self, result)
         return result
@@ -216,13 +254,15 @@ class Trainer:
     def _result(self, interrupted: signal.Signals | None, compare: bool) -> TrainResult:
         if interrupted is not None:
             return TrainResult(self.directory, self.steps_taken, interrupted)
-        try:
-            self._plot()
-        except ImportError as error:
-            self._say(f'notice: no plots ({error}); for plots: pip install "aefast[train]"')
-        comparison = (
-            compare_with_eager(self.model, self._sample_batches(), self.config.lr) if compare else None
-        )
+        comparison = None
+        if self.processes.is_first:
+            try:
+                self._plot()
+            except ImportError as error:
+                self._say(f'notice: no plots ({error}); for plots: pip install "aefast[train]"')
+        # Beside other processes it would be measured with what they leave of the machine.
+        if compare and self.processes.is_one:
+            comparison = compare_with_eager(self.model, self._sample_batches(), self.config.lr)
         return TrainResult(
             self.directory, self.steps_taken, None, comparison, self._is_stopped, self._last_measures()
         )
@@ -244,10 +284,16 @@ class Trainer:
 
     def _open(self, resume: bool, overwrite: bool) -> int:
         """Prepare the folder and the state; the bytes of ``metrics.jsonl`` that stay."""
-        self._make_directory()
-        checkpoint = self.store.load_newest(lambda text: self._say(f"warning: {text}")) if resume else None
+        self.processes.first(self._make_directory)
+        checkpoint = None
+        if resume:
+            load = functools.partial(self.store.load_newest, lambda text: self._say(f"warning: {text}"))
+            checkpoint = self.processes.first(load)
+            if not self.processes.is_first:
+                checkpoint = load()
         if checkpoint is None:
-            self._start_afresh(resume, overwrite)
+            self.processes.first(functools.partial(self._start_afresh, resume, overwrite))
+            torch.manual_seed(self._seed())
             return 0
         self._check_same_run(checkpoint.state["settings"])
         self._restore(checkpoint)
@@ -295,7 +341,10 @@ class Trainer:
                 f"out={str(self.directory)!r}: holds a run already; add --resume to go on with it, "
                 "--overwrite to replace it, or choose another folder"
             )
-        torch.manual_seed(self.config.seed)
+
+    def _seed(self) -> int:
+        """The seed of this process's noise."""
+        return (self.config.seed + self.processes.rank * _SEED_STRIDE) % 2**63
 
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run it goes on with, by option name."""
@@ -333,14 +382,15 @@ class Trainer:
         window = self.window.state()
         self._check_finite(window["sums"])
         self._check_weights()
+        random = self._random_state()
+        self._last_checkpoint = time.monotonic()
+        if not self.processes.is_first:
+            return
         optimizer = {
             f"{index}/{name}": value.cpu()
             for index, state in self.step.optimizer.state_dict()["state"].items()
             for name, value in state.items()
         }
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {
             "settings": self._settings(),
             "epoch": self.epoch,
@@ -364,7 +414,16 @@ class Trainer:
             state["scaler"] = of_step["scaler"]
         self.store.save(Checkpoint(self.steps_taken, tensors, state))
         self._keep_model(self.directory)
-        self._last_checkpoint = time.monotonic()
+
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        """The states of all processes' generators, by kind and rank."""
+        own = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
+        states = self.processes.gathered(own)
+        return {
+            f"{kind}/{rank}": state for rank, of_rank in enumerate(states) for kind, state in of_rank.items()
+        }
 
     def _keep_model(self, directory: Path) -> None:
         training = {"data": self.source.name, "step": self.steps_taken, **dataclasses.asdict(self.config)}
@@ -380,9 +439,14 @@ class Trainer:
             moments.setdefault(int(index), {})[name] = value
         optimizer = self.step.optimizer
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        torch.set_rng_state(checkpoint.tensors["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in checkpoint.tensors["rng"]:
-            torch.cuda.set_rng_state(checkpoint.tensors["rng"]["cuda"], self.device)
+        random, rank = checkpoint.tensors["rng"], self.processes.rank
+        if f"cpu/{rank}" in random:
+            torch.set_rng_state(random[f"cpu/{rank}"])
+        else:
+            # A process that the run did not have.
+            torch.manual_seed(self._seed())
+        if self.device.type == "cuda" and f"cuda/{rank}" in random:
+            torch.cuda.set_rng_state(random[f"cuda/{rank}"], self.device)
         self.steps_taken = checkpoint.step
         self.epoch = checkpoint.state["epoch"]
         self.batch = checkpoint.state["batch"]
@@ -406,16 +470,16 @@ class Trainer:
 
     # The loop
 
-    def _train(self, interrupt: Interrupt) -> None:
+    def _train(self, interrupt: Request) -> None:
         view = ProgressView(
             self.console,
             epochs=self._epochs(),
             steps=self._total_steps(),
             step=self.steps_taken,
         )
-        started = time.monotonic()
+        self._started = time.monotonic()
         with view:
-            while not self._has_ended() and interrupt.signal is None:
+            while self._goes_on(interrupt):
                 for group in self._groups():
                     # Not before the next batch is there: the last window of an epoch is logged at its end.
                     if self.batch and self.steps_taken % self.config.log_every == 0:
@@ -429,16 +493,28 @@ class Trainer:
                     self.steps_taken += len(group)
                     self.batch += len(group)
                     view.advance(self.steps_taken, self.epoch)
-                    if interrupt.signal is not None or self._has_ended():
+                    if self.processes.is_one or self.steps_taken % self.config.log_every == 0:
+                        if not self._goes_on(interrupt, may_save=True):
+                            break
+                    elif self._has_ended():
                         break
-                    last = started if self._last_checkpoint is None else self._last_checkpoint
-                    if time.monotonic() - last >= self.config.checkpoint_seconds:
-                        self._save()
                 else:
                     self._end_epoch(view, interrupt)
                     continue
                 if interrupt.signal is None:
                     self._validate_and_log(view, interrupt)
+
+    def _goes_on(self, interrupt: Request, may_save: bool = False) -> bool:
+        """Whether there is another step to take; all processes say the same. Saves, if it may and it is time."""
+        last = self._started if self._last_checkpoint is None else self._last_checkpoint
+        is_due = may_save and time.monotonic() - last >= self.config.checkpoint_seconds
+        if isinstance(interrupt, AgreedInterrupt):
+            is_due = interrupt.agree(is_due)
+        if interrupt.signal is not None or self._has_ended():
+            return False
+        if is_due:
+            self._save()
+        return True
 
     def _has_ended(self) -> bool:
         """Whether the run's steps are taken, or it was told to stop."""
@@ -465,7 +541,7 @@ class Trainer:
         if group:
             yield group
 
-    def _end_epoch(self, view: ProgressView, interrupt: Interrupt) -> None:
+    def _end_epoch(self, view: ProgressView, interrupt: Request) -> None:
         # A run that goes on where a run of so many steps ended, which was with the epoch, has that behind it.
         if not self.window.is_empty and not self._validate_and_log(view, interrupt):
             return
@@ -474,7 +550,7 @@ class Trainer:
         if self._last_checkpoint is None:
             self._save()
 
-    def _validate_and_log(self, view: ProgressView, interrupt: Interrupt) -> bool:
+    def _validate_and_log(self, view: ProgressView, interrupt: Request) -> bool:
         """Validate and log, and see whether to go on; False if an interruption leaves this to the resumed run."""
         means = self.window.means()
         samples_per_s = self.window.samples_per_s()
@@ -499,7 +575,7 @@ class Trainer:
         if loss < self._best:
             self._best = loss
             self._epochs_since_best = 0
-            if self.config.keep_best:
+            if self.config.keep_best and self.processes.is_first:
                 self._keep_model(self.directory / BEST_FOLDER)
             return
         self._epochs_since_best += 1
@@ -531,7 +607,8 @@ class Trainer:
         }
         for name, value in (held_out or {}).items():
             record[f"{HELD_OUT}{name}"] = value
-        self.metrics.write(record)
+        if self.metrics is not None:
+            self.metrics.write(record)
         view.log(record, ends_epoch=held_out is not None)
         for callback in self.callbacks:
             callback.on_log(self, record)
@@ -542,13 +619,14 @@ class Trainer:
     def _peak(self) -> float:
         # Going through batches may draw random numbers, which are not the training's.
         with self._validation_noise():
-            return peak_of(self.held_out.in_order())
+            peak = peak_of(self.held_out.in_order())
+        return self.processes.largest(torch.tensor(peak, device=self.device)).item()
 
-    def _validate(self, interrupt: Interrupt) -> dict[str, float] | None:
+    def _validate(self, interrupt: Request) -> dict[str, float] | None:
         """The model's measures, averaged over the held-out samples, or None if a signal arrived meanwhile."""
         if self.held_out is None:
             return {}
-        total = Window()
+        total = Window(self.processes)
         with self._validation_noise(), self.step.averaged(), torch.no_grad():
             self.model.eval()
             try:
@@ -565,7 +643,7 @@ class Trainer:
         """Stochastic models get the same noise whenever they are here, and training noise is not used up."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(self.config.seed)
+            torch.manual_seed(self._seed())
             yield
 
     def _check_finite(self, values: dict[str, float]) -> None:
@@ -579,12 +657,14 @@ class Trainer:
             raise self._diverged("a weight")
 
     def _diverged(self, what: str) -> TrainingError:
-        kept = self.store.paths()
         return TrainingError(
             f"{what} is no longer finite at step {self.steps_taken:,} (epoch {self.epoch + 1}); "
-            f"lower lr={self.config.lr:g}. "
-            + (f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was written before")
+            f"lower lr={self.config.lr:g}. {self._last_good()}"
         )
+
+    def _last_good(self) -> str:
+        kept = self.store.paths()
+        return f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was written before"
 
     # What a finished run leaves behind
 

@@ -207,7 +207,7 @@ def test_any_module_and_loss():
     [
         ({"precision": "fp8"}, "precision='fp8': expected one of fp32, bf16, fp16"),
         ({"accumulate": 0}, "accumulate=0"),
-        ({"steps_per_replay": 0}, "steps_per_replay=0"),
+        ({"steps_per_replay": -1}, "steps_per_replay=-1"),
         ({"clip_norm": 0.0}, r"clip_norm=0.0: expected a number above 0"),
         ({"clip_norm": float("nan")}, "clip_norm=nan"),
         ({"ema_decay": 1.0}, "ema_decay=1.0: expected a number from 0 to below 1"),
