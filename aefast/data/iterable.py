@@ -67,7 +67,7 @@ class IterableBatches:
         self._before: list[torch.Tensor] = []
         # Whether all of its batches were read.
         self._has_ended = False
-        # Of the epoch that `restore` goes on with: whether the source is at its place in it, and whether that is the end.
+        # Of the epoch that `restore` goes on with: whether the source is at its place, and whether that is the end.
         self._is_positioned = False
         self._is_past_end = False
 
