@@ -104,6 +104,8 @@ aefast train --data patches --hidden 512,128 --latent 32 --epochs 5 --out runs/p
 
 aefast train --data samples.npy --linear-decoder --activation gelu --out runs/mine
 
+aefast train --data shards/ --hidden 512,128 --latent 16 --out runs/large
+
 aefast train --data digits --model vae --likelihood bernoulli --latent 8 --epochs 50 --out runs/vae
 
 aefast train --data patches --model infovae --mmd-weight 30 --latent 16 --out runs/infovae
@@ -125,10 +127,11 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            metavar="PATH|NAME",
+            metavar="FILE|FOLDER|NAME",
             help="What to train on: [cyan]digits[/cyan], [cyan]patches[/cyan] (both come with "
-            '"aefast\\[train]", no download), or a .npy, .npz or .pt array of shape (N, ...). '
-            "uint8 is scaled to \\[0, 1].",
+            '"aefast\\[train]", no download), a .npy, .npz or .pt array of shape (N, ...), or a folder of .npy '
+            "arrays, in the order of their names, or of images of one size. uint8 and images are scaled to "
+            "\\[0, 1]. Arrays and folders may be larger than memory.",
             rich_help_panel=_RUN,
         ),
     ],

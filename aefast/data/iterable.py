@@ -65,10 +65,11 @@ class IterableBatches:
         self._argument = argument
         # Random states before the present epoch began.
         self._before: list[torch.Tensor] = []
-        # Whether all batches of that epoch were read.
+        # Whether all of its batches were read.
         self._has_ended = False
-        # Whether the source itself goes on within it.
+        # Of the epoch that `restore` goes on with: whether the source is at its place, and whether that is the end.
         self._is_positioned = False
+        self._is_past_end = False
 
     def __len__(self) -> int:
         """Batches of an epoch; `TypeError` if the source does not tell."""
@@ -88,20 +89,21 @@ class IterableBatches:
             DataError: there is no batch, or one that is empty or is not of such samples, or, on the CPU, one that holds
                 NaN or infinity.
         """
-        if first and self._has_ended:
+        is_positioned, is_past_end = self._is_positioned, self._is_past_end
+        self._is_positioned = self._is_past_end = False
+        if first and is_past_end:
             return
         self._has_ended = False
         for owner in self._parts():
             if hasattr(owner, "set_epoch"):
                 owner.set_epoch(epoch)
-        if first and self._is_positioned:
+        if first and is_positioned:
             batches = iter(self._source)
         elif first:
             batches = self._skipped(first)
         else:
             self._before = self._random()
             batches = self._iterator()
-        self._is_positioned = False
         number = first - 1
         for number, batch in enumerate(batches, first):
             yield self._prepared(batch, f"batch {number} of epoch {epoch}")
@@ -143,7 +145,7 @@ class IterableBatches:
         """
         content = _from_bytes(state["state"])
         self._before = content["before"]
-        self._has_ended = content["has_ended"]
+        self._has_ended = self._is_past_end = content["has_ended"]
         self._is_positioned = "source" in content and self._is_stateful()
         if self._is_positioned:
             self._source.load_state_dict(content["source"])

@@ -146,6 +146,7 @@ def _of_rows(rows: FileRows, sample_shape: tuple[int, ...], stored_bytes: int, p
     if rows.nbytes <= _COPIED_SHARE * available:
         return Dataset(name, rows.to(torch.device("cpu")), sample_shape)
     if stored_bytes + _ROW_NUMBERS * len(rows) <= _CACHED_SHARE * available:
+        # Which also brings them into memory: cold files are slow to read in any order.
         rows.check_all()
         return Dataset(name, rows, sample_shape)
     size = min(block_rows_of(max(1, stored_bytes // len(rows))), len(rows) // 2)
