@@ -57,12 +57,48 @@ def _options(
 
 
 _RUN = "Run"
+_OPTIMISATION = "Optimisation"
 _MODEL = "Model (options not given take the model's default)"
 _LIKELIHOOD = "Of --model vae and infovae"
 _VAE = "Of --model vae"
 _INFOVAE = "Of --model infovae"
 _NOISE = "Of --model denoising"
 _SPARSE = "Of --model sparse"
+
+
+def _read_options(context: typer.Context, file: str | None) -> str | None:
+    """Options from a YAML file become the command's defaults."""
+    if file is None:
+        return None
+    try:
+        import yaml
+    except ImportError as error:
+        raise InputError(
+            f'config={file!r}: needs PyYAML ({error}); install it with: pip install "aefast[train]"'
+        ) from None
+    try:
+        with open(file, encoding="utf-8") as text:
+            options = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"config={file!r}: expected a readable YAML file ({reason})") from None
+    if not isinstance(options, dict):
+        raise InputError(
+            f"config={file!r}: expected lines such as 'epochs: 20', got {type(options).__name__}"
+        )
+    names = {parameter.name for parameter in context.command.params} - {"config_file", "help"}
+    defaults = {}
+    for name, value in options.items():
+        known = str(name).replace("-", "_")
+        if known not in names:
+            from aefast.models._base import did_you_mean
+
+            raise InputError(f"config={file!r}: unknown option {name!r}{did_you_mean(known, names)}")
+        # A list is what the command line has with commas between.
+        defaults[known] = ",".join(map(str, value)) if isinstance(value, list) else value
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return file
+
 
 _TRAIN_EPILOG = """
 [bold]Examples[/bold]
@@ -73,11 +109,19 @@ aefast train --data patches --hidden 512,128 --latent 32 --epochs 5 --out runs/p
 
 aefast train --data samples.npy --linear-decoder --activation gelu --out runs/mine
 
+aefast train --data shards/ --hidden 512,128 --latent 16 --out runs/large
+
 aefast train --data digits --model vae --likelihood bernoulli --latent 8 --epochs 50 --out runs/vae
 
 aefast train --data patches --model infovae --mmd-weight 30 --latent 16 --out runs/infovae
 
 aefast train --data patches --model denoising --noise gaussian --noise-std 0.2 --latent 64 --out runs/denoiser
+
+aefast train --data patches --schedule cosine --warmup-steps 100 --patience 5 --keep-best --out runs/patches
+
+aefast train --config digits.yaml --lr 3e-4 --out runs/digits
+
+torchrun --nproc-per-node 2 -m aefast train --data patches --batch-size 512 --out runs/two
 
 aefast train --data patches --epochs 20 --out runs/patches --resume
 """
@@ -88,10 +132,11 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            metavar="PATH|NAME",
+            metavar="FILE|FOLDER|NAME",
             help="What to train on: [cyan]digits[/cyan], [cyan]patches[/cyan] (both come with "
-            '"aefast\\[train]", no download), or a .npy, .npz or .pt array of shape (N, ...). '
-            "uint8 is scaled to \\[0, 1].",
+            '"aefast\\[train]", no download), a .npy, .npz or .pt array of shape (N, ...), or a folder of .npy '
+            "arrays, in the order of their names, or of images of one size. uint8 and images are scaled to "
+            "\\[0, 1]. Arrays and folders may be larger than memory.",
             rich_help_panel=_RUN,
         ),
     ],
@@ -112,9 +157,85 @@ def train(
             rich_help_panel=_RUN,
         ),
     ] = "autoencoder",
+    config_file: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            is_eager=True,
+            callback=_read_options,
+            help="A YAML file of options, by their names here, such as batch_size: 512. Options of the command line "
+            "go before it.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training samples.", rich_help_panel=_RUN)] = 10,
+    steps: Annotated[
+        int | None, typer.Option(help="End after so many steps instead.", rich_help_panel=_RUN)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples of a step.", rich_help_panel=_RUN)] = 256,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.", rich_help_panel=_RUN)] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.", rich_help_panel=_OPTIMISATION)] = 1e-3,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How the learning rate goes to 0 over the run: constant (it stays), linear or cosine.",
+            rich_help_panel=_OPTIMISATION,
+        ),
+    ] = "constant",
+    warmup_steps: Annotated[
+        int,
+        typer.Option(help="Steps over which it grows to --lr at first.", rich_help_panel=_OPTIMISATION),
+    ] = 0,
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="fp32|bf16|fp16",
+            help="What matrix products are formed in; bf16 is several times as fast where the processor or the GPU "
+            "multiplies it.",
+            rich_help_panel=_OPTIMISATION,
+        ),
+    ] = "fp32",
+    clip_norm: Annotated[
+        float | None,
+        typer.Option(
+            help="Scale gradients down to this norm if theirs is larger.", rich_help_panel=_OPTIMISATION
+        ),
+    ] = None,
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            help="Cut a batch into so many parts, one after the other, to save memory.",
+            rich_help_panel=_OPTIMISATION,
+        ),
+    ] = 1,
+    ema_decay: Annotated[
+        float | None,
+        typer.Option(
+            help="Validate and keep a moving average of the weights that decays so, such as 0.999.",
+            rich_help_panel=_OPTIMISATION,
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="End once so many epochs have not lowered the loss on held-out samples.",
+            rich_help_panel=_OPTIMISATION,
+        ),
+    ] = None,
+    keep_last: Annotated[int, typer.Option(help="Checkpoints that stay.", rich_help_panel=_RUN)] = 2,
+    keep_best: Annotated[
+        bool,
+        typer.Option(
+            "--keep-best",
+            help="Keep the model with the lowest loss on held-out samples in --out/best.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
+    tensorboard: Annotated[
+        bool,
+        typer.Option("--tensorboard", help="Write metrics to --out/tensorboard too.", rich_help_panel=_RUN),
+    ] = False,
     seed: Annotated[
         int,
         typer.Option(
@@ -463,11 +584,27 @@ def train(
 
     from aefast.data import load
     from aefast.models import find_model
-    from aefast.train import TrainConfig, Trainer
+    from aefast.train import TensorBoard, TrainConfig, Trainer
+    from aefast.train.processes import Processes, process_group
 
     model_class = find_model(model)
     config = TrainConfig(
-        epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, device=device, log_every=log_every
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        precision=precision,
+        clip_norm=clip_norm,
+        accumulate=accumulate,
+        ema_decay=ema_decay,
+        patience=patience,
+        keep_last=keep_last,
+        keep_best=keep_best,
+        seed=seed,
+        device=device,
+        log_every=log_every,
     )
     if resume and overwrite:
         raise InputError("overwrite: give either --resume or --overwrite, not both")
@@ -521,36 +658,38 @@ def train(
     # The options are checked before the data is read, for which any shape will do that has levels enough.
     _model_config(model_class, given, given.get("image_shape") or (1, 1024, 1024))
 
-    console = Console()
+    with process_group(device):
+        console = Console(quiet=not Processes().is_first)
 
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        def say(text: str) -> None:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    dataset = load(data, patch_size=patch_size)
-    torch.manual_seed(seed)
-    network = model_class(_model_config(model_class, given, dataset.sample_shape))
-    trainer = Trainer(network, dataset, config, out, console=console)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    say(
-        f"{model_class.name}: {parameters:,} parameters on {trainer.device} · "
-        f"{dataset.name}: {len(trainer.batches.rows):,} samples of {dataset.features} features, "
-        f"{len(trainer.held_out.rows):,} held out"
-    )
-    result = trainer.fit(resume=resume, overwrite=overwrite, compare=not no_compare)
-
-    if result.interrupted is not None:
-        epoch = min(trainer.epoch + 1, epochs)
+        dataset = load(data, patch_size=patch_size)
+        torch.manual_seed(seed)
+        network = model_class(_model_config(model_class, given, dataset.sample_shape))
+        callbacks = [TensorBoard(os.path.join(out, "tensorboard"))] if tensorboard else []
+        trainer = Trainer(network, dataset, config, out, callbacks=callbacks, console=console)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
         say(
-            f"interrupted by {result.interrupted.name} at epoch {epoch}/{epochs}, step "
-            f"{result.step:,}; checkpoint: {trainer.store.paths()[-1]}"
+            f"{model_class.name}: {parameters:,} parameters on {trainer.device} · "
+            f"{dataset.name}: {len(trainer.batches.rows):,} samples of {dataset.features} features, "
+            f"{len(trainer.held_out.rows):,} held out"
         )
-        say(f"resume with: {_resume_command()}")
-        return 128 + result.interrupted
-    say(f"model, metrics and plots: {result.directory}")
-    say(_held_out_line(result.held_out))
-    if result.comparison is not None:
-        say(str(result.comparison))
-    return 0
+        result = trainer.fit(resume=resume, overwrite=overwrite, compare=not no_compare)
+
+        if result.interrupted is not None:
+            epoch = min(trainer.epoch + 1, epochs)
+            say(
+                f"interrupted by {result.interrupted.name} at epoch {epoch}/{epochs}, step "
+                f"{result.step:,}; checkpoint: {trainer.store.paths()[-1]}"
+            )
+            say(f"resume with: {_resume_command()}")
+            return 128 + result.interrupted
+        say(f"model, metrics and plots: {result.directory}")
+        say(_held_out_line(result.held_out))
+        if result.comparison is not None:
+            say(str(result.comparison))
+        return 0
 
 
 def _model_config(
@@ -579,10 +718,13 @@ def _held_out_line(measures: dict[str, float]) -> str:
     return f"reconstruction {psnr} (held out)"
 
 
+# Training samples that a sampler is fitted to and that new ones are compared with; the help tells it too.
+_MOST_COMPARED = 200_000
+
 _RUN_FOLDER = "Folder of a trained model, the --out of [cyan]aefast train[/cyan]."
 _SAMPLES = (
-    "Samples like those that the model was trained on: [cyan]digits[/cyan], [cyan]patches[/cyan], or a .npy, .npz or "
-    ".pt array of shape (N, ...)."
+    "Samples like those that the model was trained on: [cyan]digits[/cyan], [cyan]patches[/cyan], a .npy, .npz or .pt "
+    "array of shape (N, ...), or a folder of .npy files or images."
 )
 _PATCH_SIZE = "Side of the patches of --data patches, in pixels."
 _DEVICE = "Where to compute; auto takes CUDA where it is."
@@ -605,7 +747,8 @@ def sample(
         typer.Option(
             metavar="PATH|NAME",
             help="What the model was trained on, for its codes and for the comparison: [cyan]digits[/cyan], "
-            "[cyan]patches[/cyan], or a .npy, .npz or .pt array of shape (N, ...).",
+            "[cyan]patches[/cyan], a .npy, .npz or .pt array of shape (N, ...), or a folder of .npy files or images. "
+            "Of more than 200,000 training samples, so many are taken.",
         ),
     ],
     out: Annotated[
@@ -645,6 +788,7 @@ def sample(
     The report gives the MMD² of the samples to held-out data, with a two-sample test, and says whether they are copies
     of training data.
     """
+    from aefast.data import Batches
     from aefast.models._base import check_choice
     from aefast.sampling import SAMPLERS, PriorSampler, codes_of, generate, quality
     from aefast.sampling._base import check_seed
@@ -674,7 +818,10 @@ def sample(
         density = PriorSampler.of(model)
         source = "N(0, I)" if density.prior == "normal" else "the box of its codes"
 
-    training, held_out = (dataset.samples[rows] for rows in dataset.split())
+    training, held_out = (
+        Batches(dataset.samples, rows, batch_size=1, seed=0).spread(_MOST_COMPARED)
+        for rows in dataset.split()
+    )
     say = _teller()
     say(
         f"{model.name} of {run} · {dataset.name}: {len(training):,} training samples · codes drawn from {source}"
@@ -710,8 +857,8 @@ def encode(
 ) -> None:
     """Write the codes of all samples, in their order, with a trained model.
 
-    Of vae and infovae they are the means of the posterior. Memory does not grow with the number of samples of a
-    float32 .npy file.
+    Of vae and infovae they are the means of the posterior. Memory does not grow with the number of samples that
+    lie in files.
     """
     from aefast.sampling import encode_batches
 
@@ -719,7 +866,7 @@ def encode(
     path = _new_file(out, data, overwrite)
     model, dataset = _trained(run, data, patch_size, device)
     shape = (len(dataset), model.config.latent)
-    _write_array(path, shape, encode_batches(model, dataset.samples, batch_size=batch_size), "encoding")
+    _write_array(path, shape, encode_batches(model, dataset, batch_size=batch_size), "encoding")
     _teller()(f"{len(dataset):,} codes of size {model.config.latent}: {path}")
 
 
@@ -740,14 +887,14 @@ def reconstruct(
 ) -> None:
     """Write what a trained model makes of all samples, in their order; a denoising model removes their noise.
 
-    Memory does not grow with the number of samples of a float32 .npy file.
+    Memory does not grow with the number of samples that lie in files.
     """
     from aefast.sampling import reconstruct_batches
 
     _check_batch_size(batch_size)
     path = _new_file(out, data, overwrite)
     model, dataset = _trained(run, data, patch_size, device)
-    made = reconstruct_batches(model, dataset.samples, batch_size=batch_size)
+    made = reconstruct_batches(model, dataset, batch_size=batch_size)
     _write_array(path, (len(dataset), *dataset.sample_shape), made, "reconstructing")
     _teller()(f"{len(dataset):,} reconstructions: {path}")
 
@@ -795,6 +942,8 @@ def _new_file(out: str, data: str, overwrite: bool) -> Path:
         raise InputError(f"out={out!r}: expected the name of a .npy file")
     if path.is_dir():
         raise InputError(f"out={out!r}: expected a file, found a folder")
+    if Path(data).is_dir() and path.parent.exists() and path.parent.samefile(data):
+        raise InputError(f"out={out!r}: expected a file outside of --data, whose files are all samples")
     if path.exists():
         if Path(data).exists() and path.samefile(data):
             raise InputError(f"out={out!r}: expected another file than --data, which would be lost")

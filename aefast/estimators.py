@@ -23,7 +23,7 @@ from torch import Tensor
 
 from aefast.data import Batches
 from aefast.models import VAE, Autoencoder, Model
-from aefast.train import TrainConfig, TrainingError, TrainStep
+from aefast.train import CapturedStep, TrainConfig, TrainingError, make_optimizer
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -72,7 +72,7 @@ class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
     def _train(self, model: Model, samples: Tensor, training: TrainConfig) -> list[float]:
         """Train `model` in place; the mean loss of each epoch."""
-        step = TrainStep(model.train(), training.lr)
+        step = CapturedStep(model.train(), make_optimizer(model.parameters(), training.lr))
         rows = torch.arange(len(samples))
         batches = Batches(samples, rows, batch_size=training.batch_size, seed=training.seed)
         losses = []

@@ -17,7 +17,7 @@ from aefast.bench.variants import COMPILED, Rival
 from aefast.models import Model
 from aefast.ops import _philox
 from aefast.ops._registry import OPS, Cost
-from aefast.train.step import EagerStep, TrainStep, make_optimizer
+from aefast.train.step import CapturedStep, EagerStep, make_optimizer
 
 DTYPE_NAMES = {
     torch.float32: "fp32",
@@ -239,7 +239,7 @@ class Learner:
         loss: Callable[[Tensor], Tensor],
         arranged: Callable[[list[Tensor]], list[Tensor]] = list,
     ) -> Learner:
-        """One that takes steps as `TrainStep` does."""
+        """One that takes steps as `CapturedStep` does."""
         kept = list(parameters)
         optimizer = make_optimizer(kept, LEARNING_RATE)
 
@@ -348,7 +348,7 @@ class TrainingCase(Case):
 def _fused(make_model: Callable[[], Model], like: Model) -> Learner:
     model = make_model()
     model.load_state_dict(like.state_dict())
-    step = TrainStep(model.train(), LEARNING_RATE)
+    step = CapturedStep(model.train(), make_optimizer(model.parameters(), LEARNING_RATE))
     return Learner(list(model.parameters()), lambda batch: model(batch).loss, step)
 
 

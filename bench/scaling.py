@@ -56,7 +56,7 @@ from aefast.data import Batches, load
 from aefast.errors import AefastError, InputError
 from aefast.models import Autoencoder
 from aefast.nn.linear_act import check_positive_int
-from aefast.train.step import EagerStep, TrainStep
+from aefast.train.step import CapturedStep, EagerStep, make_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "scaling"
 
@@ -135,10 +135,10 @@ def _batch(number: int, batch: int, features: int, device: torch.device) -> torc
     return torch.rand(batch, features, generator=generator).to(device)
 
 
-def _gradient(step: TrainStep | EagerStep, batch: torch.Tensor) -> torch.Tensor:
+def _gradient(step: CapturedStep | EagerStep, batch: torch.Tensor) -> torch.Tensor:
     """All gradients of a step's loss as one vector in float64."""
     step.optimizer.zero_grad(set_to_none=True)
-    is_ours = isinstance(step, TrainStep)
+    is_ours = isinstance(step, CapturedStep)
     loss = step.model(batch).loss if is_ours else step.model.eager_loss(step.twin, batch)
     loss.backward()
     (group,) = step.optimizer.param_groups
@@ -146,7 +146,10 @@ def _gradient(step: TrainStep | EagerStep, batch: torch.Tensor) -> torch.Tensor:
 
 
 def gradient_errors(
-    steps: Mapping[str, TrainStep | EagerStep], model: Autoencoder, batch: torch.Tensor, joint: torch.Tensor
+    steps: Mapping[str, CapturedStep | EagerStep],
+    model: Autoencoder,
+    batch: torch.Tensor,
+    joint: torch.Tensor,
 ) -> dict[str, float]:
     """How far each step's gradients on `batch` are from those of `model` on `joint` in float64, relative.
 
@@ -208,7 +211,10 @@ def measure_step(
 ) -> dict[str, Any]:
     """A row of the training step beside eager's, on fresh batches in turn."""
     model = _autoencoder(encoder, device)
-    steps = {"eager": EagerStep(model, LEARNING_RATE), "aefast": TrainStep(model, LEARNING_RATE)}
+    steps = {
+        "eager": EagerStep(model, LEARNING_RATE),
+        "aefast": CapturedStep(model, make_optimizer(model.parameters(), LEARNING_RATE)),
+    }
     sets = timing.input_sets(4 * batch * encoder[0])
     batches = [_batch(number, batch, encoder[0], device) for number in range(sets)]
     errors = gradient_errors(steps, model, batches[0], batches[0])
@@ -225,9 +231,12 @@ def measure_epoch(path: Path, encoder: Sequence[int], batch: int, device: torch.
     rows = torch.arange(len(dataset))
     batches = Batches(dataset.samples, rows, batch_size=batch, seed=0, device=device)
     model = _autoencoder(encoder, device)
-    steps = {"eager": EagerStep(model, LEARNING_RATE), "aefast": TrainStep(model, LEARNING_RATE)}
+    steps = {
+        "eager": EagerStep(model, LEARNING_RATE),
+        "aefast": CapturedStep(model, make_optimizer(model.parameters(), LEARNING_RATE)),
+    }
 
-    def epoch(step: TrainStep | EagerStep) -> Callable[[int], None]:
+    def epoch(step: CapturedStep | EagerStep) -> Callable[[int], None]:
         def call(index: int) -> None:
             for samples in batches.epoch(index):
                 step(samples)
@@ -240,7 +249,7 @@ def measure_epoch(path: Path, encoder: Sequence[int], batch: int, device: torch.
 
 
 def _measured(
-    steps: Mapping[str, TrainStep | EagerStep],
+    steps: Mapping[str, CapturedStep | EagerStep],
     calls: Mapping[str, Callable[[int], object]],
     device: torch.device,
     *,
@@ -254,7 +263,7 @@ def _measured(
     return timings, {name: _peak_bytes(steps[name], call, device) for name, call in calls.items()}
 
 
-def _peak_bytes(step: TrainStep | EagerStep, call: Callable[[int], object], device: torch.device) -> int:
+def _peak_bytes(step: CapturedStep | EagerStep, call: Callable[[int], object], device: torch.device) -> int:
     """Gradients among them, which the step before has left behind otherwise."""
     step.optimizer.zero_grad(set_to_none=True)
     return memory.peak_bytes(call, device)
@@ -390,7 +399,7 @@ def _train_in_group(
     eager = EagerStep(model, LEARNING_RATE)
     eager.twin = DistributedDataParallel(eager.twin)
     wrapped = DistributedDataParallel(_autoencoder(encoder, device))
-    step = TrainStep(wrapped, LEARNING_RATE)
+    step = CapturedStep(wrapped, make_optimizer(wrapped.parameters(), LEARNING_RATE))
     own, *others = (
         _batch(number, batch, encoder[0], device)
         for number in (rank, *(other for other in range(world) if other != rank))

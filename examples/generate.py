@@ -29,8 +29,8 @@ from aefast.sampling import (
     generate,
     quality,
 )
+from aefast.train import CapturedStep, make_optimizer
 from aefast.train.plots import plot_samples
-from aefast.train.step import TrainStep
 
 HELD_OUT = 0.35
 COMPONENTS = 20
@@ -89,7 +89,7 @@ def train(
 ) -> Model:
     torch.manual_seed(arguments.seed)
     model = model_class(input_size=dataset.features, hidden=(256, 128), **options)
-    step = TrainStep(model, 1e-3)
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-3))
     batches = Batches(dataset.samples, rows, batch_size=128, seed=arguments.seed)
     for epoch in range(arguments.epochs):
         for batch in batches.epoch(epoch):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from aefast.data.bundled import patches
 from aefast.models import Autoencoder
-from aefast.train.step import TrainStep
+from aefast.train.step import CapturedStep, make_optimizer
 
 SIZE = 16
 BATCH = 256
@@ -43,7 +43,7 @@ def main() -> None:
     training = dataset.samples[: -dataset.held_out]
 
     squares = make(arguments, loss="mse")
-    step = TrainStep(squares, 1e-3)
+    step = CapturedStep(squares, make_optimizer(squares.parameters(), 1e-3))
     for batch in batches(training, arguments.epochs, arguments.seed):
         step(batch)
     error = pixel_error(squares, held_out)
@@ -57,7 +57,7 @@ def main() -> None:
         pyramid_weights=WEIGHTS,
         image_shape=(1, SIZE, SIZE),
     )
-    step = TrainStep(pyramid, 1e-3)
+    step = CapturedStep(pyramid, make_optimizer(pyramid.parameters(), 1e-3))
     for index, batch in enumerate(batches(training, 4 * arguments.epochs, arguments.seed)):
         step(batch)
         if index % 50 == 49 and pixel_error(pyramid, held_out) <= error:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from aefast.data.bundled import patches
 from aefast.models import SparseAutoencoder
-from aefast.train.step import TrainStep
+from aefast.train.step import CapturedStep, make_optimizer
 
 SIZE = 16
 BATCH = 512
@@ -77,7 +77,7 @@ def main() -> None:
 def train(arguments: argparse.Namespace, training: Tensor, **options: object) -> SparseAutoencoder:
     torch.manual_seed(arguments.seed)
     model = SparseAutoencoder(input_size=SIZE * SIZE, latent=arguments.latent, **options)
-    step = TrainStep(model, 1e-3)
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-3))
     for batch in batches(training, arguments.epochs, arguments.seed):
         step(batch)
     return model.eval()

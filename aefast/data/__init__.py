@@ -2,14 +2,17 @@
 
 ::
 
-    dataset = load("digits")  # or "patches", or a .npy, .npz or .pt file
+    dataset = load("digits")  # or "patches", a .npy, .npz or .pt file, or a folder of .npy files or images
     train, held_out = dataset.split()
     for batch in Batches(dataset.samples, train, batch_size=256, seed=0).epoch(0):
         ...  # (256, features), float32
 """
 
 from aefast.data.batches import Batches
+from aefast.data.blocks import Blocks
 from aefast.data.dataset import DataError, Dataset
+from aefast.data.files import FileRows
+from aefast.data.iterable import IterableBatches
 from aefast.data.load import SOURCES, load
 
-__all__ = ["SOURCES", "Batches", "DataError", "Dataset", "load"]
+__all__ = ["SOURCES", "Batches", "Blocks", "DataError", "Dataset", "FileRows", "IterableBatches", "load"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import numpy as np
 import torch
 
 from aefast.data.dataset import HELD_OUT_FRACTION, DataError, Dataset
+from aefast.data.packages import optional
 
 PATCH_COUNT = 120_000
 PATCH_SEED = 0
@@ -30,7 +28,7 @@ _PHOTOGRAPHS = (
 
 def digits() -> Dataset:
     """1,797 handwritten digits of 8×8 pixels in [0, 1], from scikit-learn."""
-    images = _optional("sklearn.datasets", "scikit-learn", "digits").load_digits().images
+    images = optional("sklearn.datasets", "scikit-learn", "digits").load_digits().images
     # The pixels count from 0 to 16.
     samples = torch.from_numpy(images.reshape(len(images), -1) / 16).float()
     return Dataset("digits", samples, images.shape[1:])
@@ -79,17 +77,8 @@ def _cut(images: list[np.ndarray], size: int, count: int, generator: np.random.G
 
 def _photographs() -> list[np.ndarray]:
     """The photographs as grey float32 images (H, W) in [0, 1]."""
-    skimage_data = _optional("skimage.data", "scikit-image", "patches")
-    rgb2gray = _optional("skimage.color", "scikit-image", "patches").rgb2gray
-    sample_images = _optional("sklearn.datasets", "scikit-learn", "patches").load_sample_images
+    skimage_data = optional("skimage.data", "scikit-image", "patches")
+    rgb2gray = optional("skimage.color", "scikit-image", "patches").rgb2gray
+    sample_images = optional("sklearn.datasets", "scikit-learn", "patches").load_sample_images
     images = [getattr(skimage_data, name)() for name in _PHOTOGRAPHS] + sample_images().images
     return [(rgb2gray(image) if image.ndim == 3 else image / 255).astype(np.float32) for image in images]
-
-
-def _optional(module: str, package: str, source: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DataError(
-            f'data={source!r}: needs {package} ({error}); install it with: pip install "aefast[train]"'
-        ) from None

@@ -1,13 +1,18 @@
-"""A set of samples in memory."""
+"""A set of samples."""
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
+from typing import TYPE_CHECKING
 
 import torch
 
+from aefast.data.blocks import Blocks
 from aefast.errors import InputError
+
+if TYPE_CHECKING:
+    from aefast.data.files import FileRows
 
 HELD_OUT_FRACTION = 0.1
 
@@ -22,16 +27,20 @@ class Dataset:
 
     Attributes:
         name: what the data is called in messages and plots.
-        samples: (N, features), float32, on the CPU, all finite.
+        samples: (N, features), float32, on the CPU, all finite: a tensor, which may be memory-mapped, or rows in files
+            that become one when they are read.
         sample_shape: shape of one sample before it was flattened, such as (8, 8) for a grey image.
         held_out: how many samples at the end are the held-out part, for sources whose samples overlap and
             must not be split at random; None lets `split` draw.
+        block_rows: how many consecutive rows are held out, read and shuffled as one block, for data that memory does
+            not hold; None where any order of rows can be read.
     """
 
     name: str
-    samples: torch.Tensor
+    samples: torch.Tensor | FileRows
     sample_shape: tuple[int, ...]
     held_out: int | None = None
+    block_rows: int | None = None
 
     def __len__(self) -> int:
         return self.samples.shape[0]
@@ -41,10 +50,16 @@ class Dataset:
         """Values of a sample."""
         return self.samples.shape[1]
 
+    def rows(self) -> torch.Tensor | Blocks:
+        """All rows: their numbers, int64, or blocks where there are `block_rows`."""
+        if self.block_rows is None:
+            return torch.arange(len(self))
+        return Blocks(torch.arange(-(-len(self) // self.block_rows)), self.block_rows, len(self))
+
     def split(
         self, fraction: float = HELD_OUT_FRACTION, *, seed: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The row numbers of the training part and of the held-out part, both int64.
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[Blocks, Blocks]:
+        """The training part and the held-out part: row numbers, int64, or blocks where there are `block_rows`.
 
         Args:
             fraction: share that is held out, at least one sample and never all of them.
@@ -54,10 +69,16 @@ class Dataset:
         if self.held_out is not None:
             rows = torch.arange(len(self))
             return rows[: -self.held_out], rows[-self.held_out :]
-        count = min(max(1, round(fraction * len(self))), len(self) - 1)
-        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        # Sorted rows read memory-mapped files in order.
-        return rows[count:].sort().values, rows[:count].sort().values
+        size = 1 if self.block_rows is None else self.block_rows
+        total = -(-len(self) // size)
+        count = min(max(1, round(fraction * total)), total - 1)
+        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+        # In order, so that files are read in order.
+        parts = drawn[count:].sort().values, drawn[:count].sort().values
+        if self.block_rows is None:
+            return parts
+        training, held_out = (Blocks(numbers, size, len(self)) for numbers in parts)
+        return training, held_out
 
     def fingerprint(self) -> str:
         """The size and a checksum of up to 64 rows: tells data sets apart without reading all of them."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from aefast.data import Batches
+from aefast.data import Batches, Dataset
 from aefast.errors import InputError
 from aefast.models import Model, SparseAutoencoder
 from aefast.nn.linear_act import check_positive_int
@@ -17,9 +17,12 @@ from aefast.sampling._base import Sampler
 BATCH_SIZE = 4096
 
 
-def encode_batches(model: Model, samples: Tensor, *, batch_size: int = BATCH_SIZE) -> Iterator[Tensor]:
+def encode_batches(
+    model: Model, samples: Tensor | Dataset, *, batch_size: int = BATCH_SIZE
+) -> Iterator[Tensor]:
     """The codes of samples (N, ...), in their order and in eval mode, (batch_size, latent) at a time on the CPU.
 
+    A data set may be larger than memory, of which a batch at a time is taken.
     Of models with a posterior they are its means, and of sparse ones dense rows.
     """
     for batch in _batches(model, samples, batch_size):
@@ -28,7 +31,9 @@ def encode_batches(model: Model, samples: Tensor, *, batch_size: int = BATCH_SIZ
         yield codes
 
 
-def reconstruct_batches(model: Model, samples: Tensor, *, batch_size: int = BATCH_SIZE) -> Iterator[Tensor]:
+def reconstruct_batches(
+    model: Model, samples: Tensor | Dataset, *, batch_size: int = BATCH_SIZE
+) -> Iterator[Tensor]:
     """What the model makes of samples (N, ...), likewise: (batch_size, input_size) at a time on the CPU.
 
     A denoising model gets the samples as they are, without noise of its own.
@@ -39,7 +44,7 @@ def reconstruct_batches(model: Model, samples: Tensor, *, batch_size: int = BATC
         yield made
 
 
-def codes_of(model: Model, samples: Tensor, *, batch_size: int = BATCH_SIZE) -> Tensor:
+def codes_of(model: Model, samples: Tensor | Dataset, *, batch_size: int = BATCH_SIZE) -> Tensor:
     """The codes of all samples (N, ...) as `encode_batches` gives them: (N, latent) on the CPU."""
     return torch.cat(list(encode_batches(model, samples, batch_size=batch_size)))
 
@@ -76,13 +81,20 @@ def _dense_codes(model: Model, batch: Tensor) -> Tensor:
     return model.dense(code) if isinstance(model, SparseAutoencoder) else code
 
 
-def _batches(model: Model, samples: Tensor, batch_size: int) -> Iterator[Tensor]:
+def _batches(model: Model, samples: Tensor | Dataset, batch_size: int) -> Iterator[Tensor]:
     """Batches (≤ batch_size, input_size) in the order of `samples`, on the device and in the dtype of the model."""
     check_positive_int(batch_size, "batch_size")
-    flat = model.flatten(samples)
+    if isinstance(samples, Dataset):
+        rows, samples = samples.rows(), samples.samples
+        if samples.shape[1] != model.config.input_size:
+            raise InputError(
+                f"samples: expected a data set of {model.config.input_size} features a sample, got {samples.shape[1]}"
+            )
+    else:
+        samples = model.flatten(samples)
+        rows = torch.arange(len(samples))
     like = next(model.parameters())
-    rows = torch.arange(len(flat))
-    for batch in Batches(flat, rows, batch_size=batch_size, seed=0, device=like.device).in_order():
+    for batch in Batches(samples, rows, batch_size=batch_size, seed=0, device=like.device).in_order():
         yield batch.to(like.dtype)
 
 

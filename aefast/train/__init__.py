@@ -7,21 +7,27 @@
     result = Trainer(model, dataset, TrainConfig(epochs=10), "runs/digits").fit()
 """
 
+from aefast.train.callbacks import Callback, TensorBoard
 from aefast.train.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from aefast.train.compare import Comparison, compare_with_eager
 from aefast.train.config import TrainConfig
-from aefast.train.step import TrainStep
+from aefast.train.schedule import Schedule
+from aefast.train.step import CapturedStep, make_optimizer
 from aefast.train.trainer import Trainer, TrainingError, TrainResult
 
 __all__ = [
+    "Callback",
+    "CapturedStep",
     "Checkpoint",
     "CheckpointError",
     "CheckpointStore",
     "Comparison",
+    "Schedule",
+    "TensorBoard",
     "TrainConfig",
     "TrainResult",
-    "TrainStep",
     "Trainer",
     "TrainingError",
     "compare_with_eager",
+    "make_optimizer",
 ]

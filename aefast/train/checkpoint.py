@@ -18,7 +18,6 @@ from aefast.errors import AefastError, InputError
 from aefast.models._files import write_atomically
 
 FORMAT_VERSION = 1
-KEPT = 2
 
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
@@ -43,14 +42,15 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The folder with a run's checkpoints; the newest `KEPT` stay.
+    """The folder with a run's checkpoints; the newest `kept` stay.
 
     A checkpoint is one safetensors file ``step-<step>.safetensors`` that appears whole or not at all. Its
     header holds the state as JSON and a checksum over state and tensors, so that damage is noticed.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, kept: int = 2) -> None:
         self.directory = directory
+        self.kept = kept
 
     def paths(self) -> list[Path]:
         """The checkpoint files, oldest first."""
@@ -60,7 +60,7 @@ class CheckpointStore:
         return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint, then delete all but the newest `KEPT`."""
+        """Write a checkpoint, then delete all but the newest `kept`."""
         self.directory.mkdir(parents=True, exist_ok=True)
         flat = {
             f"{group}/{name}": tensor.contiguous()
@@ -75,7 +75,7 @@ class CheckpointStore:
         }
         path = self.directory / f"step-{checkpoint.step:010d}.safetensors"
         write_atomically(path, safetensors.torch.save(flat, metadata=header))
-        for old in self.paths()[:-KEPT]:
+        for old in self.paths()[: -self.kept]:
             old.unlink(missing_ok=True)
         return path
 

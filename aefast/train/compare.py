@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from aefast.models import Model
-from aefast.train.step import EagerStep, TrainStep
+from aefast.train.step import CapturedStep, EagerStep, make_optimizer
 
 ROUNDS = 31
 RUN_SECONDS = 0.03
@@ -38,7 +38,7 @@ class Comparison:
 
 
 def compare_with_eager(model: Model, batches: Sequence[torch.Tensor], lr: float) -> Comparison:
-    """Time `TrainStep` and `EagerStep` on the same batches.
+    """Time `CapturedStep` and `EagerStep` on the same batches.
 
     Both start from copies of the model's weights; the model itself is not touched. Short runs of the two take
     turns in this process, each round beginning with the other one; the medians over the rounds are compared.
@@ -49,7 +49,7 @@ def compare_with_eager(model: Model, batches: Sequence[torch.Tensor], lr: float)
         lr: learning rate of both.
     """
     model = copy.deepcopy(model).train()
-    fused, eager = TrainStep(model, lr), EagerStep(model, lr)
+    fused, eager = CapturedStep(model, make_optimizer(model.parameters(), lr)), EagerStep(model, lr)
     device = batches[0].device
     warm_up = [_run(step, batches, 3, device) for step in (fused, eager, fused, eager)]
     # As many steps a run as the slower of the two takes RUN_SECONDS for.

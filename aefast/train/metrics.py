@@ -13,15 +13,18 @@ from typing import Any
 
 import torch
 
+from aefast.train.processes import Processes
+
 
 class Window:
-    """Mean of each loss term over the samples since the last reset.
+    """Mean of each loss term over the samples since the last reset, those of other processes among them.
 
-    Terms are summed on their device in float64, so that adding costs no wait for it; `means` is the one place
-    that waits.
+    Terms are summed on their device in float64, so that adding costs no wait for it; `means` and `state`, which all
+    processes have to call, are the places that wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes | None = None) -> None:
+        self._processes = Processes() if processes is None else processes
         self._sums: dict[str, torch.Tensor] = {}
         self._samples = 0
         self.reset()
@@ -42,29 +45,39 @@ class Window:
         self._samples += samples
         self._timed_samples += samples
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added since the reset."""
+        return not self._sums
+
     def means(self) -> dict[str, float]:
         """The mean of each term; empty if nothing was added."""
-        return {name: total.item() / self._samples for name, total in self._sums.items()}
+        state = self.state()
+        return {name: total / state["samples"] for name, total in state["sums"].items()}
 
     def samples_per_s(self) -> float:
         """Samples a second since the reset; right only after `means` has waited for the device."""
-        return self._timed_samples / max(time.perf_counter() - self._start, 1e-9)
+        own = self._timed_samples / max(time.perf_counter() - self._start, 1e-9)
+        return own * self._processes.count
 
     def state(self) -> dict[str, Any]:
         """The sums as JSON values."""
-        return {
-            "sums": {name: total.item() for name, total in self._sums.items()},
-            "samples": self._samples,
-        }
+        if self.is_empty:
+            return {"sums": {}, "samples": 0}
+        totals = torch.stack(list(self._sums.values()))
+        totals = self._processes.sum(torch.cat([totals, totals.new_tensor([float(self._samples)])])).tolist()
+        return {"sums": dict(zip(self._sums, totals, strict=False)), "samples": round(totals[-1])}
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue the window that `state` describes; its samples do not count for `samples_per_s`."""
         self.reset()
+        # The sums are those of all processes.
+        is_first = self._processes.is_first
         self._sums = {
-            name: torch.tensor(total, dtype=torch.float64, device=device)
+            name: torch.tensor(total if is_first else 0.0, dtype=torch.float64, device=device)
             for name, total in state["sums"].items()
         }
-        self._samples = state["samples"]
+        self._samples = state["samples"] if is_first else 0
 
 
 def peak_of(batches: Iterable[torch.Tensor]) -> float:

@@ -19,12 +19,12 @@ class ProgressView:
 
     Args:
         console: where to draw.
-        epochs: epochs of the whole run.
-        steps_per_epoch: steps of an epoch.
+        epochs: epochs of the whole run, or None if that is not known.
+        steps: steps of the whole run, or None if that is not known.
         step: steps taken before.
     """
 
-    def __init__(self, console: Console, *, epochs: int, steps_per_epoch: int, step: int) -> None:
+    def __init__(self, console: Console, *, epochs: int | None, steps: int | None, step: int) -> None:
         self._console = console
         self._epochs = epochs
         self._bar: Progress | None = None
@@ -41,7 +41,7 @@ class ProgressView:
                 refresh_per_second=4,
             )
             self._task = self._bar.add_task(
-                "", total=epochs * steps_per_epoch, completed=step, epoch=f"1/{epochs}", metrics="loss …"
+                "", total=steps, completed=step, epoch=self._epoch(1), metrics="loss …"
             )
 
     def __enter__(self) -> ProgressView:
@@ -58,6 +58,9 @@ class ProgressView:
         if self._bar is not None:
             self._bar.stop()
 
+    def _epoch(self, number: int) -> str:
+        return f"{number}" if self._epochs is None else f"{number}/{self._epochs}"
+
     def advance(self, step: int, epoch: int) -> None:
         """`step` steps are taken, the last of them in epoch number `epoch` (from 0)."""
         if self._bar is None:
@@ -65,10 +68,10 @@ class ProgressView:
         now = time.monotonic()
         if now >= self._next_update:
             self._next_update = now + _BAR_SECONDS
-            self._bar.update(self._task, completed=step, epoch=f"{epoch + 1}/{self._epochs}")
+            self._bar.update(self._task, completed=step, epoch=self._epoch(epoch + 1))
 
-    def log(self, record: dict[str, Any]) -> None:
-        """A line of metrics is known."""
+    def log(self, record: dict[str, Any], ends_epoch: bool) -> None:
+        """A line of metrics is known, with which an epoch may end."""
         text = f"loss {record['loss']:.5f}"
         if "val_loss" in record:
             text += f" · held out {record['val_loss']:.5f}"
@@ -77,15 +80,15 @@ class ProgressView:
             self._bar.update(
                 self._task,
                 completed=record["step"],
-                epoch=f"{record['epoch']}/{self._epochs}",
+                epoch=self._epoch(record["epoch"]),
                 metrics=text,
             )
-        elif "val_loss" in record:
+        elif ends_epoch:
             now = time.monotonic()
             if now >= self._next_update or record["epoch"] == self._epochs:
                 self._next_update = now + _LINE_SECONDS
                 self._console.print(
-                    f"epoch {record['epoch']}/{self._epochs} · step {record['step']:,} · {text}",
+                    f"epoch {self._epoch(record['epoch'])} · step {record['step']:,} · {text}",
                     highlight=False,
                     soft_wrap=True,
                 )

@@ -1,48 +1,311 @@
-"""One training step."""
+"""One training step, and several as one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from aefast.errors import InputError
 from aefast.models import Model
+from aefast.models._base import check_choice
+from aefast.nn.linear_act import check_positive_int
+from aefast.train.schedule import Schedule
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Steps that are taken one by one before the rest is recorded: until then optimizers make their state, libraries their
+# workspaces, and Triton its kernels.
+WARM_UP_STEPS = 3
+
+Batch = torch.Tensor | Sequence[torch.Tensor]
+Loss = Callable[..., "torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]"]
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Adam:
+def make_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
     """Adam with its update fused into one kernel over all parameters."""
     return torch.optim.Adam(parameters, lr=lr, fused=True)
 
 
-class TrainStep:
-    """Forward, loss, backward and update on one batch.
+def _loss_of_model(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss and its terms that models of `aefast.models` tell."""
+    output = model(batch)
+    return output.loss, output.terms
 
-    Nothing in it waits for the device.
+
+class CapturedStep:
+    """Forward, loss, backward, clipping and update, none of which waits for the device.
+
+    On CUDA, steps are recorded as one CUDA graph, `steps_per_replay` of them at a time, after a few that are taken one
+    by one; every replay draws fresh random numbers, counts its steps and takes its learning rates on the device.
+    Batches of another size than the first, and steps that are left over, are taken one by one. So are all steps on the
+    CPU, and all in fp16, whose loss scale decides whether there is an update.
+
+    Works for any module, optimizer and loss that can be captured: shapes must not depend on the data, nothing may wait
+    for the device, and an optimizer that has the option `capturable` gets it.
 
     Args:
-        model: the model to train, on its device, in training mode.
-        lr: learning rate of Adam.
+        model: the module to train, on its device, in training mode.
+        optimizer: over the module's parameters.
+        loss: ``loss(model, *batch)`` gives a scalar, or one and its terms, scalars by name. By default the `.loss` and
+            `.terms` that the models of `aefast.models` give; of any other module the loss is its one term.
+        precision: "fp32"; "bf16" or "fp16", the type in which autocast lets matrix products be formed, fp16 with a loss
+            scale that adapts.
+        clip_norm: largest norm of all gradients together; longer ones are scaled down to it. None for no limit.
+        accumulate: into how many parts a batch is cut, whose gradients are summed: less memory, the same mean. A loss
+            that compares samples with each other, as MMD does, compares those of a part.
+        schedule: share of the optimizer's learning rates that each step takes.
+        ema_decay: decay of an exponential moving average of the parameters after each step; None for none.
+        steps_per_replay: steps of a CUDA graph; 0 for none, as `DistributedDataParallel` needs it.
     """
 
-    def __init__(self, model: Model, lr: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss: Loss | None = None,
+        precision: str = "fp32",
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+        schedule: Schedule | None = None,
+        ema_decay: float | None = None,
+        steps_per_replay: int = 1,
+    ) -> None:
+        check_choice(precision, "precision", PRECISIONS)
+        check_positive_int(accumulate, "accumulate")
+        if steps_per_replay != 0:
+            check_positive_int(steps_per_replay, "steps_per_replay")
+        if clip_norm is not None and not clip_norm > 0:
+            raise InputError(f"clip_norm={clip_norm!r}: expected a number above 0, or None")
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise InputError(f"ema_decay={ema_decay!r}: expected a number from 0 to below 1, or None")
         self.model = model
-        self.optimizer = make_optimizer(model.parameters(), lr)
+        self.optimizer = optimizer
+        self.accumulate = accumulate
+        self.clip_norm = clip_norm
+        self._loss = _loss_of_model if loss is None else loss
+        self._parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        if not self._parameters:
+            raise InputError("optimizer: expected one with parameters")
+        self.device = self._parameters[0].device
+        self._type = PRECISIONS[precision]
+        self._scaler = torch.amp.GradScaler(self.device.type) if self._type is torch.float16 else None
+        self._schedule = Schedule() if schedule is None else schedule
+        # Steps taken, where the schedule reads them.
+        self._count = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._ema_decay = ema_decay
+        self.ema = None if ema_decay is None else [one.detach().clone() for one in self._parameters]
+        self._average = None if ema_decay is None else get_ema_multi_avg_fn(ema_decay)
+        self._replayed = steps_per_replay if self.device.type == "cuda" and self._scaler is None else 0
+        self._recording: _Recording | None = None
+        self._warm: dict[tuple[torch.Size, ...], int] = {}
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)
+            for group in optimizer.param_groups:
+                if "capturable" in group:
+                    group["capturable"] = True
+                if not self._schedule.is_constant:
+                    group["lr"] = torch.tensor(float(group["lr"]), device=self.device)
 
-    def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Train on a batch (B, features); the loss terms before the update, detached scalars by name."""
-        self.optimizer.zero_grad(set_to_none=True)
-        output = self.model(batch)
-        loss = output.loss
-        terms = {name: term.detach() for name, term in output.terms.items()}
-        # With it the reconstruction would be kept through the backward.
-        del output
-        loss.backward()
-        self.optimizer.step()
+    def __call__(self, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Train on a batch, tensors of (B, ...); the loss terms before the update, detached scalars by name."""
+        if self._replayed == 0:
+            return self._alone(batch)
+        return {name: values[0] for name, values in self.many([batch]).items()}
+
+    def many(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
+        """Train on several batches in turn; the loss terms of each, (len(batches),) by name."""
+        batches = [(batch,) if isinstance(batch, torch.Tensor) else tuple(batch) for batch in batches]
+        terms: list[dict[str, torch.Tensor]] = []
+        at = 0
+        while at < len(batches):
+            group = batches[at : at + self._replayed]
+            if self._is_recorded(group):
+                terms.append(self._recording.replay(group))
+                at += len(group)
+            else:
+                one = self._alone(batches[at])
+                terms.append({name: value.reshape(1) for name, value in one.items()})
+                at += 1
+        if len(terms) == 1:
+            return terms[0]
+        return {name: torch.cat([one[name] for one in terms]) for name in terms[0]}
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the parameters are their moving averages, if those are kept."""
+        if self.ema is None:
+            yield
+            return
+        kept = [one.detach().clone() for one in self._parameters]
+        try:
+            _copy(self.ema, self._parameters)
+            yield
+        finally:
+            _copy(kept, self._parameters)
+
+    @property
+    def count(self) -> int:
+        """Steps taken. Reading it waits for the device."""
+        return int(self._count.item())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the step keeps beside the parameters and the optimizer's state: tensors, and numbers."""
+        state: dict[str, Any] = {"count": self.count}
+        if self.ema is not None:
+            state["ema"] = list(self.ema)
+        if self._scaler is not None:
+            state["scaler"] = self._scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the step that `state` is of."""
+        self._count.fill_(state["count"])
+        if self.ema is not None:
+            _copy(state["ema"], self.ema)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
+
+    # Steps one by one
+
+    def _alone(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        sizes = tuple(one.shape for one in batch)
+        self._warm[sizes] = self._warm.get(sizes, 0) + 1
+        if self.device.type != "cuda":
+            return self._step(batch)
+        # Where it will be recorded, so that autograd keeps to that stream.
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            terms = self._step(batch)
+        current.wait_stream(self._stream)
         return terms
+
+    def _step(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        if not self._schedule.is_constant:
+            share = self._schedule(self._count)
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                if isinstance(group["lr"], torch.Tensor):
+                    group["lr"].copy_(rate * share)
+                else:
+                    group["lr"] = rate * share.item()
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = self._gradients(batch)
+        if self.clip_norm is not None:
+            if self._scaler is not None:
+                self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._parameters, self.clip_norm)
+        if self._scaler is None:
+            self.optimizer.step()
+        else:
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        if self.ema is not None:
+            with torch.no_grad():
+                self._average(self.ema, self._parameters, self._count)
+        self._count.add_(1)
+        return terms
+
+    def _gradients(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        """The gradients of the mean over the batch; the means of the terms."""
+        count = len(batch[0])
+        parts = list(zip(*(one.chunk(self.accumulate) for one in batch), strict=True))
+        means: dict[str, torch.Tensor] = {}
+        for number, part in enumerate(parts):
+            # Between processes only the sum of all parts is exchanged.
+            is_last = number == len(parts) - 1
+            with contextlib.nullcontext() if is_last else self._without_exchange():
+                terms = self._backward(part, None if len(parts) == 1 else len(part[0]) / count)
+            for name, term in terms.items():
+                means[name] = means[name] + term if name in means else term
+        return means
+
+    def _backward(self, part: tuple[torch.Tensor, ...], share: float | None) -> dict[str, torch.Tensor]:
+        """Gradients of a part of a batch, whose loss counts as its share; the terms, counted so too."""
+        with self._autocast():
+            loss = self._loss(self.model, *part)
+        loss, terms = loss if isinstance(loss, tuple) else (loss, {"loss": loss})
+        terms = {name: term.detach() for name, term in terms.items()}
+        if share is not None:
+            loss = loss * share
+            terms = {name: term * share for name, term in terms.items()}
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+        return terms
+
+    def _without_exchange(self) -> contextlib.AbstractContextManager[None]:
+        is_exchanged = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        return self.model.no_sync() if is_exchanged else contextlib.nullcontext()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._type is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._type)
+
+    # Steps of a graph
+
+    def _is_recorded(self, group: Sequence[tuple[torch.Tensor, ...]]) -> bool:
+        """Whether a replay can take the group; a first one of batches that are warm is recorded."""
+        if self._replayed == 0 or len(group) < self._replayed:
+            return False
+        sizes = {tuple(one.shape for one in batch) for batch in group}
+        if len(sizes) != 1:
+            return False
+        (size,) = sizes
+        if self._recording is None and self._warm.get(size, 0) >= WARM_UP_STEPS:
+            self._recording = _Recording(self._step, self.optimizer, group, self._stream)
+        return self._recording is not None and self._recording.sizes == size
+
+
+class _Recording:
+    """Steps as a CUDA graph, with the memory that batches are copied to and terms come from.
+
+    Args:
+        step: what is recorded, for each batch.
+        optimizer: its gradients are freed first, so that the graph has its own.
+        group: batches of the sizes to come.
+        stream: where steps were taken before.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[tuple[torch.Tensor, ...]], dict[str, torch.Tensor]],
+        optimizer: torch.optim.Optimizer,
+        group: Sequence[tuple[torch.Tensor, ...]],
+        stream: torch.cuda.Stream,
+    ) -> None:
+        self.sizes = tuple(one.shape for one in group[0])
+        self._inputs = [tuple(torch.empty_like(one) for one in batch) for batch in group]
+        self._graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        optimizer.zero_grad(set_to_none=True)
+        # Recording takes no step.
+        with torch.cuda.graph(self._graph, stream=stream):
+            terms = [step(batch) for batch in self._inputs]
+            self._terms = {name: torch.stack([one[name] for one in terms]) for name in terms[0]}
+
+    def replay(self, group: Sequence[tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
+        for kept, batch in zip(self._inputs, group, strict=True):
+            for to, one in zip(kept, batch, strict=True):
+                to.copy_(one, non_blocking=True)
+        self._graph.replay()
+        # The next replay writes there.
+        return {name: values.clone() for name, values in self._terms.items()}
+
+
+@torch.no_grad()
+def _copy(values: Sequence[torch.Tensor], to: Sequence[torch.Tensor]) -> None:
+    for one, value in zip(to, values, strict=True):
+        one.copy_(value)
 
 
 class EagerStep:
-    """The same step on the plain PyTorch twin of a model: what `TrainStep` is compared with.
+    """The same step on the plain PyTorch twin of a model: what `CapturedStep` is compared with.
 
     Args:
         model: the model whose twin, with copied weights, is trained.

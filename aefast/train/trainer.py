@@ -10,38 +10,46 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
+from torch.nn.parallel import DistributedDataParallel
 
-from aefast.data import Batches, Dataset
+from aefast.data import Batches, IterableBatches
 from aefast.errors import AefastError, InputError
 from aefast.models import Model
 from aefast.models._base import CONFIG_FILE, WEIGHTS_FILE
+from aefast.nn import MMDLoss
+from aefast.train.callbacks import Callback
 from aefast.train.checkpoint import Checkpoint, CheckpointStore
 from aefast.train.compare import Comparison, compare_with_eager
 from aefast.train.config import TrainConfig
 from aefast.train.interrupt import Interrupt
 from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of, read_metrics
 from aefast.train.plots import plot_loss, plot_samples
+from aefast.train.processes import AgreedInterrupt, Processes, Request
 from aefast.train.progress import ProgressView
-from aefast.train.step import TrainStep
+from aefast.train.schedule import Schedule
+from aefast.train.source import Data, Source
+from aefast.train.step import CapturedStep, make_optimizer
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
 PLOT_FOLDER = "plots"
+BEST_FOLDER = "best"
+
+# Spreads (seed, rank) over 64 bits: an odd constant near 2**64 / pi.
+_SEED_STRIDE = 0x517CC1B727220A95
 
 # What a name in metrics.jsonl begins with if it is about held-out samples.
 HELD_OUT = "val_"
 
 PLOTTED_SAMPLES = 20
 COMPARED_BATCHES = 16
-
-# A data set moves to the GPU whole if it takes at most this share of the free memory there.
-_GPU_SHARE = 0.5
 
 
 class TrainingError(AefastError):
@@ -57,16 +65,18 @@ class TrainResult:
         step: steps taken over the whole run.
         interrupted: the signal that ended it early, or None.
         comparison: throughput beside eager PyTorch, or None if it was not measured.
+        stopped_early: whether it ended for the loss on held-out samples, or because a callback said so.
         held_out: the last epoch's measures on held-out samples, by name: "loss" and, in dB, "psnr" of the
             reconstructions; of a denoiser the loss and PSNR of noisy samples once denoised, and in dB "noisy_psnr",
             theirs before; of a VAE also "elbo", in nats a sample; of an InfoVAE also "mmd", the MMD² of its codes to
-            the prior. Empty if the run was interrupted.
+            the prior. Empty if the run was interrupted, or had no held-out samples.
     """
 
     directory: Path
     step: int
     interrupted: signal.Signals | None = None
     comparison: Comparison | None = None
+    stopped_early: bool = False
     held_out: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -74,53 +84,106 @@ class Trainer:
     """Trains a model on a data set and writes the run into a folder.
 
     The folder receives ``config.json`` and ``model.safetensors`` (`aefast.models.from_pretrained` loads
-    them), ``metrics.jsonl``, ``checkpoints/`` and ``plots/``. A resumed run goes on bit for bit as if it had
-    never stopped, on the CPU with the same number of threads.
+    them), ``metrics.jsonl``, ``checkpoints/``, ``plots/`` and, where it is wanted, ``best/``. A resumed run goes on
+    bit for bit as if it had never stopped, on the CPU with the same number of threads.
+
+    Where torch.distributed is initialized, each of its processes makes a Trainer, and they train one model on batches
+    of which each takes its share: gradients are averaged (`DistributedDataParallel`), an MMD is that of all processes'
+    codes, and noise is each one's own. The first process writes the folder. A signal is heeded with the next line that
+    is logged, and if a process is lost the others stop, with the last checkpoint to go on from.
 
     Args:
         model: the model to train, with its initial weights. It is moved to the device and trained in place.
-        dataset: what to train on; a part is held out for validation.
+        dataset: what to train on. Of a `Dataset` a part is held out for validation. Anything else is an iterable of
+            batches, or a function that returns one, as `aefast.data.IterableBatches` takes them: a `DataLoader`, a
+            list. It decides the size and order of batches, and none are held out.
         config: how to train.
         directory: where the run is written.
-        console: where progress is shown; standard output by default.
+        validation: a `Dataset` or batches to validate on, instead of a part of `dataset`.
+        callbacks: are called as the run goes on, in every process.
+        console: where progress is shown; standard output by default, of the first process.
     """
 
     def __init__(
         self,
         model: Model,
-        dataset: Dataset,
+        dataset: Data,
         config: TrainConfig,
         directory: str | Path,
         *,
+        validation: Data | None = None,
+        callbacks: Sequence[Callback] = (),
         console: Console | None = None,
     ) -> None:
-        if dataset.features != model.config.input_size:
-            raise InputError(
-                f"dataset: expected {model.config.input_size} features a sample, the model's input_size, "
-                f"got {dataset.features}"
-            )
         if directory == "":
             raise InputError("out='': expected a folder")
         self.config = config
-        self.dataset = dataset
         self.directory = Path(directory)
-        self.console = Console() if console is None else console
+        self.processes = Processes()
+        self.console = Console(quiet=not self.processes.is_first) if console is None else console
         self.device = config.resolve_device()
         self.model = model.to(self.device).train()
-        self.step = TrainStep(self.model, config.lr)
-
-        training, held_out = dataset.split()
-        samples = self._place(dataset.samples)
-        options = {"batch_size": config.batch_size, "seed": config.seed, "device": self.device}
-        self.batches = Batches(samples, training, **options)
-        self.held_out = Batches(samples, held_out, **options)
-        self.store = CheckpointStore(self.directory / CHECKPOINT_FOLDER)
-        self.window = Window()
+        self.callbacks = list(callbacks)
+        self.source = Source(dataset, validation, model.config.input_size, config, self.device, self._share())
+        self.step = CapturedStep(
+            self.model if self.processes.is_one else self._joint_model(),
+            make_optimizer(self.model.parameters(), config.lr),
+            precision=config.precision,
+            clip_norm=config.clip_norm,
+            accumulate=config.accumulate,
+            schedule=self._schedule(),
+            ema_decay=config.ema_decay,
+            steps_per_replay=config.steps_per_replay if self.processes.is_one else 0,
+        )
+        self.store = CheckpointStore(self.directory / CHECKPOINT_FOLDER, config.keep_last)
+        self.window = Window(self.processes)
         self.steps_taken = 0
         self.epoch = 0
         # Batches of the current epoch that are done. All of them done means that only validation is left.
         self.batch = 0
         self._last_checkpoint: float | None = None
+        # The lowest loss on held-out samples, and how many epochs ago that was.
+        self._best = math.inf
+        self._epochs_since_best = 0
+        self._is_stopped = False
+
+    def _share(self) -> tuple[int, int]:
+        return self.processes.rank, self.processes.count
+
+    def _joint_model(self) -> DistributedDataParallel:
+        for module in self.model.modules():
+            if isinstance(module, MMDLoss):
+                module.group = dist.group.WORLD
+        return DistributedDataParallel(
+            self.model, device_ids=None if self.device.type == "cpu" else [torch.cuda.current_device()]
+        )
+
+    def _total_steps(self) -> int | None:
+        """Steps of the whole run, or None if the data does not tell."""
+        of_epoch = self.source.steps_per_epoch()
+        if self.config.steps is not None or of_epoch is None:
+            return self.config.steps
+        return self.config.epochs * of_epoch
+
+    def _epochs(self) -> int | None:
+        """Epochs of the whole run, a last one that ends early among them, or None if the data does not tell."""
+        if self.config.steps is None:
+            return self.config.epochs
+        of_epoch = self.source.steps_per_epoch()
+        return None if of_epoch is None else -(-self.config.steps // of_epoch)
+
+    def _schedule(self) -> Schedule:
+        config, steps = self.config, self._total_steps()
+        if config.schedule != "constant" and steps is None:
+            raise InputError(
+                f"schedule={config.schedule!r}: expected a number of steps, since the data does not tell how many "
+                "batches it has"
+            )
+        return Schedule(config.schedule, config.warmup_steps, 1 if steps is None else steps)
+
+    def stop(self) -> None:
+        """End the run at the next good moment, as if this had been its last step."""
+        self._is_stopped = True
 
     def fit(self, *, resume: bool = False, overwrite: bool = False, compare: bool = True) -> TrainResult:
         """Train to the last epoch, or until SIGINT or SIGTERM asks to stop after the current step.
@@ -134,10 +197,18 @@ class Trainer:
             InputError: the folder or a file in it cannot be written, it holds a run that was not asked for,
                 or one that was started with other options.
             CheckpointError: all checkpoints are damaged.
-            TrainingError: a loss or a weight is no longer finite; the last checkpoint is kept.
+            TrainingError: a loss or a weight is no longer finite, or another process of the run was lost; the last
+                checkpoint is kept.
         """
         try:
             return self._fit(resume, overwrite, compare)
+        except RuntimeError as error:
+            if not self.processes.is_loss(error):
+                raise
+            raise TrainingError(
+                f"a process of the run was lost after step {self.steps_taken:,} ({' '.join(str(error).split())}). "
+                f"{self._last_good()}, from which --resume goes on"
+            ) from error
         except OSError as error:
             file = self._output_file(error)
             if file is None:
@@ -160,32 +231,51 @@ class Trainer:
 
     def _fit(self, resume: bool, overwrite: bool, compare: bool) -> TrainResult:
         metrics_size = self._open(resume, overwrite)
-        self.metrics = MetricsLog(self.directory / METRICS_FILE, metrics_size)
+        self.metrics = (
+            MetricsLog(self.directory / METRICS_FILE, metrics_size) if self.processes.is_first else None
+        )
         try:
             with Interrupt() as interrupt:
-                self._train(interrupt)
+                request: Request = interrupt
+                if not self.processes.is_one:
+                    request = AgreedInterrupt(interrupt, self.processes, self.device)
+                for callback in self.callbacks:
+                    callback.on_start(self)
+                self._train(request)
                 self._save()
         finally:
-            self.metrics.close()
-        if interrupt.signal is not None:
-            return TrainResult(self.directory, self.steps_taken, interrupt.signal)
+            if self.metrics is not None:
+                self.metrics.close()
+        result = self._result(request.signal, compare)
+        for callback in self.callbacks:
+            callback.on_end(self, result)
+        return result
 
-        try:
-            self._plot()
-        except ImportError as error:
-            self._say(f'notice: no plots ({error}); for plots: pip install "aefast[train]"')
-        comparison = (
-            compare_with_eager(self.model, self._sample_batches(), self.config.lr) if compare else None
+    def _result(self, interrupted: signal.Signals | None, compare: bool) -> TrainResult:
+        if interrupted is not None:
+            return TrainResult(self.directory, self.steps_taken, interrupted)
+        comparison = None
+        if self.processes.is_first:
+            try:
+                self._plot()
+            except ImportError as error:
+                self._say(f'notice: no plots ({error}); for plots: pip install "aefast[train]"')
+        # Beside other processes it would be measured with what they leave of the machine.
+        if compare and self.processes.is_one:
+            comparison = compare_with_eager(self.model, self._sample_batches(), self.config.lr)
+        return TrainResult(
+            self.directory, self.steps_taken, None, comparison, self._is_stopped, self._last_measures()
         )
-        return TrainResult(self.directory, self.steps_taken, None, comparison, self._last_measures())
 
-    def _place(self, samples: torch.Tensor) -> torch.Tensor:
-        """The samples on the GPU if they fit there with room to spare, else where they are."""
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            if samples.nbytes <= _GPU_SHARE * free:
-                return samples.to(self.device)
-        return samples
+    @property
+    def batches(self) -> Batches | IterableBatches:
+        """What is trained on."""
+        return self.source.training
+
+    @property
+    def held_out(self) -> Batches | IterableBatches | None:
+        """What is validated on."""
+        return self.source.held_out
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -194,10 +284,16 @@ class Trainer:
 
     def _open(self, resume: bool, overwrite: bool) -> int:
         """Prepare the folder and the state; the bytes of ``metrics.jsonl`` that stay."""
-        self._make_directory()
-        checkpoint = self.store.load_newest(lambda text: self._say(f"warning: {text}")) if resume else None
+        self.processes.first(self._make_directory)
+        checkpoint = None
+        if resume:
+            load = functools.partial(self.store.load_newest, lambda text: self._say(f"warning: {text}"))
+            checkpoint = self.processes.first(load)
+            if not self.processes.is_first:
+                checkpoint = load()
         if checkpoint is None:
-            self._start_afresh(resume, overwrite)
+            self.processes.first(functools.partial(self._start_afresh, resume, overwrite))
+            torch.manual_seed(self._seed())
             return 0
         self._check_same_run(checkpoint.state["settings"])
         self._restore(checkpoint)
@@ -237,7 +333,7 @@ class Trainer:
         if resume:
             self._say(f"notice: no checkpoint in {self.directory} to resume from; starting afresh")
         elif overwrite:
-            for folder in (CHECKPOINT_FOLDER, PLOT_FOLDER):
+            for folder in (CHECKPOINT_FOLDER, PLOT_FOLDER, BEST_FOLDER):
                 shutil.rmtree(self.directory / folder, ignore_errors=True)
             weights.unlink(missing_ok=True)
         elif self.store.paths() or weights.exists():
@@ -245,7 +341,10 @@ class Trainer:
                 f"out={str(self.directory)!r}: holds a run already; add --resume to go on with it, "
                 "--overwrite to replace it, or choose another folder"
             )
-        torch.manual_seed(self.config.seed)
+
+    def _seed(self) -> int:
+        """The seed of this process's noise."""
+        return (self.config.seed + self.processes.rank * _SEED_STRIDE) % 2**63
 
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run it goes on with, by option name."""
@@ -254,8 +353,16 @@ class Trainer:
             **self.model.config.to_dict(),
             "batch_size": self.config.batch_size,
             "lr": self.config.lr,
+            "schedule": self.config.schedule,
+            "warmup_steps": self.config.warmup_steps,
+            # A learning rate that falls to 0 at the end of the run depends on where that is.
+            "total_steps": None if self.config.schedule == "constant" else self._total_steps(),
+            "precision": self.config.precision,
+            "clip_norm": self.config.clip_norm,
+            "accumulate": self.config.accumulate,
+            "ema_decay": self.config.ema_decay,
             "seed": self.config.seed,
-            "data": self.dataset.fingerprint(),
+            "data": self.source.fingerprint(),
         }
 
     def _check_same_run(self, stored: dict[str, Any]) -> None:
@@ -275,26 +382,53 @@ class Trainer:
         window = self.window.state()
         self._check_finite(window["sums"])
         self._check_weights()
+        random = self._random_state()
+        self._last_checkpoint = time.monotonic()
+        if not self.processes.is_first:
+            return
         optimizer = {
             f"{index}/{name}": value.cpu()
             for index, state in self.step.optimizer.state_dict()["state"].items()
             for name, value in state.items()
         }
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {
             "settings": self._settings(),
             "epoch": self.epoch,
             "batch": self.batch,
             "window": window,
             "metrics_size": self.metrics.size,
+            # Infinity is no JSON value.
+            "best": self._best if math.isfinite(self._best) else None,
+            "epochs_since_best": self._epochs_since_best,
         }
-        tensors = {"model": self.model.cpu_state(), "optimizer": optimizer, "rng": random}
+        tensors = {
+            "model": self.model.cpu_state(),
+            "optimizer": optimizer,
+            "rng": random,
+            "data": self.source.state(),
+        }
+        of_step = self.step.state_dict()
+        if "ema" in of_step:
+            tensors["ema"] = {str(index): one.cpu() for index, one in enumerate(of_step["ema"])}
+        if "scaler" in of_step:
+            state["scaler"] = of_step["scaler"]
         self.store.save(Checkpoint(self.steps_taken, tensors, state))
-        training = {"data": self.dataset.name, "step": self.steps_taken, **dataclasses.asdict(self.config)}
-        self.model.save_pretrained(self.directory, metadata={"training": training})
-        self._last_checkpoint = time.monotonic()
+        self._keep_model(self.directory)
+
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        """The states of all processes' generators, by kind and rank."""
+        own = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
+        states = self.processes.gathered(own)
+        return {
+            f"{kind}/{rank}": state for rank, of_rank in enumerate(states) for kind, state in of_rank.items()
+        }
+
+    def _keep_model(self, directory: Path) -> None:
+        training = {"data": self.source.name, "step": self.steps_taken, **dataclasses.asdict(self.config)}
+        with self.step.averaged():
+            self.model.save_pretrained(directory, metadata={"training": training})
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Become the run that `checkpoint` was taken of."""
@@ -305,58 +439,152 @@ class Trainer:
             moments.setdefault(int(index), {})[name] = value
         optimizer = self.step.optimizer
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        torch.set_rng_state(checkpoint.tensors["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in checkpoint.tensors["rng"]:
-            torch.cuda.set_rng_state(checkpoint.tensors["rng"]["cuda"], self.device)
+        random, rank = checkpoint.tensors["rng"], self.processes.rank
+        if f"cpu/{rank}" in random:
+            torch.set_rng_state(random[f"cpu/{rank}"])
+        else:
+            # A process that the run did not have.
+            torch.manual_seed(self._seed())
+        if self.device.type == "cuda" and f"cuda/{rank}" in random:
+            torch.cuda.set_rng_state(random[f"cuda/{rank}"], self.device)
         self.steps_taken = checkpoint.step
         self.epoch = checkpoint.state["epoch"]
         self.batch = checkpoint.state["batch"]
         self.window.restore(checkpoint.state["window"], self.device)
+        best = checkpoint.state["best"]
+        self._best = math.inf if best is None else best
+        self._epochs_since_best = checkpoint.state["epochs_since_best"]
+        if self.config.patience is not None and self._epochs_since_best >= self.config.patience:
+            self.stop()
+        of_step: dict[str, Any] = {"count": self.steps_taken}
+        if "ema" in checkpoint.tensors:
+            averages = checkpoint.tensors["ema"]
+            of_step["ema"] = [averages[str(index)] for index in range(len(averages))]
+        if "scaler" in checkpoint.state:
+            of_step["scaler"] = checkpoint.state["scaler"]
+        self.step.load_state_dict(of_step)
+        if not self.source.restore(checkpoint.tensors.get("data", {})) and self.batch:
+            self._say(
+                f"notice: reading the first {self.batch:,} batches of this epoch again, to leave them out"
+            )
 
     # The loop
 
-    def _train(self, interrupt: Interrupt) -> None:
+    def _train(self, interrupt: Request) -> None:
         view = ProgressView(
             self.console,
-            epochs=self.config.epochs,
-            steps_per_epoch=len(self.batches),
+            epochs=self._epochs(),
+            steps=self._total_steps(),
             step=self.steps_taken,
         )
-        started = time.monotonic()
+        self._started = time.monotonic()
         with view:
-            while self.epoch < self.config.epochs and interrupt.signal is None:
-                for batch in self.batches.epoch(self.epoch, first=self.batch):
-                    self.window.add(self.step(batch), len(batch))
-                    self.steps_taken += 1
-                    self.batch += 1
-                    view.advance(self.steps_taken, self.epoch)
-                    if self.steps_taken % self.config.log_every == 0 and self.batch < len(self.batches):
+            while self._goes_on(interrupt):
+                for group in self._groups():
+                    # Not before the next batch is there: the last window of an epoch is logged at its end.
+                    if self.batch and self.steps_taken % self.config.log_every == 0:
                         self._log(view)
-                    if interrupt.signal is not None:
+                    count = sum(len(batch) for batch in group)
+                    if len(group) == 1:
+                        self.window.add(self.step(group[0]), count)
+                    else:
+                        terms = self.step.many(group)
+                        self.window.add({name: values.mean() for name, values in terms.items()}, count)
+                    self.steps_taken += len(group)
+                    self.batch += len(group)
+                    view.advance(self.steps_taken, self.epoch)
+                    if self.processes.is_one or self.steps_taken % self.config.log_every == 0:
+                        if not self._goes_on(interrupt, may_save=True):
+                            break
+                    elif self._has_ended():
                         break
-                    last = started if self._last_checkpoint is None else self._last_checkpoint
-                    if time.monotonic() - last >= self.config.checkpoint_seconds:
-                        self._save()
-                if self.batch == len(self.batches) and interrupt.signal is None:
+                else:
                     self._end_epoch(view, interrupt)
+                    continue
+                if interrupt.signal is None:
+                    self._validate_and_log(view, interrupt)
 
-    def _end_epoch(self, view: ProgressView, interrupt: Interrupt) -> None:
-        """Validate and log; an interruption leaves this to the resumed run."""
+    def _goes_on(self, interrupt: Request, may_save: bool = False) -> bool:
+        """Whether there is another step to take; all processes say the same. Saves, if it may and it is time."""
+        last = self._started if self._last_checkpoint is None else self._last_checkpoint
+        is_due = may_save and time.monotonic() - last >= self.config.checkpoint_seconds
+        if isinstance(interrupt, AgreedInterrupt):
+            is_due = interrupt.agree(is_due)
+        if interrupt.signal is not None or self._has_ended():
+            return False
+        if is_due:
+            self._save()
+        return True
+
+    def _has_ended(self) -> bool:
+        """Whether the run's steps are taken, or it was told to stop."""
+        if self.config.steps is not None and self.steps_taken >= self.config.steps:
+            return True
+        return self._is_stopped or (self.config.steps is None and self.epoch >= self.config.epochs)
+
+    def _groups(self) -> Iterator[list[torch.Tensor]]:
+        """The batches that are left of the epoch, by as many as a CUDA graph takes.
+
+        Groups are of one size, and end where a line is logged and where the run does.
+        """
+        most = self.config.steps_per_replay if self.device.type == "cuda" else 1
+        step, group = self.steps_taken, []
+        for batch in self.batches.epoch(self.epoch, first=self.batch):
+            if group and len(batch) != len(group[0]):
+                yield group
+                group = []
+            group.append(batch)
+            step += 1
+            if len(group) == most or step % self.config.log_every == 0 or step == self.config.steps:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _end_epoch(self, view: ProgressView, interrupt: Request) -> None:
+        # A run that goes on where a run of so many steps ended, which was with the epoch, has that behind it.
+        if not self.window.is_empty and not self._validate_and_log(view, interrupt):
+            return
+        self.epoch += 1
+        self.batch = 0
+        if self._last_checkpoint is None:
+            self._save()
+
+    def _validate_and_log(self, view: ProgressView, interrupt: Request) -> bool:
+        """Validate and log, and see whether to go on; False if an interruption leaves this to the resumed run."""
         means = self.window.means()
         samples_per_s = self.window.samples_per_s()
         self._check_finite(means)
         held_out = self._validate(interrupt)
         if held_out is None:
-            return
+            return False
         for name, value in held_out.items():
             if not math.isfinite(value):
                 raise self._diverged(f"{HELD_OUT}{name}")
         self._check_weights()
-        self._log(view, means, samples_per_s, held_out_measures(held_out, self._peak))
-        self.epoch += 1
-        self.batch = 0
-        if self._last_checkpoint is None:
-            self._save()
+        record = self._log(
+            view, means, samples_per_s, held_out_measures(held_out, self._peak) if held_out else {}
+        )
+        if "loss" in held_out:
+            self._compare_with_best(held_out["loss"])
+        for callback in self.callbacks:
+            callback.on_epoch_end(self, record)
+        return True
+
+    def _compare_with_best(self, loss: float) -> None:
+        if loss < self._best:
+            self._best = loss
+            self._epochs_since_best = 0
+            if self.config.keep_best and self.processes.is_first:
+                self._keep_model(self.directory / BEST_FOLDER)
+            return
+        self._epochs_since_best += 1
+        if self.config.patience is not None and self._epochs_since_best >= self.config.patience:
+            self._say(
+                f"notice: the loss on held-out samples has not fallen below {self._best:.5g} for "
+                f"{self._epochs_since_best} epochs; stopping"
+            )
+            self.stop()
 
     def _log(
         self,
@@ -364,8 +592,8 @@ class Trainer:
         means: dict[str, float] | None = None,
         samples_per_s: float | None = None,
         held_out: dict[str, float] | None = None,
-    ) -> None:
-        """Write a line of metrics about the window that ends here, and start a new window."""
+    ) -> dict[str, Any]:
+        """Write a line of metrics about the window that ends here, and start a new window; the line."""
         if means is None:
             means = self.window.means()
             samples_per_s = self.window.samples_per_s()
@@ -379,18 +607,27 @@ class Trainer:
         }
         for name, value in (held_out or {}).items():
             record[f"{HELD_OUT}{name}"] = value
-        self.metrics.write(record)
-        view.log(record)
+        if self.metrics is not None:
+            self.metrics.write(record)
+        view.log(record, ends_epoch=held_out is not None)
+        for callback in self.callbacks:
+            callback.on_log(self, record)
         self.window.reset()
+        return record
 
     @functools.cached_property
     def _peak(self) -> float:
-        return peak_of(self.held_out.in_order())
+        # Going through batches may draw random numbers, which are not the training's.
+        with self._validation_noise():
+            peak = peak_of(self.held_out.in_order())
+        return self.processes.largest(torch.tensor(peak, device=self.device)).item()
 
-    def _validate(self, interrupt: Interrupt) -> dict[str, float] | None:
+    def _validate(self, interrupt: Request) -> dict[str, float] | None:
         """The model's measures, averaged over the held-out samples, or None if a signal arrived meanwhile."""
-        total = Window()
-        with self._validation_noise(), torch.no_grad():
+        if self.held_out is None:
+            return {}
+        total = Window(self.processes)
+        with self._validation_noise(), self.step.averaged(), torch.no_grad():
             self.model.eval()
             try:
                 for batch in self.held_out.in_order():
@@ -406,7 +643,7 @@ class Trainer:
         """Stochastic models get the same noise whenever they are here, and training noise is not used up."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(self.config.seed)
+            torch.manual_seed(self._seed())
             yield
 
     def _check_finite(self, values: dict[str, float]) -> None:
@@ -420,12 +657,14 @@ class Trainer:
             raise self._diverged("a weight")
 
     def _diverged(self, what: str) -> TrainingError:
-        kept = self.store.paths()
         return TrainingError(
             f"{what} is no longer finite at step {self.steps_taken:,} (epoch {self.epoch + 1}); "
-            f"lower lr={self.config.lr:g}. "
-            + (f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was written before")
+            f"lower lr={self.config.lr:g}. {self._last_good()}"
         )
+
+    def _last_good(self) -> str:
+        kept = self.store.paths()
+        return f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was written before"
 
     # What a finished run leaves behind
 
@@ -443,17 +682,17 @@ class Trainer:
     def _plot(self) -> None:
         folder = self.directory / PLOT_FOLDER
         folder.mkdir(exist_ok=True)
-        rows = self.held_out.rows
-        rows = rows[torch.linspace(0, len(rows) - 1, min(PLOTTED_SAMPLES, len(rows))).long()]
-        self.model.eval()
-        with self._validation_noise(), torch.no_grad():
-            shown = self.model.illustrate(self.dataset.samples[rows].to(self.device))
-        self.model.train()
-        title = f"{self.model.name} on {self.dataset.name}"
-        plot_samples(
-            {name: samples.cpu() for name, samples in shown.items()},
-            self.dataset.sample_shape,
-            f"{title}: held-out samples after step {self.steps_taken:,}",
-            folder / "reconstructions.png",
-        )
+        title = f"{self.model.name} on {self.source.name}"
+        if self.held_out is not None:
+            samples = self.held_out.spread(PLOTTED_SAMPLES)
+            self.model.eval()
+            with self._validation_noise(), self.step.averaged(), torch.no_grad():
+                shown = self.model.illustrate(samples)
+            self.model.train()
+            plot_samples(
+                {name: samples.cpu() for name, samples in shown.items()},
+                self.source.sample_shape,
+                f"{title}: held-out samples after step {self.steps_taken:,}",
+                folder / "reconstructions.png",
+            )
         plot_loss(read_metrics(self.directory / METRICS_FILE), title, folder / "loss.png")

@@ -16,7 +16,7 @@ from aefast.bench.timing import Timing
 from aefast.bench.variants import Rival, backends
 from aefast.ops import _registry
 from aefast.ops._registry import Cost
-from aefast.train.step import TrainStep
+from aefast.train.step import CapturedStep
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(bytes=1e10, flops=1e11, exps=1e9)
@@ -255,19 +255,19 @@ def test_training_is_checked_by_its_gradients(monkeypatch):
 
 
 def test_a_step_that_does_nothing_is_no_step(monkeypatch):
-    monkeypatch.setattr(TrainStep, "__call__", lambda self, batch: None)
+    monkeypatch.setattr(CapturedStep, "__call__", lambda self, batch: None)
     found = measured(train.autoencoder(64, 16, 8, 2, torch.float32, CPU), "step")
     assert (found.failure, found.timings) == ("aefast: RuntimeError: the step updates no parameter", {})
 
 
 def test_a_step_with_wrong_gradients_is_wrong(monkeypatch):
-    step = TrainStep.__call__
+    step = CapturedStep.__call__
 
     def wrong(self, batch):
         step(self, batch)
         self.model.encoder.layers[0].weight.grad *= 1 + 1e-4
 
-    monkeypatch.setattr(TrainStep, "__call__", wrong)
+    monkeypatch.setattr(CapturedStep, "__call__", wrong)
     found = measured(train.autoencoder(64, 16, 8, 2, torch.float32, CPU), "step")
     assert found.failure.startswith("aefast: wrong")
 

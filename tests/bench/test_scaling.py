@@ -399,7 +399,7 @@ def test_wrong_gradients_are_not_timed(monkeypatch):
 def test_gradients_without_the_other_processes_are_wrong():
     """What the check sees if nothing is all-reduced."""
     model = scaling._autoencoder((12, 8, 3), CPU)
-    step = scaling.TrainStep(model, 1e-3)
+    step = scaling.CapturedStep(model, scaling.make_optimizer(model.parameters(), 1e-3))
     own, joint = torch.rand(8, 12), torch.rand(24, 12)
     assert scaling.gradient_errors({"x": step}, model, own, torch.cat([own, joint]))["x"] > 0.01
     assert scaling.gradient_errors({"x": step}, model, own, own)["x"] < 1e-5

@@ -1,6 +1,7 @@
 """The commands sample, encode and reconstruct: files, reports, messages."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -100,6 +101,26 @@ def test_encode_and_reconstruct_keep_the_order(command, runs, tmp_path, capsys, 
     assert capsys.readouterr().out == f"120 reconstructions: {out}\n"
     torch.testing.assert_close(torch.from_numpy(np.load(out)), made)
     assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
+
+
+def test_a_folder_of_files_that_are_not_loaded_whole(command, runs, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    x = samples_of(runs)
+    for index, part in enumerate(x.split(50)):
+        np.save(folder / f"{index}.npy", part.half().numpy())
+    # However little it is, memory does not hold it. (A function of the package has the module's name.)
+    monkeypatch.setattr(sys.modules["aefast.data.load"], "available_bytes", lambda: 1)
+    out = tmp_path / "out.npy"
+    assert command("reconstruct", "--out", out, "--batch-size", 32, data=folder) == 0
+    with torch.no_grad():
+        expected = from_pretrained(runs / "autoencoder")(x.half().float()).reconstruction
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), expected)
+    capsys.readouterr()
+    assert "outside of --data" in failure(capsys, command("encode", "--out", folder / "x.npy", data=folder))
+    monkeypatch.setattr("aefast.cli._MOST_COMPARED", 10)
+    assert command("sample", "--out", tmp_path / "new.npy", "--count", 5, data=folder) == 0
+    assert "10 training samples" in capsys.readouterr().out
 
 
 def failure(capsys, code):

@@ -252,7 +252,7 @@ def test_names_and_paths_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match="found no such file"):
         load(tmp_path / "none.npy")
     (tmp_path / "folder.npy").mkdir()
-    with pytest.raises(DataError, match="found a folder"):
+    with pytest.raises(DataError, match="found a folder with neither"):
         load(tmp_path / "folder.npy")
 
 

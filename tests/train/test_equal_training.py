@@ -8,7 +8,7 @@ import torch
 from aefast.data import load
 from aefast.models import VAE, InfoVAE
 from aefast.ops import _philox
-from aefast.train.step import EagerStep, TrainStep
+from aefast.train.step import CapturedStep, EagerStep, make_optimizer
 
 pytestmark = pytest.mark.slow
 EPOCHS, BATCH, RATE = 3, 256, 1e-3
@@ -40,7 +40,7 @@ def test_a_vae_reaches_the_elbo_of_its_eager_twin(patches, seed):
     torch.nn.init.constant_(model.log_variance, -4.0)
     start = copy.deepcopy(model)
     begin = held_out_elbo(copy.deepcopy(model), model.state_dict(), held_out)
-    fused, eager = TrainStep(model, RATE), EagerStep(start, RATE)
+    fused, eager = CapturedStep(model, make_optimizer(model.parameters(), RATE)), EagerStep(start, RATE)
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(train)).split(BATCH):
             fused(train[rows])
@@ -76,7 +76,7 @@ def test_an_infovae_reconstructs_as_well_as_its_eager_twin(patches, monkeypatch,
         torch.nn.init.constant_(model.log_variance, -4.0)
     start = copy.deepcopy(model)
     begin = held_out_measures(copy.deepcopy(model), model.state_dict(), held_out)
-    fused, eager = TrainStep(model, RATE), EagerStep(start, RATE)
+    fused, eager = CapturedStep(model, make_optimizer(model.parameters(), RATE)), EagerStep(start, RATE)
     for epoch in range(EPOCHS):
         # At a constant rate the last few batches would decide a tenth of the error.
         for step in (fused, eager):

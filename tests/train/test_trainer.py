@@ -24,39 +24,12 @@ from aefast.models import (
     StochasticAutoencoder,
     from_pretrained,
 )
-from aefast.train import CheckpointError, TrainConfig, TrainingError, TrainStep
+from aefast.train import Callback, CapturedStep, CheckpointError, TensorBoard, TrainConfig, TrainingError
 from aefast.train import trainer as trainer_module
 from aefast.train.interrupt import Interrupt
 from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of, read_metrics
-from aefast.train.step import EagerStep
-
-
-def metrics(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(directory):
-    """The lines of metrics.jsonl without the one thing that depends on the clock."""
-    return [{k: v for k, v in record.items() if k != "samples_per_s"} for record in metrics(directory)]
-
-
-def weights(directory):
-    return torch.cat([parameter.flatten() for parameter in from_pretrained(directory).parameters()])
-
-
-def interrupt_after(monkeypatch, steps, number=signal.SIGINT):
-    """The process gets a signal while it takes training step number `steps`."""
-    taken = 0
-    original = TrainStep.__call__
-
-    def call(self, batch):
-        nonlocal taken
-        taken += 1
-        if taken == steps:
-            os.kill(os.getpid(), number)
-        return original(self, batch)
-
-    monkeypatch.setattr(TrainStep, "__call__", call)
+from aefast.train.step import EagerStep, make_optimizer
+from support.training import interrupt_after, losses, metrics, weights
 
 
 def test_a_run_leaves_everything(make_trainer, tmp_path):
@@ -485,7 +458,7 @@ def test_damage_without_a_predecessor_is_an_error(make_trainer, tmp_path, how):
 def test_divergence_stops_and_keeps_the_last_checkpoint(make_trainer, tmp_path, monkeypatch, where):
     bad_step = {"log": 10, "epoch end": 14, "weights": 21}[where]
     trainer = make_trainer(tmp_path)
-    original = TrainStep.__call__
+    original = CapturedStep.__call__
 
     def call(self, batch):
         terms = original(self, batch)
@@ -497,7 +470,7 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(make_trainer, tmp_path, 
                 terms = {name: term * torch.nan for name, term in terms.items()}
         return terms
 
-    monkeypatch.setattr(TrainStep, "__call__", call)
+    monkeypatch.setattr(CapturedStep, "__call__", call)
     if where == "weights":
         monkeypatch.setattr(trainer, "_validate", lambda interrupt: {"loss": 0.5})
     with pytest.raises(TrainingError, match=r"no longer finite.*lower lr=0.001.*step-0000000007"):
@@ -507,7 +480,7 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(make_trainer, tmp_path, 
 
 
 def test_a_weight_that_no_loss_shows_stops_the_epoch(make_trainer, tmp_path, monkeypatch):
-    original = TrainStep.__call__
+    original = CapturedStep.__call__
 
     def call(self, batch):
         terms = original(self, batch)
@@ -517,7 +490,7 @@ def test_a_weight_that_no_loss_shows_stops_the_epoch(make_trainer, tmp_path, mon
                 trainer.model.encoder.layers[0].bias[0] = -torch.inf
         return terms
 
-    monkeypatch.setattr(TrainStep, "__call__", call)
+    monkeypatch.setattr(CapturedStep, "__call__", call)
     trainer = make_trainer(tmp_path)
     with pytest.raises(TrainingError, match=r"a weight is no longer finite at step 14 .*step-0000000007"):
         trainer.fit(compare=False)
@@ -583,7 +556,7 @@ def test_comparison_times_equal_work(make_trainer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare, "RUN_SECONDS", 0.002)
     trainer = make_trainer(tmp_path)
-    record("fused", compare.TrainStep, lambda step: step.model)
+    record("fused", compare.CapturedStep, lambda step: step.model)
     record("eager", compare.EagerStep, lambda step: step.twin)
     compare.compare_with_eager(trainer.model, trainer._sample_batches(), 1e-3)
     assert len(seen["fused"]) == len(seen["eager"]) >= 6 + compare.ROUNDS
@@ -592,6 +565,136 @@ def test_comparison_times_equal_work(make_trainer, tmp_path, monkeypatch):
     assert first["fused"].keys() == first["eager"].keys()
     for name, value in first["fused"].items():
         assert torch.equal(value, first["eager"][name])
+
+
+EXTRAS = {
+    "schedule": "cosine",
+    "warmup_steps": 4,
+    "clip_norm": 0.1,
+    "accumulate": 2,
+    "ema_decay": 0.9,
+    "keep_best": True,
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_with_everything_goes_on_bit_for_bit(make_trainer, tmp_path, monkeypatch, precision):
+    options = {**EXTRAS, "precision": precision}
+    make_trainer(tmp_path / "whole", **options).fit(compare=False)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 10)
+        assert make_trainer(tmp_path / "parts", **options).fit(compare=False).step == 10
+    make_trainer(tmp_path / "parts", **options).fit(resume=True, compare=False)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert torch.equal(weights(tmp_path / "parts" / "best"), weights(tmp_path / "whole" / "best"))
+
+
+def test_what_is_kept_is_the_average(make_trainer, tmp_path, dataset):
+    trainer = make_trainer(tmp_path, lr=1e-2, ema_decay=0.99)
+    trainer.fit(compare=False)
+    average = torch.cat([one.flatten() for one in trainer.step.ema])
+    last = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    assert torch.equal(weights(tmp_path), average)
+    assert not torch.equal(average, last)
+    model = from_pretrained(tmp_path)
+    with torch.no_grad():
+        error = model(dataset.samples[trainer.held_out.rows]).loss.item()
+    assert metrics(tmp_path)[-1]["val_loss"] == pytest.approx(error, rel=1e-5)
+
+
+def test_a_run_of_steps(make_trainer, tmp_path):
+    """It ends within an epoch, is validated there, and goes on from there."""
+    result = make_trainer(tmp_path / "parts", steps=10).fit(compare=False)
+    assert result.step == 10
+    assert [record["step"] for record in metrics(tmp_path / "parts")] == [3, 6, 7, 9, 10]
+    assert [r["step"] for r in metrics(tmp_path / "parts") if "val_loss" in r] == [7, 10]
+    make_trainer(tmp_path / "parts", steps=17).fit(resume=True, compare=False)
+    make_trainer(tmp_path / "whole", steps=17).fit(compare=False)
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def fake_validation(monkeypatch, trainer, found):
+    values = iter(found)
+    monkeypatch.setattr(trainer, "_validate", lambda interrupt: {"loss": next(values)})
+
+
+def test_patience_ends_a_run(make_trainer, tmp_path, monkeypatch):
+    options = {"epochs": 9, "patience": 2, "keep_best": True}
+    trainer = make_trainer(tmp_path, **options)
+    fake_validation(monkeypatch, trainer, [5.0, 3.0, 4.0, 3.5])
+    result = trainer.fit(compare=False)
+    assert (result.stopped_early, result.step) == (True, 4 * 7)
+    best = json.loads((tmp_path / "best" / "config.json").read_text())["metadata"]["training"]
+    assert best["step"] == 2 * 7
+    assert not torch.equal(weights(tmp_path / "best"), weights(tmp_path))
+    # What has been ended stays so.
+    trainer = make_trainer(tmp_path, **options)
+    assert trainer.fit(resume=True, compare=False).step == 4 * 7
+    # With more patience it goes on, and knows what the best was.
+    trainer = make_trainer(tmp_path, **{**options, "patience": 4})
+    fake_validation(monkeypatch, trainer, [3.2, 2.0, 2.5, 2.5, 2.5])
+    assert trainer.fit(resume=True, compare=False).step == 9 * 7
+    best = json.loads((tmp_path / "best" / "config.json").read_text())["metadata"]["training"]
+    assert best["step"] == 6 * 7
+
+
+def test_as_many_checkpoints_stay_as_are_wanted(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, keep_last=3, checkpoint_seconds=1e-9)
+    trainer.fit(compare=False)
+    assert [int(path.stem[5:]) for path in trainer.store.paths()] == [19, 20, 21]
+
+
+def test_callbacks_see_the_run(make_trainer, tmp_path):
+    class Recorder(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_start(self, trainer):
+            self.seen.append(("start", trainer.steps_taken))
+
+        def on_log(self, trainer, record):
+            self.seen.append(("log", record["step"]))
+
+        def on_epoch_end(self, trainer, record):
+            self.seen.append(("epoch", record["step"]))
+            if record["epoch"] == 2:
+                trainer.stop()
+
+        def on_end(self, trainer, result):
+            self.seen.append(("end", result.step))
+
+    trainer = make_trainer(tmp_path)
+    recorder = Recorder()
+    trainer.callbacks.append(recorder)
+    assert trainer.fit(compare=False).stopped_early
+    assert recorder.seen == [
+        ("start", 0),
+        *(("log", step) for step in (3, 6, 7)),
+        ("epoch", 7),
+        *(("log", step) for step in (9, 12, 14)),
+        ("epoch", 14),
+        ("end", 14),
+    ]
+
+
+def test_tensorboard_gets_the_metrics(make_trainer, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = make_trainer(tmp_path / "run", epochs=2)
+    trainer.callbacks.append(TensorBoard(tmp_path / "board"))
+    trainer.fit(compare=False)
+    events = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    written = metrics(tmp_path / "run")
+    for name in ("loss", "mse", "samples_per_s", "epoch"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(record["step"], pytest.approx(record[name])) for record in written]
+    assert [event.step for event in events.Scalars("val_loss")] == [7, 14]
+
+
+def test_a_falling_rate_holds_a_resumed_run_to_its_length(make_trainer, tmp_path):
+    make_trainer(tmp_path, schedule="linear").fit(compare=False)
+    with pytest.raises(InputError, match="total_steps=28: expected 21"):
+        make_trainer(tmp_path, schedule="linear", epochs=4).fit(resume=True, compare=False)
 
 
 def test_data_that_does_not_fit_the_model(make_trainer, tmp_path, dataset):
@@ -612,6 +715,15 @@ def test_data_that_does_not_fit_the_model(make_trainer, tmp_path, dataset):
         ({"lr": float("inf")}, "lr=inf"),
         ({"seed": -1}, "seed=-1"),
         ({"device": "tpu"}, "device='tpu': expected one of auto, cpu, cuda"),
+        ({"steps": 0}, "steps=0: expected a positive integer"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"schedule": "step"}, "schedule='step': expected one of constant, linear, cosine"),
+        ({"precision": "half"}, "precision='half': expected one of fp32, bf16, fp16"),
+        ({"clip_norm": 0}, "clip_norm=0: expected a finite number above 0"),
+        ({"accumulate": 0}, "accumulate=0"),
+        ({"ema_decay": -0.1}, "ema_decay=-0.1: expected a number from 0 to below 1"),
+        ({"patience": 0}, "patience=0"),
+        ({"keep_last": 0}, "keep_last=0"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -630,7 +742,7 @@ def test_cuda_without_cuda_is_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("share", [0.5, 0.0], ids=["data-on-gpu", "data-on-cpu"])
 def test_a_run_on_a_gpu_can_be_interrupted_and_goes_on(make_trainer, tmp_path, monkeypatch, share):
-    monkeypatch.setattr(trainer_module, "_GPU_SHARE", share)
+    monkeypatch.setattr("aefast.train.source._GPU_SHARE", share)
     monkeypatch.setattr("aefast.train.compare.RUN_SECONDS", 0.002)
     make_trainer(tmp_path / "whole", device="cuda").fit(compare=False)
     with monkeypatch.context() as patch:
@@ -649,7 +761,7 @@ def test_a_step_takes_no_more_memory_than_eagers():
     model = Autoencoder(input_size=784, hidden=(512,), latent=16)
     batch = torch.rand(1024, 784)
     peaks = []
-    for step in (TrainStep(model, 1e-3), EagerStep(model, 1e-3)):
+    for step in (CapturedStep(model, make_optimizer(model.parameters(), 1e-3)), EagerStep(model, 1e-3)):
         step(batch)
         step.optimizer.zero_grad(set_to_none=True)
         peaks.append(memory.peak_bytes(lambda index, step=step: step(batch), torch.device("cpu")))

@@ -1,0 +1,248 @@
+"""Batches that something else makes: a `DataLoader`, a list, a function that yields them."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from aefast.data.dataset import DataError
+from aefast.data.files import not_finite
+
+# Keys that hold the samples in a batch of several entries, the first that is there.
+_BATCH_KEYS = ("x", "image", "data")
+
+
+class IterableBatches:
+    """Batches of an iterable that is gone through once an epoch.
+
+    A batch is a tensor or array (B, ...), a tuple or list that begins with one, or a dict with one as "x", "image" or
+    "data". It becomes (B, features) in float32; uint8 values are divided by 255.
+
+    `set_epoch` of the iterable, its sampler or its data set is called before an epoch, where there is one. An iterable
+    with `state_dict` and `load_state_dict` is taken back to a batch by these. Any other begins the epoch again, with
+    the random numbers of PyTorch and of the iterable's generators as they were then, and the batches before that one
+    are read and left out.
+
+    Args:
+        source: the iterable, or a function without arguments that returns one.
+        features: values of a sample.
+        device: where batches go.
+        argument: what the source is called in messages.
+
+    Attributes:
+        name: what kind of source it is.
+        sample_shape: shape of a sample before it was flattened, once a batch was read.
+
+    Raises:
+        DataError: `source` cannot be gone through, or only once.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any] | Callable[[], Iterable[Any]],
+        features: int,
+        device: torch.device,
+        argument: str = "dataset",
+    ) -> None:
+        self._is_function = callable(source) and not hasattr(source, "__iter__")
+        if not self._is_function and not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
+            raise DataError(f"{argument}={source!r}: expected a Dataset or an iterable of batches")
+        if isinstance(source, Iterator):
+            raise DataError(
+                f"{argument}={source!r}: expected batches that can be gone through in every epoch, got an iterator, "
+                "which has an end; pass the function that makes it, or what it iterates over"
+            )
+        self.name = getattr(source, "__name__", type(source).__name__)
+        self.sample_shape: tuple[int, ...] = (features,)
+        self._source = source
+        self._features = features
+        self._device = device
+        self._argument = argument
+        # Random states before the present epoch began.
+        self._before: list[torch.Tensor] = []
+        # Whether all of its batches were read.
+        self._has_ended = False
+        # Of the epoch that `restore` goes on with: whether the source is at its place, and whether that is the end.
+        self._is_positioned = False
+        self._is_past_end = False
+
+    def __len__(self) -> int:
+        """Batches of an epoch; `TypeError` if the source does not tell."""
+        return len(self._source)
+
+    def fingerprint(self) -> str:
+        """What kind of source it is, and how many batches it has where it tells."""
+        try:
+            return f"{self.name} of {len(self)} batches"
+        except TypeError:
+            return self.name
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
+        """The batches (B, features) of an epoch, from batch number `first` on.
+
+        Raises:
+            DataError: there is no batch, or one that is empty or is not of such samples, or, on the CPU, one that holds
+                NaN or infinity.
+        """
+        is_positioned, is_past_end = self._is_positioned, self._is_past_end
+        self._is_positioned = self._is_past_end = False
+        if first and is_past_end:
+            return
+        self._has_ended = False
+        for owner in self._parts():
+            if hasattr(owner, "set_epoch"):
+                owner.set_epoch(epoch)
+        if first and is_positioned:
+            batches = iter(self._source)
+        elif first:
+            batches = self._skipped(first)
+        else:
+            self._before = self._random()
+            batches = self._iterator()
+        number = first - 1
+        for number, batch in enumerate(batches, first):
+            yield self._prepared(batch, f"batch {number} of epoch {epoch}")
+        if number < 0:
+            raise DataError(f"{self._argument}: expected at least one batch, epoch {epoch} has none")
+        self._has_ended = True
+
+    def in_order(self) -> Iterator[torch.Tensor]:
+        """All batches, as they come."""
+        for number, batch in enumerate(self._iterator()):
+            yield self._prepared(batch, f"batch {number}")
+
+    def spread(self, count: int) -> torch.Tensor:
+        """The first `count` samples (n, features), or all if they are fewer."""
+        taken: list[torch.Tensor] = []
+        for batch in self.in_order():
+            taken.append(batch)
+            if sum(map(len, taken)) >= count:
+                break
+        return torch.cat(taken)[:count]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Where in an epoch it is, for `restore`.
+
+        Of the source's own state it holds tensors and plain values alone; if there is more to it, none of it.
+        """
+        state = {"before": self._before, "now": self._random()[1:], "has_ended": self._has_ended}
+        if self._is_stateful():
+            try:
+                return {"state": _to_bytes({**state, "source": self._source.state_dict()})}
+            except pickle.UnpicklingError:
+                pass
+        return {"state": _to_bytes(state)}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> bool:
+        """Go on where `state` was taken; whether batches before that are not read again.
+
+        The next call of `epoch` has to be the one that goes on.
+        """
+        content = _from_bytes(state["state"])
+        self._before = content["before"]
+        self._has_ended = self._is_past_end = content["has_ended"]
+        self._is_positioned = "source" in content and self._is_stateful()
+        if self._is_positioned:
+            self._source.load_state_dict(content["source"])
+        else:
+            for generator, value in zip(self._generators(), content["now"], strict=False):
+                generator.set_state(value)
+        return self._is_positioned
+
+    def _is_stateful(self) -> bool:
+        return hasattr(self._source, "state_dict") and hasattr(self._source, "load_state_dict")
+
+    def _parts(self) -> list[Any]:
+        """The source and what it takes its order and samples from."""
+        names = ("sampler", "batch_sampler", "dataset")
+        parts = [self._source, *(getattr(self._source, name, None) for name in names)]
+        parts.append(getattr(parts[2], "sampler", None))
+        return list({id(part): part for part in parts if part is not None}.values())
+
+    def _generators(self) -> list[torch.Generator]:
+        found = [getattr(part, "generator", None) for part in self._parts()]
+        return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+    def _random(self) -> list[torch.Tensor]:
+        """The states of PyTorch's generator and of the source's own ones."""
+        return [torch.get_rng_state(), *(generator.get_state() for generator in self._generators())]
+
+    def _iterator(self) -> Iterator[Any]:
+        return iter(self._source() if self._is_function else self._source)
+
+    def _skipped(self, first: int) -> Iterator[Any]:
+        """The batches from number `first` on of an epoch that begins with the random states that it had begun with."""
+        present = torch.get_rng_state()
+        if self._before:
+            torch.set_rng_state(self._before[0])
+            for generator, value in zip(self._generators(), self._before[1:], strict=False):
+                generator.set_state(value)
+        else:
+            self._before = self._random()
+        try:
+            batches = self._iterator()
+            for _ in range(first):
+                next(batches, None)
+        finally:
+            torch.set_rng_state(present)
+        return batches
+
+    def _prepared(self, batch: Any, which: str) -> torch.Tensor:
+        """The samples of a batch, (B, features), float32, on the device."""
+        where = f"{self._argument}: {which}"
+        if isinstance(batch, Mapping):
+            key = next((key for key in _BATCH_KEYS if key in batch), None)
+            if key is None:
+                listed = ", ".join(map(repr, batch)) or "none"
+                raise DataError(
+                    f"{where}: expected samples called 'x', 'image' or 'data', the batch's keys: {listed}"
+                )
+            batch = batch[key]
+        elif isinstance(batch, (tuple, list)) and batch:
+            batch = batch[0]
+        if isinstance(batch, np.ndarray) and batch.dtype.kind in "fiub":
+            batch = torch.as_tensor(batch)
+        if not isinstance(batch, torch.Tensor) or batch.is_complex():
+            found = f"dtype {batch.dtype}" if hasattr(batch, "dtype") else type(batch).__name__
+            raise DataError(f"{where}: expected a tensor of real numbers, got {found}")
+        shape = tuple(batch.shape)
+        if len(shape) < 2 or shape[0] == 0 or batch[0].numel() != self._features:
+            raise DataError(
+                f"{where}: expected shape (B, ...) with {self._features} values a sample, the model's input_size, and "
+                f"B above 0, got {shape}"
+            )
+        self.sample_shape = shape[1:]
+        is_bytes = batch.dtype == torch.uint8
+        batch = batch.detach().flatten(1)
+        if batch.device.type == "cpu":
+            batch = batch.float().mul(1 / 255) if is_bytes else batch.float()
+            finite = batch.isfinite()
+            if not finite.all():
+                row, column = (~finite).nonzero()[0].tolist()
+                raise not_finite(where, row, column, batch[row, column].item())
+            if self._device.type == "cuda":
+                batch = batch.pin_memory()
+            return batch.to(self._device, non_blocking=True)
+        batch = batch.to(self._device, torch.float32)
+        return batch.mul(1 / 255) if is_bytes else batch
+
+
+def _to_bytes(content: dict[str, Any]) -> torch.Tensor:
+    """`content` as (n,) uint8; `pickle.UnpicklingError` if it holds more than tensors and plain values."""
+    file = io.BytesIO()
+    try:
+        torch.save(content, file)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise pickle.UnpicklingError(str(error)) from None
+    result = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    _from_bytes(result)
+    return result
+
+
+def _from_bytes(content: torch.Tensor) -> dict[str, Any]:
+    return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)

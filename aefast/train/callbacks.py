@@ -1,0 +1,67 @@
+"""What else happens while a model is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aefast.errors import InputError
+
+if TYPE_CHECKING:
+    from aefast.train.trainer import Trainer, TrainResult
+
+
+class Callback:
+    """Base class: a method that a subclass overrides is called at its moment; `Trainer.stop` ends the run there."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """The first step is about to be taken."""
+
+    def on_log(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """`record` was written to ``metrics.jsonl``."""
+
+    def on_epoch_end(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """An epoch was validated and logged as `record`."""
+
+    def on_end(self, trainer: Trainer, result: TrainResult) -> None:
+        """The run has ended, by itself or interrupted."""
+
+
+class TensorBoard(Callback):
+    """Writes every number of ``metrics.jsonl`` for TensorBoard too.
+
+    Args:
+        directory: where its files go; show them with ``tensorboard --logdir``.
+
+    Raises:
+        InputError: TensorBoard is not installed.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError(
+                f'tensorboard: needs TensorBoard ({error}); install it with: pip install "aefast[train]"'
+            ) from None
+        self._make_writer = SummaryWriter
+        self.directory = Path(directory)
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._is_first = trainer.processes.is_first
+        if not self._is_first:
+            return
+        # Of a run that goes on, what comes after the step it goes on from is written again.
+        self._writer = self._make_writer(str(self.directory), purge_step=trainer.steps_taken + 1)
+
+    def on_log(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        if not self._is_first:
+            return
+        for name, value in record.items():
+            if name not in ("step", "epoch"):
+                self._writer.add_scalar(name, value, record["step"])
+        self._writer.add_scalar("epoch", record["epoch"], record["step"])
+
+    def on_end(self, trainer: Trainer, result: TrainResult) -> None:
+        if self._is_first:
+            self._writer.close()

@@ -1,0 +1,125 @@
+"""What a run trains and validates on, whichever way its data comes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+
+from aefast.data import Batches, Dataset, FileRows, IterableBatches
+from aefast.errors import InputError
+from aefast.train.config import TrainConfig
+
+# A data set moves to the GPU whole if it takes at most this share of the free memory there.
+_GPU_SHARE = 0.5
+
+Data: TypeAlias = Dataset | Iterable[Any] | Callable[[], Iterable[Any]]
+
+
+class Source:
+    """The batches of a run, for training and for validation.
+
+    Args:
+        data: a data set, or what `IterableBatches` takes.
+        validation: the same, or None: a part of `data` if that is a data set, nothing if not.
+        features: values of a sample.
+        config: how the run trains.
+        device: where batches go.
+        share: which share of each batch of a data set this process gets, and of how many. Batches of an iterable are
+            taken as they come: where there are several processes, it has to give each its own.
+
+    Attributes:
+        training: batches to train on.
+        held_out: batches to validate on, or None.
+        name: what the data is called in plots and config.json.
+
+    Raises:
+        InputError: samples of another size, or something that gives no batches.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        validation: Data | None,
+        features: int,
+        config: TrainConfig,
+        device: torch.device,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        self._data = data
+        self._options = {
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "device": device,
+            "share": share,
+        }
+        self.training: Batches | IterableBatches
+        self.held_out: Batches | IterableBatches | None = None
+        for argument, given in (("dataset", data), ("validation", validation)):
+            if isinstance(given, Dataset) and given.features != features:
+                raise InputError(
+                    f"{argument}: expected {features} features a sample, the model's input_size, "
+                    f"got {given.features}"
+                )
+        if isinstance(data, Dataset):
+            self.name = data.name
+            self._samples = _placed(data.samples, device)
+            self._is_split = validation is None
+            self._cut(data)
+        else:
+            self.training = IterableBatches(data, features, device)
+            self.name = self.training.name
+        if isinstance(validation, Dataset):
+            self.held_out = Batches(_placed(validation.samples, device), validation.rows(), **self._options)
+        elif validation is not None:
+            self.held_out = IterableBatches(validation, features, device, "validation")
+
+    def _cut(self, data: Dataset) -> None:
+        training, held_out = data.split() if self._is_split else (data.rows(), None)
+        self.training = Batches(self._samples, training, **self._options)
+        if held_out is not None:
+            self.held_out = Batches(self._samples, held_out, **self._options)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of a sample before it was flattened, as far as that is known."""
+        return self._data.sample_shape if isinstance(self._data, Dataset) else self.training.sample_shape
+
+    def steps_per_epoch(self) -> int | None:
+        """Batches of an epoch, or None if an iterable does not tell."""
+        try:
+            return len(self.training)
+        except TypeError:
+            return None
+
+    def fingerprint(self) -> str:
+        """What tells the data from other data."""
+        return (self._data if isinstance(self._data, Dataset) else self.training).fingerprint()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `restore` needs to go on within an epoch."""
+        if isinstance(self.training, IterableBatches):
+            return self.training.state()
+        return {"block_rows": torch.tensor(self._data.block_rows or 0)}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> bool:
+        """Go on as the run did that `state` is from; whether no batch has to be read again for it."""
+        if isinstance(self.training, IterableBatches):
+            return self.training.restore(state)
+        # Whether rows are shuffled by blocks was decided by the memory that was free when that run began.
+        block_rows = int(state.get("block_rows", 0)) or None
+        if block_rows != self._data.block_rows:
+            self._data = dataclasses.replace(self._data, block_rows=block_rows)
+            self._cut(self._data)
+        return True
+
+
+def _placed(samples: torch.Tensor | FileRows, device: torch.device) -> torch.Tensor | FileRows:
+    """The samples on the GPU if they fit there with room to spare, else where they are."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if samples.nbytes <= _GPU_SHARE * free:
+            return samples.to(device)
+    return samples

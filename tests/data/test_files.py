@@ -1,0 +1,293 @@
+"""Folders of arrays and of images, arrays that stay in their files, and what is wrong with them."""
+
+import importlib
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from aefast.data import Batches, DataError, FileRows, load
+from aefast.data.blocks import block_rows_of
+
+# The package has a function of this name.
+load_module = importlib.import_module("aefast.data.load")
+
+
+@pytest.fixture
+def rows():
+    return np.random.default_rng(0).random((60, 5), dtype=np.float32)
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Within it no data fits the memory, so that it stays in its files and is shuffled by blocks."""
+    monkeypatch.setattr(load_module, "available_bytes", lambda: 0)
+
+
+@pytest.fixture
+def some_memory(monkeypatch):
+    """Within it files fit the memory, but no copy of them does."""
+    monkeypatch.setattr(load_module, "available_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(load_module, "_COPIED_SHARE", 0)
+
+
+def shards(folder, array, counts):
+    """The rows of `array` in files of so many rows each, whose names are in order."""
+    folder.mkdir()
+    for number, part in enumerate(np.split(array, np.cumsum(counts)[:-1])):
+        np.save(folder / f"part-{number:02}.npy", part)
+    return folder
+
+
+DTYPES = [
+    np.float32,
+    np.float64,
+    np.float16,
+    np.uint8,
+    np.int16,
+    np.uint16,
+    np.int64,
+    np.bool_,
+    ">f4",
+    "<f8",
+    ">i2",
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory", [None, "some_memory", "little_memory"])
+def test_a_file_has_the_same_values_wherever_they_are(tmp_path, rows, dtype, memory, request):
+    array = (200 * rows).astype(dtype).reshape(60, 5, 1)
+    np.save(tmp_path / "a.npy", array)
+    expected = load(tmp_path / "a.npy").samples
+    assert isinstance(expected, torch.Tensor)
+    if memory:
+        request.getfixturevalue(memory)
+    for path in (tmp_path / "a.npy", shards(tmp_path / "folder", array, (7, 1, 30, 22))):
+        dataset = load(path)
+        # Only a float32 file that fits the memory is a tensor without being copied.
+        is_mapped = memory == "some_memory" and path.suffix == ".npy" and dtype == np.float32
+        assert isinstance(dataset.samples, FileRows) == (memory is not None and not is_mapped)
+        assert (dataset.block_rows is not None) == (memory == "little_memory")
+        assert dataset.sample_shape == (5, 1)
+        assert dataset.name == path.stem
+        chosen = torch.tensor([59, 0, 7, 7, 8, 36, 38])
+        assert dataset.samples[chosen].dtype == torch.float32
+        assert torch.equal(dataset.samples[chosen], expected[chosen])
+        assert torch.equal(dataset.samples.to(torch.device("cpu")), expected)
+        assert dataset.samples[chosen[:0]].shape == (0, 5)
+        assert dataset.fingerprint() == load(tmp_path / "a.npy").fingerprint()
+
+
+def test_more_shards_than_files_that_may_be_open(tmp_path, rows, monkeypatch, little_memory):
+    monkeypatch.setattr("aefast.data.files._OPEN_FILES", 3)
+    dataset = load(shards(tmp_path / "folder", rows, (2,) * 30))
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_array_equal(dataset.samples[order].numpy(), rows[order.numpy()])
+
+
+def test_folders_ignore_other_files(tmp_path, rows):
+    folder = shards(tmp_path / "folder", rows, (30, 30))
+    (folder / "README.txt").write_text("about the data")
+    (folder / "._part-00.npy").write_bytes(b"notes")
+    (folder / "below").mkdir()
+    np.testing.assert_array_equal(load(folder).samples.numpy(), rows)
+
+
+def with_value(rows, place, value):
+    rows = rows.copy()
+    rows[place] = value
+    return rows
+
+
+@pytest.mark.parametrize("memory", [None, "some_memory", "little_memory"])
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        (np.float32, np.nan, "expected finite numbers, but row 3, column 2 holds nan"),
+        (np.float16, -np.inf, "expected finite numbers, but row 3, column 2 holds -inf"),
+        (np.float64, 1e39, "row 3, column 2 holds 1e.39, which is too large for float32"),
+    ],
+)
+def test_bad_values_are_found_before_training(tmp_path, rows, memory, dtype, value, message, request):
+    if memory:
+        request.getfixturevalue(memory)
+    array = with_value(rows.astype(dtype), (33, 2), value)
+    folder = shards(tmp_path / "folder", array, (20, 10, 30))
+    with pytest.raises(DataError, match=message) as error:
+        load(folder)
+    assert str(folder / "part-02.npy") in str(error.value)
+
+
+def test_bad_values_that_no_probe_meets_are_found_when_they_are_read(
+    tmp_path, rows, monkeypatch, little_memory
+):
+    monkeypatch.setattr(load_module, "block_rows_of", lambda row_bytes: 4)
+    monkeypatch.setattr(load_module, "_PROBED_BLOCKS", 2)
+    np.save(tmp_path / "a.npy", with_value(rows, (33, 2), np.nan))
+    dataset = load(tmp_path / "a.npy")
+    batches = Batches(dataset.samples, dataset.rows(), batch_size=8, seed=0)
+    with pytest.raises(DataError, match=r"a\.npy'.* row 33, column 2 holds nan"):
+        list(batches.epoch(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda part: part[:, :4],
+            r"part-01.npy'.*expected samples of shape \(5,\), as in part-00.npy, got \(4,\)",
+        ),
+        (
+            lambda part: part.reshape(-1, 5, 1),
+            r"part-01.npy'.*expected samples of shape \(5,\).*got \(5, 1\)",
+        ),
+        (
+            lambda part: part.astype(np.float64),
+            "part-01.npy'.*expected dtype float32, as in part-00.npy, got float64",
+        ),
+        (lambda part: part[:0], "part-01.npy'.*expected at least one value, the array is empty"),
+        (lambda part: part[0], r"part-01.npy'.*expected shape \(N, features\)"),
+        (lambda part: part.astype(np.complex64), "part-01.npy'.*expected real numbers, got dtype complex64"),
+        (lambda part: np.asfortranarray(part), "part-01.npy'.*Fortran order"),
+    ],
+)
+def test_shards_that_do_not_fit_together(tmp_path, rows, change, message):
+    folder = shards(tmp_path / "folder", rows, (20, 20, 20))
+    np.save(folder / "part-01.npy", change(rows[20:40]))
+    with pytest.raises(DataError, match=message):
+        load(folder)
+
+
+def test_damaged_shards_are_named(tmp_path, rows):
+    folder = shards(tmp_path / "folder", rows, (20, 20, 20))
+    whole = (folder / "part-02.npy").read_bytes()
+    (folder / "part-02.npy").write_bytes(whole[:-30])
+    with pytest.raises(DataError, match=r"part-02.npy': expected a readable .npy file"):
+        load(folder)
+
+
+def test_shards_that_vanish_are_named(tmp_path, rows, little_memory):
+    folder = shards(tmp_path / "folder", rows.astype(np.int32), (20, 20, 20))
+    dataset = load(folder)
+    (folder / "part-01.npy").unlink()
+    with pytest.raises(DataError, match=r"part-01.npy': cannot be read any more"):
+        dataset.samples[torch.tensor([1, 25])]
+
+
+def test_folders_without_data(tmp_path, rows):
+    with pytest.raises(DataError, match=r"expected \.npy files or images, found a folder with neither"):
+        load(tmp_path)
+    np.save(tmp_path / "a.npy", rows[:1])
+    with pytest.raises(DataError, match="expected at least 2 samples"):
+        load(tmp_path)
+    picture(tmp_path / "a.png", np.zeros((2, 2), np.uint8))
+    with pytest.raises(DataError, match=r"found a folder with both, a\.npy and a\.png"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("row_bytes", [1, 8, 784, 3136, 1 << 20, 1 << 24])
+def test_blocks_are_of_bounded_size(row_bytes):
+    size = block_rows_of(row_bytes)
+    assert 1 <= size <= 1 << 13
+    assert size == 1 or size * row_bytes <= 1 << 20
+
+
+def picture(path, pixels, **options):
+    PIL.Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def pictures(folder, shape, suffix=".png", count=6):
+    """So many images of random pixels; their pixels, (count, *shape), uint8."""
+    folder.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(1).integers(0, 256, (count, *shape), np.uint8)
+    for number, image in enumerate(pixels):
+        picture(folder / f"{number}{suffix}", image)
+    return pixels
+
+
+@pytest.mark.parametrize("memory", [None, "some_memory", "little_memory"])
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
+@pytest.mark.parametrize("shape", [(4, 7), (4, 7, 3)], ids=["grey", "colour"])
+def test_images_become_samples(tmp_path, memory, suffix, shape, request):
+    if memory:
+        request.getfixturevalue(memory)
+    pixels = pictures(tmp_path / "images", shape, suffix)
+    dataset = load(tmp_path / "images")
+    expected = pixels if len(shape) == 2 else pixels.transpose(0, 3, 1, 2)
+    assert dataset.sample_shape == expected.shape[1:]
+    assert isinstance(dataset.samples, FileRows) == (memory is not None)
+    np.testing.assert_array_equal(
+        dataset.samples[torch.arange(6)].numpy(), expected.reshape(6, -1) * np.float32(1 / 255)
+    )
+
+
+def test_images_of_other_kinds(tmp_path):
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    colour = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    cases = {
+        "alpha": (
+            np.concatenate([colour, np.full((3, 4, 1), 9, np.uint8)], axis=2),
+            colour.transpose(2, 0, 1) / 255,
+        ),
+        "words": (grey.astype(np.uint16) * 257, grey / 255),
+    }
+    for name, (stored, expected) in cases.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for number in range(2):
+            picture(folder / f"{number}.png", stored)
+        dataset = load(folder)
+        assert dataset.sample_shape == expected.shape
+        # The product with float32's 1/255 or 1/65535 is rounded twice.
+        np.testing.assert_allclose(dataset.samples[1].numpy(), expected.reshape(-1), rtol=3e-7)
+    # Few bits a pixel, and a palette.
+    for mode, shape in (("1", (3, 4)), ("P", (3, 3, 4)), ("LA", (3, 4)), ("CMYK", (3, 3, 4))):
+        folder = tmp_path / mode
+        folder.mkdir()
+        for number in range(2):
+            PIL.Image.fromarray(colour).convert(mode).save(
+                folder / f"{number}.{'jpg' if mode == 'CMYK' else 'png'}"
+            )
+        assert load(folder).sample_shape == shape
+
+
+@pytest.mark.parametrize("memory", [None, "some_memory", "little_memory"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda path: picture(path, np.zeros((4, 8), np.uint8)),
+            "grey image of 7×4 .*got a grey image of 8×4",
+        ),
+        (
+            lambda path: picture(path, np.zeros((4, 7, 3), np.uint8)),
+            "which 0.png is, got a colour image of 7×4 pixels",
+        ),
+        (lambda path: path.write_bytes(b"no image"), "expected an image that can be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), "expected an image that can be read"),
+        (
+            lambda path: picture(path.with_suffix(".tif"), np.zeros((4, 7), np.float32)),
+            "expected pixels of 8 or 16 bits, got Pillow's mode 'F'",
+        ),
+    ],
+    ids=["size", "colour", "garbage", "half", "float"],
+)
+def test_bad_images_are_named_before_training(tmp_path, memory, spoil, message, request):
+    if memory:
+        request.getfixturevalue(memory)
+    pictures(tmp_path / "images", (4, 7))
+    spoil(tmp_path / "images" / "3.png")
+    with pytest.raises(DataError, match=message) as error:
+        load(tmp_path / "images")
+    assert str(tmp_path / "images" / "3.") in str(error.value)
+
+
+def test_images_without_pillow_say_what_to_install(tmp_path, monkeypatch):
+    pictures(tmp_path / "images", (4, 7))
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(DataError, match=r'needs Pillow.*pip install "aefast\[train\]"'):
+        load(tmp_path / "images")

@@ -1,0 +1,108 @@
+"""The thread that works ahead: order, errors, and its end."""
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from aefast.data import Batches, prefetch
+from aefast.data.files import FileRows
+from aefast.data.prefetch import prefetched
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "aefast-prefetch"]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays():
+    assert threads() == []
+    yield
+    gc.collect()
+    assert threads() == []
+
+
+def test_items_come_in_order_and_the_thread_ends():
+    assert list(prefetched(iter(range(100)))) == list(range(100))
+    assert list(prefetched(iter([]))) == []
+
+
+def test_items_are_made_ahead_but_not_further():
+    made = []
+    items = prefetched((made.append(number) or number for number in range(10)), ahead=2)
+    assert next(items) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    # Time enough for a fourth, which must not be made before the second is taken.
+    time.sleep(0.05)
+    assert made == [0, 1, 2]
+
+
+def test_an_error_comes_in_its_place():
+    def items():
+        yield 1
+        raise ValueError("the second cannot be read")
+
+    found = prefetched(items())
+    assert next(found) == 1
+    with pytest.raises(ValueError, match="the second cannot be read"):
+        next(found)
+
+
+def test_dropping_the_iterator_ends_the_thread():
+    items = prefetched(iter(range(1000)))
+    next(items)
+    assert len(threads()) == 1
+    del items
+    assert threads() == []
+
+
+def test_leaving_a_loop_ends_the_thread():
+    for _ in prefetched(iter(range(1000))):
+        assert len(threads()) == 1
+        break
+    assert threads() == []
+    with pytest.raises(KeyboardInterrupt):
+        for _ in prefetched(iter(range(1000))):
+            raise KeyboardInterrupt
+
+
+class Counting(FileRows):
+    """Samples that are their row numbers."""
+
+    def __init__(self):
+        super().__init__((50, 3))
+
+    def _fill(self, rows, out):
+        assert threading.current_thread().name == "aefast-prefetch"
+        out[:] = rows[:, None]
+
+
+def test_files_are_read_by_the_thread():
+    batches = Batches(Counting(), torch.arange(50), batch_size=8, seed=0)
+    whole = list(batches.epoch(1))
+    memory = Batches(torch.arange(50.0)[:, None].expand(50, 3), torch.arange(50), batch_size=8, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(whole, memory.epoch(1), strict=True))
+    rest = batches.epoch(1, first=4)
+    assert torch.equal(next(rest), whole[4])
+    assert len(threads()) == 1
+    del rest
+    assert threads() == []
+
+
+@pytest.mark.parametrize("end", ["pass", "raise SystemExit", "os.kill(os.getpid(), signal.SIGINT)"])
+def test_a_process_ends_in_the_middle_of_an_epoch(end):
+    # The module by itself, which needs no PyTorch.
+    script = f"""
+import itertools, os, runpy, signal
+items = runpy.run_path({prefetch.__file__!r})["prefetched"](itertools.count())
+kept = [items, next(items)]
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True)
+    assert done.returncode in ((0,) if "kill" not in end else (-2, 130))

@@ -1,0 +1,38 @@
+"""What a run has left behind, and how to stop one."""
+
+import json
+import os
+import signal
+
+import torch
+
+from aefast.models import from_pretrained
+from aefast.train import CapturedStep
+
+
+def metrics(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(directory):
+    """The lines of metrics.jsonl without the one thing that depends on the clock."""
+    return [{k: v for k, v in record.items() if k != "samples_per_s"} for record in metrics(directory)]
+
+
+def weights(directory):
+    return torch.cat([parameter.flatten() for parameter in from_pretrained(directory).parameters()])
+
+
+def interrupt_after(monkeypatch, steps, number=signal.SIGINT):
+    """The process gets a signal while it takes training step number `steps`."""
+    taken = 0
+    original = CapturedStep.__call__
+
+    def call(self, batch):
+        nonlocal taken
+        taken += 1
+        if taken == steps:
+            os.kill(os.getpid(), number)
+        return original(self, batch)
+
+    monkeypatch.setattr(CapturedStep, "__call__", call)

@@ -1,0 +1,57 @@
+"""What the processes of a run do in its tests: a module that new processes import too."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from aefast.data import Dataset
+from aefast.models import Autoencoder, InfoVAE
+from aefast.train import Callback, TrainConfig, Trainer, TrainingError
+
+MODELS = {"autoencoder": (Autoencoder, {}), "infovae": (InfoVAE, {"mmd_weight": 5.0})}
+
+
+class _Signal(Callback):
+    """This process gets a signal once a line of a step is logged."""
+
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_log(self, trainer, record):
+        if record["step"] == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def trainer(directory, model="autoencoder", callbacks=(), **options):
+    """On 6 batches an epoch, all whole, and 32 held-out samples."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(5)
+    samples = torch.rand(224, 3, generator=generator) @ torch.rand(3, 16, generator=generator) / 3
+    config = TrainConfig(
+        **{"epochs": 3, "batch_size": 32, "log_every": 2, "device": "cpu", "lr": 1e-2, **options}
+    )
+    torch.manual_seed(0)
+    make, of_model = MODELS[model]
+    made = make(input_size=16, hidden=(8,), latent=4, **of_model)
+    data = Dataset("low-rank", samples, (4, 4), held_out=32)
+    made = Trainer(made, data, config, directory, callbacks=callbacks, console=Console(quiet=True))
+    made._plot = lambda: None
+    return made
+
+
+def train(rank, ranks, meeting, directory, resume, signals, options):
+    """A process of a run, which gets `signals[rank]`, (signal, step), if there is one; keeps what it ends with."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+    callbacks = [_Signal(*signals[rank])] if rank in signals else []
+    made = trainer(directory, callbacks=callbacks, **options)
+    try:
+        result = made.fit(resume=resume, compare=False)
+        ending = {"step": result.step, "interrupted": result.interrupted}
+    except TrainingError as error:
+        ending = {"error": str(error)}
+    weights = torch.cat([parameter.detach().flatten() for parameter in made.model.parameters()])
+    torch.save({**ending, "weights": weights}, directory.with_name(f"{directory.name}-{rank}.pt"))
+    # Tearing a broken group down may wait for the process that is lost.
+    os._exit(0)

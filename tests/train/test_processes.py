@@ -1,0 +1,144 @@
+"""Several processes train as one would, and end well if one of them does not."""
+
+import json
+import signal
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from aefast.data import Batches
+from aefast.errors import InputError
+from aefast.models import from_pretrained
+from support import processes, training_workers
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
+
+
+def metrics(directory):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def weights(directory):
+    return torch.cat([parameter.flatten() for parameter in from_pretrained(directory).parameters()])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs two processes; what each ended with, None of one that was killed."""
+    count = 0
+
+    def start(directory, *, resume=False, signals=None, **options):
+        nonlocal count
+        count += 1
+        arguments = (2, tmp_path / f"meeting-{count}", directory, resume, signals or {}, options)
+        context = torch.multiprocessing.get_context("spawn")
+        started = [
+            context.Process(target=training_workers.train, args=(rank, *arguments)) for rank in range(2)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(120)
+            assert process.exitcode is not None
+        files = [directory.with_name(f"{directory.name}-{rank}.pt") for rank in range(2)]
+        return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
+
+    return start
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_are_as_one_with_the_joint_batch(run, tmp_path, accumulate):
+    training_workers.trainer(tmp_path / "one").fit(compare=False)
+    first, second = run(tmp_path / "two", accumulate=accumulate)
+    assert first["step"] == second["step"] == 18
+    assert torch.equal(first["weights"], second["weights"])
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [record["step"] for record in one] == [record["step"] for record in two]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"samples_per_s"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-3, atol=1e-4)
+
+
+def test_codes_of_all_processes_are_compared_with_the_prior(run, tmp_path):
+    """The gradient of a joint MMD keeps weights the same everywhere; of one that is each process's own it would too,
+    but its value would not be that of all codes."""
+    first, second = run(tmp_path / "two", model="infovae")
+    assert torch.equal(first["weights"], second["weights"])
+    training_workers.trainer(tmp_path / "one", model="infovae").fit(compare=False)
+    ours, theirs = (metrics(tmp_path / name)[-1] for name in ("two", "one"))
+    # Both are trained on noise of their own.
+    assert ours["val_mmd"] == pytest.approx(theirs["val_mmd"], abs=0.1)
+    assert ours["val_psnr"] == pytest.approx(theirs["val_psnr"], abs=1.5)
+
+
+def test_a_signal_to_one_process_interrupts_both(run, tmp_path):
+    found = run(tmp_path / "parts", signals={1: (signal.SIGTERM, 8)})
+    assert [one["interrupted"] for one in found] == [signal.SIGTERM] * 2
+    # Heeded with the line after the one that was logged when it came.
+    assert [one["step"] for one in found] == [10, 10]
+    assert run(tmp_path / "parts", resume=True)[0]["step"] == 18
+    run(tmp_path / "whole")
+    ours, theirs = metrics(tmp_path / "parts"), metrics(tmp_path / "whole")
+    assert [(one["step"], one["loss"]) for one in ours] == [(one["step"], one["loss"]) for one in theirs]
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_loss_of_a_process_ends_the_run_with_a_checkpoint(run, tmp_path, lost):
+    found = run(tmp_path / "run", signals={lost: (signal.SIGKILL, 8)})
+    assert found[lost] is None
+    assert "a process of the run was lost after step" in found[1 - lost]["error"]
+    assert "step-0000000006.safetensors, from which --resume goes on" in found[1 - lost]["error"]
+    # One process can go on with what two began.
+    assert training_workers.trainer(tmp_path / "run").fit(resume=True, compare=False).step == 18
+
+
+def test_batches_are_shared_out():
+    samples, rows = torch.arange(23.0)[:, None], torch.arange(23)
+    shares = [Batches(samples, rows, batch_size=6, seed=1, share=(number, 3)) for number in range(3)]
+    whole = Batches(samples, rows, batch_size=6, seed=1)
+    # 6, 6, 6 and 5 rows, of which the last batch loses two.
+    assert [len(share) for share in shares] == [4] * 3
+    for batch, *parts in zip(whole.epoch(2), *(share.epoch(2) for share in shares), strict=True):
+        size = len(batch) // 3
+        assert torch.equal(torch.cat(parts), batch[: 3 * size])
+    # Of 19 rows one is left over, which is none for each of three.
+    few = Batches(samples, rows[:19], batch_size=6, seed=1, share=(0, 3))
+    assert len(few) == len(list(few.epoch(0))) == 3
+    with pytest.raises(InputError, match="batch_size=8: expected a multiple of the number of processes, 3"):
+        Batches(samples, rows, batch_size=8, seed=1, share=(0, 3))
+
+
+def test_torchrun(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        "-m",
+        "aefast",
+    ]
+    options = [
+        "--data",
+        "digits",
+        "--hidden",
+        16,
+        "--epochs",
+        2,
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+    ]
+    finished = processes.run([*command, "train", *options], env=processes.environment(OMP_NUM_THREADS=1))
+    assert finished.returncode == 0, finished.stdout
+    # Only the first process writes and speaks.
+    assert finished.stdout.count("held out)") == 1
+    assert [record["epoch"] for record in metrics(tmp_path / "run")] == [1, 2]

@@ -1,0 +1,285 @@
+"""The training step against the loop it stands for, and on a GPU against itself without a graph."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from aefast.errors import InputError
+from aefast.models import VAE, Autoencoder
+from aefast.train import CapturedStep, Schedule, make_optimizer
+
+
+def make_model(seed=0, cls=Autoencoder, **options):
+    torch.manual_seed(seed)
+    return cls(input_size=16, hidden=(8,), latent=4, **options)
+
+
+def batches(count, size=12, features=16):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(size, features, generator=generator) for _ in range(count)]
+
+
+def parameters(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def plain(model, data, *, lr=1e-2, before_update=lambda optimizer, step: None):
+    """The loop that a step stands for; the losses."""
+    optimizer, losses = make_optimizer(model.parameters(), lr), []
+    for step, batch in enumerate(data):
+        optimizer.zero_grad()
+        loss = model(batch).loss
+        loss.backward()
+        before_update(optimizer, step)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def taken(model, data, lr=1e-2, **options):
+    step = CapturedStep(model, make_optimizer(model.parameters(), lr), **options)
+    return step, [step(batch)["mse"].item() for batch in data]
+
+
+def test_steps_are_those_of_the_plain_loop():
+    model, data = make_model(), batches(5)
+    expected = copy.deepcopy(model)
+    losses = plain(expected, data)
+    step, ours = taken(model, data)
+    assert ours == losses
+    assert step.count == 5
+    assert torch.equal(parameters(model), parameters(expected))
+
+
+def test_several_steps_are_one_after_the_other():
+    model, data = make_model(), [*batches(3), *batches(2, size=5)]
+    expected = copy.deepcopy(model)
+    _, losses = taken(expected, data)
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), steps_per_replay=2)
+    assert step.many(data)["mse"].tolist() == losses
+    assert torch.equal(parameters(model), parameters(expected))
+
+
+def test_gradients_are_clipped_as_torch_does():
+    model, data = make_model(), batches(4)
+    expected, norms = copy.deepcopy(model), []
+
+    def clip(optimizer, step):
+        norms.append(nn.utils.clip_grad_norm_(expected.parameters(), 0.05).item())
+
+    plain(expected, data, before_update=clip)
+    taken(model, data, clip_norm=0.05)
+    assert max(norms) > 0.05
+    assert torch.equal(parameters(model), parameters(expected))
+
+
+@pytest.mark.parametrize("size", [12, 10, 3])
+def test_parts_of_a_batch_sum_up_to_its_mean(size):
+    """12 samples in 4 parts of 3, 10 in parts of 3, 3, 3 and 1, and 3 in as many parts as there are samples."""
+    model, data = make_model().double(), [batch.double() for batch in batches(3, size)]
+    whole = copy.deepcopy(model)
+    _, losses = taken(whole, data)
+    _, ours = taken(model, data, accumulate=4)
+    assert ours == pytest.approx(losses, rel=1e-12)
+    # Adam divides by the root of second moments, which makes much of a gradient's last digits where that is near 0.
+    torch.testing.assert_close(parameters(model), parameters(whole), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shares"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 1, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", [1 / 3, 2 / 3, 1, 1, *(0.5 + 0.5 * math.cos(math.pi * k / 5) for k in range(1, 5))]),
+    ],
+)
+def test_every_step_takes_its_share_of_the_rate(kind, shares):
+    schedule = Schedule(kind, warmup_steps=3, total_steps=8)
+    told = [schedule(torch.tensor(float(step), dtype=torch.float64)).item() for step in range(8)]
+    assert told == pytest.approx(shares)
+
+    model, data = make_model(), batches(8)
+    expected = copy.deepcopy(model)
+
+    def set_rate(optimizer, step):
+        optimizer.param_groups[0]["lr"] = 1e-2 * told[step]
+
+    plain(expected, data, before_update=set_rate)
+    taken(model, data, schedule=schedule)
+    assert torch.equal(parameters(model), parameters(expected))
+
+
+def test_the_step_after_the_last_would_take_nothing():
+    for kind in ("linear", "cosine"):
+        schedule = Schedule(kind, total_steps=8)
+        assert schedule(torch.tensor(8.0, dtype=torch.float64)).item() == pytest.approx(0, abs=1e-15)
+        assert schedule(torch.tensor(9.0, dtype=torch.float64)).item() == pytest.approx(0, abs=1e-15)
+
+
+def test_the_average_decays():
+    model, data = make_model(), batches(4)
+    average = parameters(model)
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), ema_decay=0.75)
+    for batch in data:
+        step(batch)
+        average = 0.75 * average + 0.25 * parameters(model)
+    last = parameters(model)
+    with step.averaged():
+        # Four roundings.
+        torch.testing.assert_close(parameters(model), average, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(parameters(model), last)
+    assert torch.equal(parameters(model), last)
+
+
+def test_it_goes_on_as_it_was():
+    options = {"ema_decay": 0.9, "schedule": Schedule("cosine", 2, 8), "clip_norm": 0.1}
+    data = batches(8)
+    model = make_model()
+    whole, _ = taken(model, data, **options)
+
+    other = make_model()
+    first, _ = taken(other, data[:3], **options)
+    state, of_optimizer = first.state_dict(), copy.deepcopy(first.optimizer.state_dict())
+    second = CapturedStep(other, make_optimizer(other.parameters(), 1e-2), **options)
+    second.optimizer.load_state_dict(of_optimizer)
+    second.load_state_dict(state)
+    for batch in data[3:]:
+        second(batch)
+    assert torch.equal(parameters(other), parameters(model))
+    for ours, theirs in zip(second.ema, whole.ema, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_half_precision_is_of_the_products():
+    seen = []
+
+    def loss(model, batch):
+        output = model(batch)
+        seen.append((output.latent.dtype, output.loss.dtype))
+        return output.loss
+
+    model, data = make_model(), batches(6)
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), loss=loss, precision="bf16")
+    losses = [step(batch)["loss"].item() for batch in data]
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    # bfloat16 has eight digits, of which some are lost on the way.
+    assert losses == pytest.approx(plain(make_model(), data), rel=0.02)
+
+
+def test_a_scaled_loss_that_overflows_makes_no_update():
+    model, (batch,) = make_model(), batches(1)
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), precision="fp16")
+    step(batch)
+    start, scale = parameters(model), step.state_dict()["scaler"]["scale"]
+    step(batch * 3e4)
+    assert torch.equal(parameters(model), start)
+    assert step.state_dict()["scaler"]["scale"] == scale / 2
+    step(batch)
+    assert not torch.equal(parameters(model), start)
+    assert parameters(model).isfinite().all()
+
+
+def test_any_module_and_loss():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    expected = copy.deepcopy(model)
+
+    def loss(model, x, y):
+        error = (model(x) - y).square().mean()
+        return error + 0.5, {"error": error, "offset": torch.tensor(0.5)}
+
+    step = CapturedStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss=loss)
+    x, y = torch.randn(7, 3), torch.randn(7, 2)
+    terms = step(x, y)
+    assert set(terms) == {"error", "offset"}
+    assert not terms["error"].requires_grad
+    loss(expected, x, y)[0].backward()
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs.detach() - 0.1 * theirs.grad)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp8"}, "precision='fp8': expected one of fp32, bf16, fp16"),
+        ({"accumulate": 0}, "accumulate=0"),
+        ({"steps_per_replay": -1}, "steps_per_replay=-1"),
+        ({"clip_norm": 0.0}, r"clip_norm=0.0: expected a number above 0"),
+        ({"clip_norm": float("nan")}, "clip_norm=nan"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0: expected a number from 0 to below 1"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    model = make_model()
+    with pytest.raises(InputError, match=message):
+        CapturedStep(model, make_optimizer(model.parameters(), 1e-2), **options)
+
+
+def test_bad_schedules_are_named():
+    with pytest.raises(InputError, match=r"schedule='cosin'.*did you mean 'cosine'"):
+        Schedule("cosin")
+    with pytest.raises(InputError, match="warmup_steps=8: expected fewer than the run has steps, 8"):
+        Schedule("linear", warmup_steps=8, total_steps=8)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replays_are_the_steps(precision):
+    """Of one size they come from the graph, and those of another size between and after them do not."""
+    options = {
+        "precision": precision,
+        "clip_norm": 0.1,
+        "ema_decay": 0.9,
+        "accumulate": 2,
+        "schedule": Schedule("cosine", 4, 40),
+    }
+    data = [batch.cuda() for batch in [*batches(16), *batches(1, size=5), *batches(13)]]
+    model = make_model().cuda()
+    expected = copy.deepcopy(model)
+    alone = CapturedStep(expected, make_optimizer(expected.parameters(), 1e-2), **options)
+    alone._replayed = 0
+    losses = [alone(batch)["mse"].item() for batch in data]
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), steps_per_replay=4, **options)
+    ours = step.many(data)["mse"]
+    assert step._recording is not None
+    assert step.count == len(data)
+    torch.testing.assert_close(ours, torch.tensor(losses, device="cuda"), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(parameters(model), parameters(expected), rtol=1e-3, atol=1e-5)
+    for one, other in zip(step.ema, alone.ema, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_every_replay_draws_fresh_noise():
+    model = make_model(cls=VAE).cuda()
+    step = CapturedStep(model, torch.optim.SGD(model.parameters(), lr=0.0), steps_per_replay=2)
+    (batch,) = batches(1, size=64)
+    terms = step.many([batch.cuda()] * 16)
+    assert step._recording is not None
+    name = next(name for name in terms if name != "kl")
+    assert len(set(terms[name].tolist())) == 16
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_step_waits_for_nothing():
+    model = make_model().cuda()
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), clip_norm=1.0, steps_per_replay=2)
+    data = [batch.cuda() for batch in batches(8)]
+    left_over = batches(1, size=5)[0].cuda()
+    step.many(data)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step.many(data)
+        step(left_over)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
