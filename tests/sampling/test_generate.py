@@ -12,8 +12,11 @@ SAMPLES = torch.rand(23, 3, 4, generator=torch.Generator().manual_seed(0))
 
 def make(name):
     torch.manual_seed(0)
-    options = {"k": 3} if name == "sparse" else {"hidden": (9,)}
-    return MODELS[name](input_size=12, latent=5, **options)
+    # The codes of batchtopk depend on the mode, in training also on the batch.
+    options = {"k": 3, "sparsity": "batchtopk"} if name == "sparse" else {"hidden": (9,)}
+    model = MODELS[name](input_size=12, latent=5, **options)
+    model(SAMPLES)
+    return model
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
