@@ -6,7 +6,12 @@ import torch
 from aefast import _library
 
 
+# Folders of files that take long. They come first, lest one process be left alone with one of them at the end.
+LONG = ("packaging", "train")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch finds none")

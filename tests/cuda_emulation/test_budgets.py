@@ -10,8 +10,7 @@ import pytest
 
 from aefast.bench import sass, static
 
-# In one process, which disassembles the library for all of them.
-pytestmark = [pytest.mark.aot, pytest.mark.xdist_group("budgets")]
+pytestmark = pytest.mark.aot
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 ELEMENT = {"f": "float32", "d": "float64", "N3c104HalfE": "float16", "N3c108BFloat16E": "bfloat16"}
