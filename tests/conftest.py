@@ -5,7 +5,6 @@ import torch
 
 from aefast import _library
 
-
 # Folders of files that take long. They come first, lest one process be left alone with one of them at the end.
 LONG = ("packaging", "train")
 
