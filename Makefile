@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 READY := $(VENV)/.ready
 SOURCES := $(wildcard kernels/cpu/* kernels/cuda/* kernels/include/*) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup test test-ops test-interpret test-aot test-emulation test-gpu lint demo bench clean
+.PHONY: setup test test-cpu test-interpret test-compiled test-emulation test-aot test-gpu lint demo bench clean
 
 setup: $(READY)
 
@@ -25,23 +25,29 @@ demo: setup
 	$(BIN)/aefast train --model autoencoder --data patches --hidden 512 --latent 16 --epochs 10 --out runs/demo --overwrite
 
 # Kernels, models, training and packaging on the CPU; then what needs a process or a compiler of its own.
-test: setup test-cpu test-interpret test-emulation test-aot
+test: setup test-cpu test-interpret test-compiled
 
 # The lanes run on one thread each, so that two processes share the cores; tests of threads ask for more by themselves.
+COMPILED = $(PARALLEL) --dist loadgroup tests/cuda_emulation tests/bench/test_static.py tests/aot
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2
 
 # A file's tests stay in one process, since some share what takes long to make.
 test-cpu: setup
-	$(PARALLEL) --dist loadfile --ignore=tests/aot --ignore=tests/cuda_emulation --ignore-glob='tests/ops/test_triton_*'
+	$(PARALLEL) --dist loadfile --no-loadscope-reorder -m "not aot" \
+	  --ignore=tests/aot --ignore=tests/cuda_emulation --ignore-glob='tests/ops/test_triton_*'
 
 test-interpret: setup
 	TRITON_INTERPRET=1 $(PARALLEL) tests/ops/test_triton_*.py
 
+# Both of the following, which share the processes.
+test-compiled: setup
+	$(COMPILED)
+
 test-emulation: setup
-	$(PARALLEL) tests/cuda_emulation -m "not aot"
+	$(COMPILED) -m "not aot"
 
 test-aot: setup
-	$(PARALLEL) tests/aot tests/cuda_emulation -m aot
+	$(COMPILED) -m aot
 
 test-gpu: setup
 	$(BIN)/python -m pytest -q -m gpu

@@ -334,6 +334,8 @@ _LABEL = re.compile(r"(\S+):\s*$")
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _TARGET = re.compile(r"`\(([^)\s]+)\)")
 _TARGETS = re.compile(r'BRANCH_TARGETS ([^"]*)"')
+# " Function first_kernel:\n  REG:24 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:576"
+_USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 
 def parse(listing: str) -> dict[str, Code]:
@@ -433,16 +435,21 @@ def disassembled(kernel: Compiled) -> Code:
         cubin.write_bytes(kernel.cubin)
         usage = run("cuobjdump", "-res-usage", cubin)
         (code,) = parse(run("nvdisasm", "-c", cubin)).values()
-    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
+    ((_, registers, stack, _),) = _USAGE.findall(usage)
     return Code(code.instructions, int(registers), int(stack), kernel.shared)
 
 
 def library_kernels(library: Path, architecture: str) -> dict[str, Code]:
-    """Symbol → code of every kernel that a shared library holds for an architecture, none if it holds no such."""
+    """Symbol → code of every kernel that a shared library holds for an architecture, none if it holds no such. Its
+    shared memory is what the kernel declares."""
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         run("cuobjdump", "-xelf", architecture, library.resolve(), folder=Path(folder))
-        listings = [run("nvdisasm", "-c", cubin) for cubin in sorted(Path(folder).iterdir())]
-    return {symbol: code for listing in listings for symbol, code in parse(listing).items()}
+        for cubin in sorted(Path(folder).iterdir()):
+            codes = parse(run("nvdisasm", "-c", cubin))
+            for symbol, *usage in _USAGE.findall(run("cuobjdump", "-res-usage", cubin)):
+                found[symbol] = Code(codes[symbol].instructions, *map(int, usage))
+    return found
 
 
 def histogram(executed: list[tuple[Instruction, int]]) -> collections.Counter[str]:

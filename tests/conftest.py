@@ -1,16 +1,41 @@
+import os
+
 import pytest
 import torch
 
 from aefast import _library
 
+# Folders of files that take long. They come first, lest one process be left alone with one of them at the end.
+LONG = ("packaging", "train")
+
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch finds none")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder that all processes of this run have in common, for what takes long to make; empty at first."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compiled_once(shared_folder):
+    """Triton compiles anew in this run, but each kernel for each target once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(shared_folder / "triton"))
+        yield
 
 
 @pytest.fixture

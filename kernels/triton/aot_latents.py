@@ -126,7 +126,7 @@ def latent(dtype, targets=(90,), has_sums=True):
 
 def signatures():
     for dtype in ("fp32", "bf16", "fp64"):
-        targets = TARGETS if dtype != "fp64" else (90,)
+        targets = TARGETS if dtype == "bf16" else (90,)
         yield weighted_sum(dtype, targets)
         yield dots(dtype, targets)
         yield latent(dtype, targets)

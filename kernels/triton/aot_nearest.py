@@ -79,8 +79,9 @@ def products(rows, targets=(90,)):
 
 def signatures():
     for dtype in ("fp32", "bf16", "fp64"):
-        yield differences(dtype, 3, TARGETS if dtype == "fp32" else (90,))
-        yield differences(dtype, 16, TARGETS)
+        targets = TARGETS if dtype == "fp32" else (90,)
+        yield differences(dtype, 3, targets)
+        yield differences(dtype, 16, targets)
     yield products(64, TARGETS)
     yield products(32, (80,))
     yield products(16, (80,))

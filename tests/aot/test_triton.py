@@ -18,14 +18,9 @@ package = importlib.import_module("aefast.kernels.triton")
 aot = importlib.import_module("aefast.kernels.triton.aot")
 tuning = importlib.import_module("aefast.kernels.triton.tuning")
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("compiled_once")]
 
 SIGNATURES = aot.signatures()
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import dataclasses
 import importlib
+import math
 
 import pytest
 import torch
@@ -58,7 +59,8 @@ def result(eager: list[float], aefast: list[float], failure: str | None = None, 
 
 @pytest.mark.parametrize("op", CASES)
 def test_every_op_is_measured_in_every_mode(op):
-    case = dataclasses.replace(next(iter(CASES[op](CPU, True))), is_compiled=False)
+    smallest = min(CASES[op](CPU, False), key=lambda case: math.prod(case.sizes.values()))
+    case = dataclasses.replace(smallest, is_compiled=False)
     assert case.modes
     for mode in case.modes:
         found = measured(case, mode)

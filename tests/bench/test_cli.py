@@ -7,7 +7,6 @@ import signal
 import site
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -102,12 +101,29 @@ def test_a_case_that_cannot_be_measured_costs_no_other(few, tmp_path, monkeypatc
     }
 
 
+TOLD = """
+import sys
+from aefast import cli
+from aefast.bench.cli import _Run
+
+measured = _Run._measured
+
+def told(*arguments):
+    print("measuring", flush=True)
+    return measured(*arguments)
+
+_Run._measured = told
+sys.exit(cli.main(["bench", "linear_act", "--json", sys.argv[1]]))
+"""
+
+
 def test_what_was_measured_survives_the_end_of_the_process(tmp_path):
     path = tmp_path / "results.json"
-    command = [sys.executable, "-m", "aefast.cli", "bench", "linear_act", "--json", str(path)]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", TOLD, str(path)]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
     try:
-        time.sleep(20)
+        # In the second case: the first has its result.
+        assert [process.stdout.readline() for _ in range(2)] == ["measuring\n"] * 2
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 143
     finally:

@@ -19,7 +19,8 @@ triton = pytest.importorskip("triton")
 tl = importlib.import_module("triton.language")
 aot = importlib.import_module("aefast.kernels.triton.aot")
 
-pytestmark = pytest.mark.aot
+# In one process, as most tests share the estimates.
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("compiled_once"), pytest.mark.xdist_group("static")]
 
 REPOSITORY = Path(__file__).parents[2]
 BLOCK, PROGRAMS, WARPS = 1024, 1320, 4
@@ -66,13 +67,6 @@ def product_kernel(x, out, steps, BLOCK: tl.constexpr):
 
 TYPES = {"x": "*fp32", "out": "*fp32", "a": "fp32", "b": "fp32", "n": "i32", "steps": "i32"}
 WORKLOAD = Workload("toy", "fp32", PROGRAMS, WARPS, ELEMENTS, bytes=8 * ELEMENTS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def compiled(kernel, types=TYPES, block=BLOCK, **constants):

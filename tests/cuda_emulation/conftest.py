@@ -12,24 +12,41 @@ HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 
 
+def pytest_collection_modifyitems(items):
+    # A file's tests stay in one process, as they share what they compile or disassemble.
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def compile_emulated(tmp_path_factory):
-    """compile_emulated(source, *flags, first_include=None) -> path of a shared library."""
+    """compile_emulated(source, *flags, first_include=None) -> path of a shared library, the same for the same source.
+
+    Headers in the folder `first_include` go before the sources' own.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the emulation needs g++, which is not on PATH")
+    made = {}
 
     def compile_emulated(source: Path, *flags: str, first_include: Path | None = None) -> Path:
-        library = tmp_path_factory.mktemp("emulation") / f"{source.stem}.so"
         includes = [HERE, REPOSITORY / "kernels/cuda", REPOSITORY / "kernels/include"]
+        changed = {}
         if first_include is not None:
+            changed = {path.name: path.read_text() for path in sorted(first_include.iterdir())}
             includes.insert(0, first_include)
+        asked_for = (source, flags, tuple(changed.items()))
+        if asked_for in made:
+            return made[asked_for]
+        library = tmp_path_factory.mktemp("emulation") / f"{source.stem}.so"
         command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
         # Each library has an emulated machine and shared memory of its own.
         command += ["-shared", "-fPIC", "-fno-gnu-unique", "-Wl,-Bsymbolic"]
         command += [f"-I{path}" for path in includes]
         command += ["-isystem", str(TORCH / "include"), "-x", "c++", str(source), "-o", str(library), *flags]
         subprocess.run(command, check=True)
+        made[asked_for] = library
         return library
 
     return compile_emulated

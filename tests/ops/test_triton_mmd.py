@@ -101,7 +101,7 @@ def narrow_scans(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_samples(dtype, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
-    for index, sample in enumerate(op.samples(torch.device("cpu"), dtype)):
+    for index, sample in numerics.in_turn(op.samples(torch.device("cpu"), dtype), dtype):
         numerics.check(op.OP, "triton", sample, dtype, expand_grad=index % 2 == 0)
 
 

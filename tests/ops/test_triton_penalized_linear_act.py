@@ -49,7 +49,7 @@ def backward_operands(operands, activation, penalty):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_samples(dtype):
-    for index, sample in enumerate(op.samples(torch.device("cpu"), dtype)):
+    for index, sample in numerics.in_turn(op.samples(torch.device("cpu"), dtype), dtype):
         numerics.check(op.OP, "triton", sample, dtype, expand_grad=index % 2 == 0)
 
 
@@ -57,14 +57,15 @@ def test_samples(dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_activation(dtype, activation, penalty):
-    for M, N in ((37, 17), (130, 33)):
-        x, weight, bias = layer(M, 5, N, dtype)
-        settings = {"activation": activation, "penalty": penalty, "negative_slope": 0.2, "alpha": 0.7}
-        draws = [
-            {"x": x, "weight": weight, "bias": bias + 0.01 * index, "rate": 0.1, **settings}
-            for index in range(4)
-        ]
-        numerics.check_draws(op.OP, "triton", draws, dtype)
+    # A whole tile of rows and a part of one; the samples have the other sizes.
+    x, weight, bias = layer(70, 5, 33, dtype)
+    settings = {"activation": activation, "penalty": penalty, "negative_slope": 0.2, "alpha": 0.7}
+    # Where the two parts of a slope cancel, one draw of few elements says little of rounding.
+    draws = [
+        {"x": x, "weight": weight, "bias": bias + 0.01 * index, "rate": 0.1, **settings}
+        for index in range(4 if penalty == "kl" else 1)
+    ]
+    numerics.check_draws(op.OP, "triton", draws, dtype)
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)

@@ -72,12 +72,19 @@ def check(input, target, *form):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_samples(dtype):
-    for index, sample in enumerate(op.samples(torch.device("cpu"), dtype)):
+    for index, sample in numerics.in_turn(op.samples(torch.device("cpu"), dtype), dtype):
         numerics.check(op.OP, "triton", sample, dtype, expand_grad=index % 2 == 0)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (torch.float32, "contiguous"),
+        (torch.float32, "channels_last"),
+        (torch.float64, "channels_last"),
+        (torch.float16, "contiguous"),
+    ],
+)
 def test_every_number_of_levels(dtype, layout):
     input, target = pair(2, 3, 37, 68, dtype=dtype, layout=layout)
     for levels in range(1, 7):

@@ -43,7 +43,7 @@ def every(values, indices, weight, bias, grad):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_samples(dtype):
-    for index, sample in enumerate(op.samples(torch.device("cpu"), dtype)):
+    for index, sample in numerics.in_turn(op.samples(torch.device("cpu"), dtype), dtype):
         # The interpreter takes milliseconds for an entry.
         if sample["values"].numel() <= 400:
             numerics.check(op.OP, "triton", sample, dtype, expand_grad=index % 2 == 0)

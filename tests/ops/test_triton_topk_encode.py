@@ -36,7 +36,7 @@ def draw(*shape, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_samples(dtype):
-    for index, sample in enumerate(op.samples(torch.device("cpu"), dtype)):
+    for index, sample in numerics.in_turn(op.samples(torch.device("cpu"), dtype), dtype):
         # The interpreter takes milliseconds for a latent.
         if len(sample["weight"]) > 300:
             continue
