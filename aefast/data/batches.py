@@ -14,6 +14,10 @@ from aefast.errors import InputError
 # Spreads (seed, epoch) over the 64-bit seeds of torch's generator: an odd constant near 2**64 / golden ratio.
 _SEED_STRIDE = 0x9E3779B97F4A7C15
 
+# The thread gathers as many batches at a time, since handing one over and searching files for its rows takes as long as
+# copying half of it.
+_GATHERED_BYTES = 4 << 20
+
 
 class Batches:
     """Shuffled batches of rows, a new order each epoch.
@@ -86,11 +90,15 @@ class Batches:
 
     def _batches(self, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The samples of row numbers that come in `pieces`."""
-        rows = _cut((piece.to(self._home) for piece in pieces), self.batch_size)
-        batches = (self._gather(some) for some in self._shares(rows))
-        if isinstance(self.samples, FileRows) or self.device != self._home:
-            batches = prefetched(batches)
-        return (batch.to(self.device, non_blocking=True) for batch in batches)
+        shares = self._shares(_cut((piece.to(self._home) for piece in pieces), self.batch_size))
+        if isinstance(self.samples, torch.Tensor) and self.device == self._home:
+            yield from map(self._gather, shares)
+            return
+        rows = self.batch_size // self.share[1]
+        together = rows * max(1, _GATHERED_BYTES // (4 * rows * self.samples.shape[1]))
+        for batches in prefetched(map(self._gather, _cut(shares, together))):
+            for batch in batches.split(rows):
+                yield batch.to(self.device, non_blocking=True)
 
     def _shares(self, batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         number, count = self.share

@@ -83,16 +83,29 @@ class Counting(FileRows):
         out[:] = rows[:, None]
 
 
-def test_files_are_read_by_the_thread():
+def test_files_are_read_by_the_thread(monkeypatch):
+    # A batch at a time, so that some are left to be read.
+    monkeypatch.setattr("aefast.data.batches._GATHERED_BYTES", 1)
     batches = Batches(Counting(), torch.arange(50), batch_size=8, seed=0)
     whole = list(batches.epoch(1))
     memory = Batches(torch.arange(50.0)[:, None].expand(50, 3), torch.arange(50), batch_size=8, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(whole, memory.epoch(1), strict=True))
-    rest = batches.epoch(1, first=4)
-    assert torch.equal(next(rest), whole[4])
+    rest = batches.epoch(1, first=1)
+    assert torch.equal(next(rest), whole[1])
     assert len(threads()) == 1
     del rest
     assert threads() == []
+
+
+@pytest.mark.parametrize("gathered_bytes", [1, 100, 4 << 20])
+def test_shares_of_batches_of_files(monkeypatch, gathered_bytes):
+    monkeypatch.setattr("aefast.data.batches._GATHERED_BYTES", gathered_bytes)
+    options = {"batch_size": 8, "seed": 0, "share": (1, 2)}
+    files = list(Batches(Counting(), torch.arange(50), **options).epoch(1))
+    samples = torch.arange(50.0)[:, None].expand(50, 3)
+    memory = Batches(samples, torch.arange(50), **options)
+    assert [len(batch) for batch in files] == [4] * 6 + [1]
+    assert all(torch.equal(a, b) for a, b in zip(files, memory.epoch(1), strict=True))
 
 
 @pytest.mark.parametrize("end", ["pass", "raise SystemExit", "os.kill(os.getpid(), signal.SIGINT)"])
