@@ -19,8 +19,7 @@ triton = pytest.importorskip("triton")
 tl = importlib.import_module("triton.language")
 aot = importlib.import_module("aefast.kernels.triton.aot")
 
-# In one process, as most tests share the estimates.
-pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("compiled_once"), pytest.mark.xdist_group("static")]
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("compiled_once")]
 
 REPOSITORY = Path(__file__).parents[2]
 BLOCK, PROGRAMS, WARPS = 1024, 1320, 4

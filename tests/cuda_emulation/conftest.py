@@ -12,13 +12,6 @@ HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 
 
-def pytest_collection_modifyitems(items):
-    # A file's tests stay in one process, as they share what they compile or disassemble.
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def compile_emulated(tmp_path_factory):
     """compile_emulated(source, *flags, first_include=None) -> path of a shared library, the same for the same source.
