@@ -113,6 +113,8 @@ def test_a_process_ends_in_the_middle_of_an_epoch(end):
     # The module by itself, which needs no PyTorch.
     script = f"""
 import itertools, os, runpy, signal
+# A shell's background processes are born to ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 items = runpy.run_path({prefetch.__file__!r})["prefetched"](itertools.count())
 kept = [items, next(items)]
 {end}
