@@ -28,7 +28,6 @@ demo: setup
 test: setup test-cpu test-interpret test-compiled
 
 # The lanes run on one thread each, so that two processes share the cores; tests of threads ask for more by themselves.
-COMPILED = $(PARALLEL) --dist loadscope tests/cuda_emulation tests/bench/test_static.py tests/aot
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2
 
 # A file's tests stay in one process, since some share what takes long to make.
@@ -39,7 +38,9 @@ test-cpu: setup
 test-interpret: setup
 	TRITON_INTERPRET=1 $(PARALLEL) tests/ops/test_triton_*.py
 
-# Both of the following, which share the processes: a file's tests, or a class's, stay in one.
+# What a compiler does without a GPU: the emulation and code ahead of time. A class's tests stay in one process too.
+COMPILED = $(PARALLEL) --dist loadscope tests/cuda_emulation tests/bench/test_static.py tests/aot
+
 test-compiled: setup
 	$(COMPILED)
 

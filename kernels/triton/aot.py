@@ -3,6 +3,9 @@
 A signature stands for one specialisation that a launcher asks for: argument types, compile-time constants,
 which arguments 16 divides (pointers; sizes and strides in elements), warps and stages.
 
+Every kernel, and what of it makes other code, has a signature for each of TARGETS; so has what leaves no register of
+its budget there. Further dtypes and options are for sm_90.
+
 Budgets. No spill and no stack, ever. `registers` keeps `programs_per_sm` programs resident in an SM's 65536.
 `load_bits`: the widest global load must be at least this wide; a TMA load counts as 128. `matrix`: the
 tensor cores' instruction of the target must be there.

@@ -219,17 +219,17 @@ from aefast.stats import mmd_test
 
 torch.set_num_threads(2)
 generator = torch.Generator().manual_seed(0)
-mmd_test(*torch.randn(2, 1500, 16, generator=generator), permutations=200)
-x, y = torch.randn(2, 8000, 16, generator=generator)
+mmd_test(*torch.randn(2, 1500, 16, generator=generator), permutations=500)
+x, y = torch.randn(2, 10000, 16, generator=generator)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(mmd_test(x, y, permutations=200, seed=0).p_value)
+print(mmd_test(x, y, permutations=500, seed=0).p_value)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
 @pytest.mark.slow
 def test_memory():
-    """16000 points: their kernel values would take 1 GB in float32. ru_maxrss is in KiB, and what the allocator keeps
+    """20000 points: their kernel values would take 1.6 GB in float32. ru_maxrss is in KiB, and what the allocator keeps
     for each thread differs by 100 MiB from run to run."""
     done = run([sys.executable, "-c", MEMORY], env=environment())
     assert done.returncode == 0, done.stdout
