@@ -22,6 +22,7 @@ from aefast.bench.cli import bench
 from aefast.errors import AefastError, InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import Tensor
 
     from aefast.data import Dataset
@@ -56,6 +57,7 @@ def _options(
     pass
 
 
+_PATCH_SIZE = "Side of the patches of --data patches, in pixels."
 _RUN = "Run"
 _OPTIMISATION = "Optimisation"
 _MODEL = "Model (options not given take the model's default)"
@@ -191,8 +193,7 @@ def train(
         str,
         typer.Option(
             metavar="fp32|bf16|fp16",
-            help="What matrix products are formed in; bf16 is several times as fast where the processor or the GPU "
-            "multiplies it.",
+            help="What matrix products are formed in; bf16 is faster where the processor or the GPU multiplies it.",
             rich_help_panel=_OPTIMISATION,
         ),
     ] = "fp32",
@@ -279,9 +280,7 @@ def train(
     log_every: Annotated[
         int, typer.Option(help="Steps between two lines of metrics.jsonl.", rich_help_panel=_RUN)
     ] = 50,
-    patch_size: Annotated[
-        int, typer.Option(help="Side of the patches of --data patches, in pixels.", rich_help_panel=_RUN)
-    ] = 16,
+    patch_size: Annotated[int, typer.Option(help=_PATCH_SIZE, rich_help_panel=_RUN)] = 16,
     hidden: Annotated[
         str | None,
         typer.Option(
@@ -660,10 +659,7 @@ def train(
 
     with process_group(device):
         console = Console(quiet=not Processes().is_first)
-
-        def say(text: str) -> None:
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
-
+        say = _teller(console)
         dataset = load(data, patch_size=patch_size)
         torch.manual_seed(seed)
         network = model_class(_model_config(model_class, given, dataset.sample_shape))
@@ -678,9 +674,8 @@ def train(
         result = trainer.fit(resume=resume, overwrite=overwrite, compare=not no_compare)
 
         if result.interrupted is not None:
-            epoch = min(trainer.epoch + 1, epochs)
             say(
-                f"interrupted by {result.interrupted.name} at epoch {epoch}/{epochs}, step "
+                f"interrupted by {result.interrupted.name} at epoch {trainer.epoch_of_run()}, step "
                 f"{result.step:,}; checkpoint: {trainer.store.paths()[-1]}"
             )
             say(f"resume with: {_resume_command()}")
@@ -726,7 +721,6 @@ _SAMPLES = (
     "Samples like those that the model was trained on: [cyan]digits[/cyan], [cyan]patches[/cyan], a .npy, .npz or .pt "
     "array of shape (N, ...), or a folder of .npy files or images."
 )
-_PATCH_SIZE = "Side of the patches of --data patches, in pixels."
 _DEVICE = "Where to compute; auto takes CUDA where it is."
 _REPLACE = "Replace --out if it is there already, which is an error without this."
 
@@ -905,11 +899,12 @@ def _check_batch_size(batch_size: int) -> None:
     check_positive_int(batch_size, "batch_size")
 
 
-def _teller() -> Callable[[str], None]:
-    """Prints lines as they are, however wide the terminal is."""
-    from rich.console import Console
+def _teller(console: Console | None = None) -> Callable[[str], None]:
+    """Prints lines as they are, however wide the terminal is; on standard output by default."""
+    if console is None:
+        from rich.console import Console
 
-    console = Console()
+        console = Console()
     return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

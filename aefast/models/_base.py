@@ -25,6 +25,7 @@ WEIGHTS_FILE = "model.safetensors"
 MODELS: dict[str, type[Model]] = {}
 """The models by the name that config files and the command line call them."""
 
+ClassType = TypeVar("ClassType", bound=type)
 ModelType = TypeVar("ModelType", bound="type[Model]")
 
 
@@ -42,17 +43,22 @@ def check_choice(value: object, argument: str, known: Iterable[str]) -> str:
     raise InputError(f"{argument}={value!r}: expected one of {', '.join(known)}{did_you_mean(value, known)}")
 
 
-def register(name: str) -> Callable[[ModelType], ModelType]:
-    """Class decorator: list a model in `MODELS` as `name`."""
+def listed(registry: dict[str, Any], name: str, kind: str) -> Callable[[ClassType], ClassType]:
+    """Class decorator: list the class, a `kind`, in `registry` as `name`, and give it that `name`."""
 
-    def add(model_class: ModelType) -> ModelType:
-        if name in MODELS:
-            raise ValueError(f"a model named {name!r} is registered already")
-        model_class.name = name
-        MODELS[name] = model_class
-        return model_class
+    def add(listed_class: ClassType) -> ClassType:
+        if name in registry:
+            raise ValueError(f"a {kind} named {name!r} is registered already")
+        listed_class.name = name
+        registry[name] = listed_class
+        return listed_class
 
     return add
+
+
+def register(name: str) -> Callable[[ModelType], ModelType]:
+    """Class decorator: list a model in `MODELS` as `name`."""
+    return listed(MODELS, name, "model")
 
 
 def find_model(name: object, argument: str = "model") -> type[Model]:

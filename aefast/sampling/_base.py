@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aefast.errors import InputError
-from aefast.models._base import check_choice, did_you_mean
+from aefast.models._base import check_choice, did_you_mean, listed
 from aefast.models._files import write_atomically
 from aefast.nn.linear_act import check_positive_int
 
@@ -31,15 +31,7 @@ Self = TypeVar("Self", bound="Sampler")
 
 def register(name: str) -> Callable[[SamplerType], SamplerType]:
     """Class decorator: list a sampler in `SAMPLERS` as `name`."""
-
-    def add(sampler_class: SamplerType) -> SamplerType:
-        if name in SAMPLERS:
-            raise ValueError(f"a sampler named {name!r} is registered already")
-        sampler_class.name = name
-        SAMPLERS[name] = sampler_class
-        return sampler_class
-
-    return add
+    return listed(SAMPLERS, name, "sampler")
 
 
 class Sampler:

@@ -37,7 +37,9 @@ class Comparison:
         )
 
 
-def compare_with_eager(model: Model, batches: Sequence[torch.Tensor], lr: float) -> Comparison:
+def compare_with_eager(
+    model: Model, batches: Sequence[torch.Tensor], lr: float, precision: str = "fp32"
+) -> Comparison:
     """Time `CapturedStep` and `EagerStep` on the same batches.
 
     Both start from copies of the model's weights; the model itself is not touched. Short runs of the two take
@@ -47,9 +49,11 @@ def compare_with_eager(model: Model, batches: Sequence[torch.Tensor], lr: float)
         model: the model, on its device.
         batches: tensors (B, features) on that device, of one size; runs cycle through them.
         lr: learning rate of both.
+        precision: of both, as of `CapturedStep`.
     """
     model = copy.deepcopy(model).train()
-    fused, eager = CapturedStep(model, make_optimizer(model.parameters(), lr)), EagerStep(model, lr)
+    fused = CapturedStep(model, make_optimizer(model.parameters(), lr), precision=precision)
+    eager = EagerStep(model, lr, precision)
     device = batches[0].device
     warm_up = [_run(step, batches, 3, device) for step in (fused, eager, fused, eager)]
     # As many steps a run as the slower of the two takes RUN_SECONDS for.

@@ -31,6 +31,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim
     return torch.optim.Adam(parameters, lr=lr, fused=True)
 
 
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
 def _loss_of_model(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss and its terms that models of `aefast.models` tell."""
     output = model(batch)
@@ -99,7 +103,6 @@ class CapturedStep:
         # Steps taken, where the schedule reads them.
         self._count = torch.zeros((), dtype=torch.float64, device=self.device)
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self._ema_decay = ema_decay
         self.ema = None if ema_decay is None else [one.detach().clone() for one in self._parameters]
         self._average = None if ema_decay is None else get_ema_multi_avg_fn(ema_decay)
         self._replayed = steps_per_replay if self.device.type == "cuda" and self._scaler is None else 0
@@ -175,10 +178,10 @@ class CapturedStep:
     # Steps one by one
 
     def _alone(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        sizes = tuple(one.shape for one in batch)
-        self._warm[sizes] = self._warm.get(sizes, 0) + 1
         if self.device.type != "cuda":
             return self._step(batch)
+        sizes = tuple(one.shape for one in batch)
+        self._warm[sizes] = self._warm.get(sizes, 0) + 1
         # Where it will be recorded, so that autograd keeps to that stream.
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
@@ -228,7 +231,7 @@ class CapturedStep:
 
     def _backward(self, part: tuple[torch.Tensor, ...], share: float | None) -> dict[str, torch.Tensor]:
         """Gradients of a part of a batch, whose loss counts as its share; the terms, counted so too."""
-        with self._autocast():
+        with _autocast(self.device, self._type):
             loss = self._loss(self.model, *part)
         loss, terms = loss if isinstance(loss, tuple) else (loss, {"loss": loss})
         terms = {name: term.detach() for name, term in terms.items()}
@@ -241,11 +244,6 @@ class CapturedStep:
     def _without_exchange(self) -> contextlib.AbstractContextManager[None]:
         is_exchanged = isinstance(self.model, nn.parallel.DistributedDataParallel)
         return self.model.no_sync() if is_exchanged else contextlib.nullcontext()
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self._type is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self._type)
 
     # Steps of a graph
 
@@ -310,15 +308,19 @@ class EagerStep:
     Args:
         model: the model whose twin, with copied weights, is trained.
         lr: learning rate of Adam.
+        precision: as of `CapturedStep`; fp16 without a loss scale.
     """
 
-    def __init__(self, model: Model, lr: float) -> None:
+    def __init__(self, model: Model, lr: float, precision: str = "fp32") -> None:
         self.model = model
         self.twin = model.eager_twin()
+        self._type = PRECISIONS[check_choice(precision, "precision", PRECISIONS)]
         self.optimizer = make_optimizer(self.twin.parameters(), lr)
 
     def __call__(self, batch: torch.Tensor) -> None:
         """Train on a batch (B, features)."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.eager_loss(self.twin, batch).backward()
+        with _autocast(batch.device, self._type):
+            loss = self.model.eager_loss(self.twin, batch)
+        loss.backward()
         self.optimizer.step()

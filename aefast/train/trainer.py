@@ -172,6 +172,11 @@ class Trainer:
         of_epoch = self.source.steps_per_epoch()
         return None if of_epoch is None else -(-self.config.steps // of_epoch)
 
+    def epoch_of_run(self) -> str:
+        """Which epoch the next step is of, and of how many as far as that is known, such as "3/10"."""
+        epochs = self._epochs()
+        return f"{self.epoch + 1}" if epochs is None else f"{min(self.epoch + 1, epochs)}/{epochs}"
+
     def _schedule(self) -> Schedule:
         config, steps = self.config, self._total_steps()
         if config.schedule != "constant" and steps is None:
@@ -262,7 +267,9 @@ class Trainer:
                 self._say(f'notice: no plots ({error}); for plots: pip install "aefast[train]"')
         # Beside other processes it would be measured with what they leave of the machine.
         if compare and self.processes.is_one:
-            comparison = compare_with_eager(self.model, self._sample_batches(), self.config.lr)
+            comparison = compare_with_eager(
+                self.model, self._sample_batches(), self.config.lr, self.config.precision
+            )
         return TrainResult(
             self.directory, self.steps_taken, None, comparison, self._is_stopped, self._last_measures()
         )
@@ -297,10 +304,15 @@ class Trainer:
             return 0
         self._check_same_run(checkpoint.state["settings"])
         self._restore(checkpoint)
-        if self.epoch >= self.config.epochs:
+        if self._has_ended():
+            reached, more = f"epoch {self.epoch}", "epochs"
+            if self._is_stopped:
+                more = "epochs of patience"
+            elif self.config.steps is not None:
+                reached, more = f"step {self.steps_taken:,}", "steps"
             self._say(
-                f"nothing left to train: {self.directory} has reached epoch {self.epoch}; "
-                "a larger number of epochs goes on from there"
+                f"nothing left to train: {self.directory} has reached {reached}; "
+                f"a larger number of {more} goes on from there"
             )
         else:
             self._say(f"resuming {self.directory} at epoch {self.epoch + 1}, step {self.steps_taken:,}")

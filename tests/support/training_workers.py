@@ -8,6 +8,7 @@ from rich.console import Console
 
 from aefast.data import Dataset
 from aefast.models import Autoencoder, InfoVAE
+from aefast.nn import MMDLoss
 from aefast.train import Callback, TrainConfig, Trainer, TrainingError
 
 MODELS = {"autoencoder": (Autoencoder, {}), "infovae": (InfoVAE, {"mmd_weight": 5.0})}
@@ -52,6 +53,11 @@ def train(rank, ranks, meeting, directory, resume, signals, options):
     except TrainingError as error:
         ending = {"error": str(error)}
     weights = torch.cat([parameter.detach().flatten() for parameter in made.model.parameters()])
-    torch.save({**ending, "weights": weights}, directory.with_name(f"{directory.name}-{rank}.pt"))
+    groups = [
+        dist.get_world_size(m.group) for m in made.model.modules() if isinstance(m, MMDLoss) and m.group
+    ]
+    torch.save(
+        {**ending, "weights": weights, "groups": groups}, directory.with_name(f"{directory.name}-{rank}.pt")
+    )
     # Tearing a broken group down may wait for the process that is lost.
     os._exit(0)

