@@ -112,7 +112,7 @@ def _documented() -> dict[str, str]:
 
 
 class Docstrings(griffe.Extension):
-    """Names in docstrings become links, and the `*` of shapes such as (*, D) no emphasis."""
+    """Names in docstrings become links, `::` before a block a colon or nothing, and the `*` of (*, D) no emphasis."""
 
     def __init__(self) -> None:
         self._full_names = _documented()
@@ -121,6 +121,8 @@ class Docstrings(griffe.Extension):
         if obj.docstring is None:
             return
         text = re.sub(r"(?<![`\\])\*(?=[,)])", r"\\*", obj.docstring.value)
+        text = re.sub(r"^::$", "", text, flags=re.MULTILINE)
+        text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
 
         def link(found: re.Match[str]) -> str:
             full = self._full_names.get(found[1])

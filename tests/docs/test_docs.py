@@ -124,7 +124,7 @@ def headings(page, level):
 
 
 def test_every_op_has_its_place_and_its_speed():
-    pages = [page for page in TEXTS if page.startswith("docs/ops/")]
+    pages = {page for page in TEXTS if page.startswith("docs/ops/")} - {"docs/ops/index.md"}
     assert sorted(op for page in pages for op in headings(page, 2)) == sorted(aefast.functional.__all__)
     measured = {
         case["op"]
