@@ -123,6 +123,8 @@ class Docstrings(griffe.Extension):
         text = re.sub(r"(?<![`\\])\*(?=[,)])", r"\\*", obj.docstring.value)
         text = re.sub(r"^::$", "", text, flags=re.MULTILINE)
         text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
+        # What stands before the first colon would be a type; the signature has it.
+        text = re.sub(r"^(Returns:\n +)", r"\1: ", text, flags=re.MULTILINE)
 
         def link(found: re.Match[str]) -> str:
             full = self._full_names.get(found[1])
