@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 READY := $(VENV)/.ready
 SOURCES := $(wildcard kernels/cpu/* kernels/cuda/* kernels/include/*) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup test test-cpu test-interpret test-compiled test-emulation test-aot test-gpu lint demo bench clean
+.PHONY: setup test test-cpu test-interpret test-compiled test-emulation test-aot test-gpu lint docs demo bench clean
 
 setup: $(READY)
 
@@ -57,8 +57,12 @@ lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
+# The site, into site/; what MkDocs warns of is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 bench: setup
 	$(BIN)/aefast bench --report bench/results
 
 clean:
-	rm -rf build dist aefast/lib *.egg-info
+	rm -rf build dist site aefast/lib *.egg-info

@@ -5,6 +5,7 @@ Triton brings the disassembler; no CUDA toolkit is needed.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import functools
 import graphlib
@@ -12,9 +13,10 @@ import importlib.util
 import math
 import os
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from aefast.errors import InputError
 
 # The tensor cores' instructions by compute capability.
 MATRIX = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCQMMA", "UTCOMMA", "UTCIMMA")}
+# What nvdisasm calls the GPU that Triton compiles for.
+TARGETS = {80: "SM80", 90: "SM90a", 100: "SM100a"}
 
 GLOBAL = ("LDG", "STG", "LDGSTS", "RED", "ATOMG")
 # Copies to shared memory that a later instruction waits for.
@@ -332,15 +336,18 @@ _SECTION = re.compile(r"\s*\.section\s+\.text\.([^,\s]+)")
 _LABEL = re.compile(r"(\S+):\s*$")
 # "        /*0110*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;"
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
-_TARGET = re.compile(r"`\(([^)\s]+)\)")
+# A label, or, of instructions that are no file's, the address itself.
+_TARGET = re.compile(r"`\(([^)\s]+)\)|\b(0x[0-9a-f]+)$")
 _TARGETS = re.compile(r'BRANCH_TARGETS ([^"]*)"')
 # " Function first_kernel:\n  REG:24 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:576"
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
+_Line = tuple[int, str, str, str]  # address, predicate, name, operands
+
 
 def parse(listing: str) -> dict[str, Code]:
     """Symbol → code, of what `nvdisasm -c` prints."""
-    found: dict[str, list[tuple[int, str, str, str]]] = {}
+    found: dict[str, list[_Line]] = {}
     labels: dict[str, int] = {}
     pending: list[str] = []
     current = None
@@ -349,21 +356,45 @@ def parse(listing: str) -> dict[str, Code]:
             current, pending = found.setdefault(match[1], []), []
         elif match := _LABEL.match(line):
             pending.append(match[1])
-        elif current is not None and (match := _INSTRUCTION.match(line)):
-            address = int(match[1], 16)
-            labels |= dict.fromkeys(pending, address)
+        elif current is not None and (instruction := _instruction(line)):
+            labels |= dict.fromkeys(pending, instruction[0])
             pending = []
-            current.append((address, match[2] or "", match[3], match[4]))
+            current.append(instruction)
     return {symbol: Code(_trimmed(lines, labels)) for symbol, lines in found.items() if lines}
 
 
-def _trimmed(lines: list[tuple[int, str, str, str]], labels: dict[str, int]) -> tuple[Instruction, ...]:
+def parse_image(listing: str, sizes: Sequence[int]) -> list[Code]:
+    """The code of kernels of so many bytes each, of what `nvdisasm -b` prints of them one behind the other.
+
+    Raises:
+        ValueError: a kernel branches by a table, of which such a listing does not say where it leads.
+    """
+    lines = [instruction for line in listing.splitlines() if (instruction := _instruction(line))]
+    addresses = [line[0] for line in lines]
+    codes = []
+    end = 0
+    for size in sizes:
+        begin, end = end, end + size
+        its = lines[bisect.bisect_left(addresses, begin) : bisect.bisect_left(addresses, end)]
+        if tables := {name for _, _, name, _ in its if name.partition(".")[0] in ("BRX", "JMX")}:
+            raise ValueError(f"{', '.join(tables)}: where a table of branches leads is not in the listing")
+        labels = {f"{address:#x}": address - begin for address, *_ in its}
+        codes.append(Code(_trimmed([(address - begin, *rest) for address, *rest in its], labels)))
+    return codes
+
+
+def _instruction(line: str) -> _Line | None:
+    match = _INSTRUCTION.match(line)
+    return match and (int(match[1], 16), match[2] or "", match[3], match[4])
+
+
+def _trimmed(lines: list[_Line], labels: dict[str, int]) -> tuple[Instruction, ...]:
     """Without what keeps the processor's prefetching harmless: a branch to itself, and NOPs."""
     instructions = []
     for address, predicate, name, operands in lines:
         targets: list[str] = []
         if name.partition(".")[0] in ("BRA", "JMP", "BSSY"):
-            targets = _TARGET.findall(operands)
+            targets = [label or place for label, place in _TARGET.findall(operands)]
         elif match := _TARGETS.search(operands):
             targets = match[1].split(",")
         instructions.append(
@@ -409,6 +440,7 @@ def run(tool: str, *arguments: str | Path, folder: Path | None = None) -> str:
 @dataclass(frozen=True)
 class Compiled:
     cubin: bytes
+    capability: int
     shared: int  # bytes, as launched
 
 
@@ -426,17 +458,38 @@ def compiled(signature: Any, capability: int) -> Compiled:
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": signature.warps, "num_stages": signature.stages, **signature.options},
     )
-    return Compiled(made.asm["cubin"], made.metadata.shared)
+    return Compiled(made.asm["cubin"], capability, made.metadata.shared)
 
 
-def disassembled(kernel: Compiled) -> Code:
+def disassembled(kernels: Sequence[Compiled]) -> list[Code]:
+    """The code of each kernel. Those for one GPU are disassembled together: nvdisasm takes 0.3 s to begin, whatever
+    there is to do."""
+    codes: dict[int, Code] = {}
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.cubin)
-        usage = run("cuobjdump", "-res-usage", cubin)
-        (code,) = parse(run("nvdisasm", "-c", cubin)).values()
-    ((_, registers, stack, _),) = _USAGE.findall(usage)
-    return Code(code.instructions, int(registers), int(stack), kernel.shared)
+        image, cubin = Path(folder) / "image", Path(folder) / "kernel.cubin"
+        for capability in sorted({kernel.capability for kernel in kernels}):
+            places = [place for place, kernel in enumerate(kernels) if kernel.capability == capability]
+            texts = [_text(kernels[place].cubin) for place in places]
+            image.write_bytes(b"".join(texts))
+            listing = run("nvdisasm", "-b", TARGETS[capability], image)
+            codes |= zip(places, parse_image(listing, [len(text) for text in texts]), strict=True)
+        found = []
+        for place, kernel in enumerate(kernels):
+            cubin.write_bytes(kernel.cubin)
+            ((_, registers, stack, _),) = _USAGE.findall(run("cuobjdump", "-res-usage", cubin))
+            found.append(Code(codes[place].instructions, int(registers), int(stack), kernel.shared))
+    return found
+
+
+def _text(cubin: bytes) -> bytes:
+    """The instructions of the only kernel in a file, a 64-bit ELF."""
+    (headers,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, index_of_names = struct.unpack_from("<HHH", cubin, 58)
+    # Of each section its name, kind, flags, address, offset and size.
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + index * size) for index in range(count)]
+    names = sections[index_of_names][4]
+    ((*_, offset, length),) = (one for one in sections if cubin.startswith(b".text.", names + one[0]))
+    return cubin[offset : offset + length]
 
 
 def library_kernels(library: Path, architecture: str) -> dict[str, Code]:

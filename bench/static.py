@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,11 +238,9 @@ def stated_signatures() -> list[Any]:
 
 
 def triton_estimates(signatures: list[Any]) -> list[Estimate]:
-    # The disassembler is a process of its own: it runs while the next kernel is compiled.
-    with ThreadPoolExecutor(1) as pool:
-        codes = [pool.submit(sass.disassembled, sass.compiled(one, 90)) for one in signatures]
+    codes = sass.disassembled([sass.compiled(one, 90) for one in signatures])
     return [
-        estimate("triton", one.kernel.__name__, one.name, code.result(), one.workload)
+        estimate("triton", one.kernel.__name__, one.name, code, one.workload)
         for one, code in zip(signatures, codes, strict=True)
     ]
 

@@ -81,7 +81,8 @@ def compiled(kernel, types=TYPES, block=BLOCK, **constants):
         programs_per_sm=1,
         load_bits=32,
     )
-    return sass.disassembled(sass.compiled(signature, 90))
+    (code,) = sass.disassembled([sass.compiled(signature, 90)])
+    return code
 
 
 def estimated(code, workload=WORKLOAD):
