@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import textwrap
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -255,7 +256,7 @@ class _Search:
             return
         found = _sites.rewrite(module, self.kinds)
         for method, call, reason in found.left:
-            self.leave(_within(name, method), call, reason)
+            self.leave(_within(name, method), textwrap.shorten(call, 60, placeholder=" ..."), reason)
         unread = "; ".join(f"{method}: {reason}" for method, reason in found.unread.items())
         reason = f"no activation is applied to its output where {type(module).__name__} calls it"
         for linear in _layers_below(module):

@@ -32,7 +32,7 @@ MODULES = {
     nn.Sigmoid: "sigmoid",
     nn.Softplus: "softplus",
 }
-METHODS = {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+METHODS = ("relu", "tanh", "sigmoid")
 FUNCTIONS: dict[Callable[..., Tensor], str] = {
     torch.relu: "relu",
     torch.selu: "selu",
@@ -194,13 +194,25 @@ def apply(activation: Any, linear: Any, x: Any) -> Any:
 
 def applied(
     function: Callable[..., Tensor], arguments: Sequence[Any], named: Mapping[str, Any]
-) -> Callable[[Any, Any], Any]:
-    """``site(linear, x)``, which is ``function(linear(x), *arguments, **named)``."""
+) -> Callable[[Any, Any, Any], Any]:
+    """``site(called, linear, x)``, which is ``called(linear(x), *arguments, **named)``, and fused where it is
+    `function` that is called."""
     found = of_function(function, arguments, named)
+
+    def site(called: Any, linear: Any, x: Any) -> Any:
+        if called is function and is_linear(linear):
+            return _of_layers([(linear, found)], x)
+        return called(linear(x), *arguments, **named)
+
+    return site
+
+
+def method_applied(name: str) -> Callable[[Any, Any], Any]:
+    """``site(linear, x)``, which is the method `name` of ``linear(x)``, one of `METHODS`."""
 
     def site(linear: Any, x: Any) -> Any:
         if is_linear(linear):
-            return _of_layers([(linear, found)], x)
-        return function(linear(x), *arguments, **named)
+            return _of_layers([(linear, (name, {}))], x)
+        return getattr(linear(x), name)()
 
     return site

@@ -23,7 +23,7 @@ from torch import nn
 from aefast.patch import _dense, _losses
 
 # Their own classes are left to them; those that people derive from them are not.
-HOSTS = ("torch", "lightning", "pytorch_lightning", "aefast")
+HOSTS = ("torch", "lightning", "pytorch_lightning", "pythae", "aefast")
 _PREFIX = "aefast_site_"
 _NAMED = {*dis.hasname, *dis.hasconst, *dis.haslocal, *dis.hasfree}
 
@@ -251,23 +251,22 @@ class _Visitor(ast.NodeTransformer):
         linear = self._resolved(inner.func)
         if linear is not _LOCAL and not _dense.is_linear(linear):
             return None
-        arguments, named = node.args[1:], node.keywords
+        operands = [node.func, inner.func, inner.args[0]]
+        function = self._resolved(node.func)
         if isinstance(node.func, ast.Attribute) and node.func.value is inner:
-            function, arguments = _dense.METHODS.get(node.func.attr), node.args
-        else:
-            function = self._resolved(node.func)
-        operands = [inner.func, inner.args[0]]
-        if isinstance(function, nn.Module) or function is _LOCAL:
+            activation, operands = (node.func.attr, {}), operands[1:]
+            site = _dense.method_applied(node.func.attr)
+        elif isinstance(function, nn.Module) or function is _LOCAL:
             activation = _dense.of_module(function)
-            if arguments or named or (function is not _LOCAL and activation is None):
+            if len(node.args) > 1 or node.keywords or (function is not _LOCAL and activation is None):
                 return None
             if function is _LOCAL and self.is_in_place:
                 return None
-            site, operands = _dense.apply, [node.func, *operands]
+            site = _dense.apply
         else:
             try:
-                values = [ast.literal_eval(one) for one in arguments]
-                by_name = {one.arg: ast.literal_eval(one.value) for one in named}
+                values = [ast.literal_eval(one) for one in node.args[1:]]
+                by_name = {one.arg: ast.literal_eval(one.value) for one in node.keywords}
             except (ValueError, TypeError):
                 return None
             activation = _dense.of_function(function, values, by_name)
