@@ -273,7 +273,7 @@ MOST_REDRAWS = 20
 
 
 @contextlib.contextmanager
-def _noise_of_aefast() -> Iterator[None]:
+def noise_of_aefast() -> Iterator[None]:
     """Within it ``torch.randn_like`` and ``torch.rand_like`` give what aefast's ops draw in the same places."""
 
     def normals(like: Tensor, **options: Any) -> Tensor:
@@ -309,7 +309,7 @@ class TrainingCase(Case):
     def trial(self, mode: str) -> Trial:
         model = self.make_model()
         exact = model.eager_twin().double()
-        checked = _without_kinks(exact, self._batch, self.is_undecided)
+        checked = without_kinks(exact, self._batch, self.is_undecided)
 
         rivals, missing = self._loaded_rivals(mode)
         ours = variants.backends("mlp", self.device, self.dtype)
@@ -322,11 +322,11 @@ class TrainingCase(Case):
         contexts = {name: ours.get(name, contextlib.nullcontext) for name in learners}
 
         def results(name: str) -> list[Tensor]:
-            with contexts[name](), _noise_of_aefast():
+            with contexts[name](), noise_of_aefast():
                 return learners[name].results(checked)
 
         found = collect({name: lambda name=name: results(name) for name in learners}, missing)
-        with _noise_of_aefast():
+        with noise_of_aefast():
             torch.manual_seed(NOISE_SEED)
             loss = model.eager_loss(exact, checked.double())
         truth = [loss.detach(), *torch.autograd.grad(loss, list(exact.parameters()))]
@@ -357,7 +357,7 @@ def _eager(model: Model) -> Learner:
     return Learner(list(step.twin.parameters()), lambda batch: model.eager_loss(step.twin, batch), step)
 
 
-def _without_kinks(
+def without_kinks(
     twin: nn.Module,
     draw: Callable[[], Tensor],
     is_undecided: Callable[[nn.Module, Tensor], Tensor] | None,
@@ -379,7 +379,7 @@ def _without_kinks(
     for _ in range(MOST_REDRAWS):
         beside.zero_()
         torch.manual_seed(NOISE_SEED)
-        with torch.no_grad(), _noise_of_aefast():
+        with torch.no_grad(), noise_of_aefast():
             twin(batch.double())
             if is_undecided is not None:
                 beside |= is_undecided(twin, batch.double())

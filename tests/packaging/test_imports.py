@@ -114,6 +114,7 @@ print(json.dumps({
     "threads": threads() - running,
     "cuda": torch.cuda.is_initialized(),
     "modules": sorted({name.split(".")[0] for name in set(sys.modules) - before}),
+    "patch": "aefast.patch" in sys.modules,
     "namespaces": [name for name in ("aefast_cpu", "aefast_cuda") if name in vars(torch.ops)],
 }))
 """
@@ -144,6 +145,8 @@ def test_import_loads_nothing_that_is_not_needed_yet(imported):
     unwanted = {"triton", "matplotlib", "numpy", "sklearn", "skimage", "rich", "safetensors", "typer"}
     assert unwanted & set(imported[0]["modules"]) == set()
     assert imported[0]["namespaces"] == []
+    # It stands on most of the package, and is there when it is asked for.
+    assert imported[0]["patch"] is False
 
 
 DAMAGED = """

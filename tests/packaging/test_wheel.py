@@ -162,6 +162,43 @@ def test_installed_wheel_computes(installed):
     assert done.stdout.splitlines() == [str(installed.site / "aefast" / "__init__.py"), "True", "None"]
 
 
+PROJECT = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+import aefast
+from aefast.functional import linear_act
+from aefast.patch import Report
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(6, 8)
+
+    def forward(self, x):
+        return F.gelu(self.hidden(x))
+
+
+net, x = Net(), torch.randn(5, 6)
+expected = net(x)
+torch.testing.assert_close(linear_act(x, net.hidden.weight, net.hidden.bias, "gelu"), expected)
+report: Report = aefast.patch(net)
+torch.testing.assert_close(net(x), expected)
+print(report)
+"""
+
+
+def test_installed_wheel_serves_a_project(installed):
+    (installed.cwd / "project.py").write_text(PROJECT)
+    done = installed.python("import project")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines() == [
+        "1 swapped, 0 left as they were",
+        "  forward  F.gelu(self.hidden(x)) → linear_act",
+    ]
+
+
 def test_installed_wheel_shows_what_serves(installed):
     done = installed.aefast("info")
     assert done.returncode == 0, done.stdout
