@@ -73,3 +73,26 @@ def test_retrieval(tmp_path):
     # The deviation of a precision at 10 over 1,000 queries is about one in a hundred.
     assert at_10["PCA"] + 3 < at_10["autoencoder"] < at_10["exact"]
     assert (tmp_path / "retrieval.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_point_clouds(tmp_path):
+    """An autoencoder comes closer to held-out clouds than principal components and the nearest training cloud."""
+    arguments = ("--out", tmp_path, "--epochs", "28", "--surfaces", "60")
+    command = [sys.executable, EXAMPLES / "point_clouds.py", *arguments]
+    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    rows = dict(re.findall(r"^(.+?) +Chamfer ([\d.]+) · torus ", found, re.MULTILINE))
+    distances = {name: float(distance) for name, distance in rows.items()}
+    assert set(distances) == {
+        "autoencoder",
+        "principal components",
+        "nearest training cloud",
+        "other points of the surface",
+    }
+    assert distances["autoencoder"] < distances["principal components"] < distances["nearest training cloud"]
+    # Neither clouds nor baselines are trivial: 256 points of a surface lie this far from 256 others of it.
+    assert 0.01 < distances["other points of the surface"] < distances["principal components"]
+    assert re.search(
+        r"^Chamfer distance of .*: aefast [\d.]+ ms · eager PyTorch [\d.]+ ms", found, re.MULTILINE
+    )
+    assert (tmp_path / "point_clouds.png").read_bytes().startswith(b"\x89PNG")
