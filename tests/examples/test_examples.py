@@ -58,3 +58,41 @@ def test_generate(tmp_path):
     assert 44 < rows["real, held out"][1] < 56 and rows["real, held out"][2] < 4
     assert rows["copies of training"][1:] == (100, 100)
     assert (tmp_path / "generated.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_retrieval(tmp_path):
+    """At equal bits an autoencoder's codes find more documents of the query's module than principal components do."""
+    command = [sys.executable, EXAMPLES / "retrieval.py", "--out", tmp_path, "--epochs", "20"]
+    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    row = r"^(\w+), .*precision @1 +([\d.]+)% · @10 +([\d.]+)% · @100 +([\d.]+)% · ([\d,]+) bytes a document$"
+    rows = {name: values for name, *values in re.findall(row, found, re.MULTILINE)}
+    assert set(rows) == {"autoencoder", "PCA", "exact"}
+    assert rows["autoencoder"][3] == rows["PCA"][3] == "4" and rows["exact"][3] == "8,000"
+    at_10 = {name: float(values[1]) for name, values in rows.items()}
+    # The deviation of a precision at 10 over 1,000 queries is about one in a hundred.
+    assert at_10["PCA"] + 3 < at_10["autoencoder"] < at_10["exact"]
+    assert (tmp_path / "retrieval.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_point_clouds(tmp_path):
+    """An autoencoder comes closer to held-out clouds than principal components and the nearest training cloud."""
+    arguments = ("--out", tmp_path, "--epochs", "28", "--surfaces", "60")
+    command = [sys.executable, EXAMPLES / "point_clouds.py", *arguments]
+    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    rows = dict(re.findall(r"^(.+?) +Chamfer ([\d.]+) · torus ", found, re.MULTILINE))
+    distances = {name: float(distance) for name, distance in rows.items()}
+    assert set(distances) == {
+        "autoencoder",
+        "principal components",
+        "nearest training cloud",
+        "other points of the surface",
+    }
+    assert distances["autoencoder"] < distances["principal components"] < distances["nearest training cloud"]
+    # Neither clouds nor baselines are trivial: 256 points of a surface lie this far from 256 others of it.
+    assert 0.01 < distances["other points of the surface"] < distances["principal components"]
+    assert re.search(
+        r"^Chamfer distance of .*: aefast [\d.]+ ms · eager PyTorch [\d.]+ ms", found, re.MULTILINE
+    )
+    assert (tmp_path / "point_clouds.png").read_bytes().startswith(b"\x89PNG")
