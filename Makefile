@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 READY := $(VENV)/.ready
 SOURCES := $(wildcard kernels/cpu/* kernels/cuda/* kernels/include/*) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup test test-cpu test-interpret test-compiled test-emulation test-aot test-gpu lint docs demo bench clean
+.PHONY: setup test test-cpu test-interpret test-compiled test-emulation test-aot test-gpu lint docs demo examples bench clean
 
 setup: $(READY)
 
@@ -60,6 +60,10 @@ lint: setup
 # The site, into site/; what MkDocs warns of is an error.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# Each prints its figures and leaves its picture in runs/.
+examples: setup
+	set -e; for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example; done
 
 bench: setup
 	$(BIN)/aefast bench --report bench/results

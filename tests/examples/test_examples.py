@@ -10,12 +10,72 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+def run(name, *arguments):
+    """What an example prints."""
+    command = [sys.executable, EXAMPLES / f"{name}.py", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+def test_two_moons(tmp_path):
+    """The manifold comes nearer to the points than a line, and fibers meet it at nearly right angles."""
+    found = run("two_moons", "--out", tmp_path, "--steps", 3000)
+    distances = re.findall(
+        r"^(\S+) +distance to held-out points, root mean square ([\d.]+)$", found, re.MULTILINE
+    )
+    distance = {name: float(value) for name, value in distances}
+    # The points' own noise across the moons is 0.06.
+    assert distance["autoencoder"] < 0.1 < 0.4 < distance["PCA"]
+    median, low = re.search(r"median ([\d.]+)° · 10 % to 90 % ([\d.]+)°", found).groups()
+    assert float(median) > 80 and float(low) > 60
+    assert (tmp_path / "two_moons.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_autoencoder_and_pca(tmp_path):
+    """A linear autoencoder finds the principal components' space, and others err less at each dimension."""
+    found = run("autoencoder_and_pca", "--out", tmp_path, "--steps", 1200)
+    # Halfway on its way: 0.7° with all steps.
+    assert float(re.search(r"largest principal angle ([\d.]+)°", found)[1]) < 15
+    pairs = re.findall(r"error ([\d.]+) · PCA ([\d.]+)$", found, re.MULTILINE)
+    (linear, pca), *others = [(float(ours), float(its)) for ours, its in pairs]
+    assert linear == pytest.approx(pca, rel=0.01)
+    assert len(others) == 4 and all(ours < 0.7 * its for ours, its in others)
+    assert (tmp_path / "autoencoder_and_pca.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_denoising(tmp_path):
+    """Each noise is cleaned by 4 dB at least, and not worse than by the best Gaussian filter."""
+    found = run("denoising", "--out", tmp_path, "--steps", 500)
+    rows = re.findall(
+        r"^(\w+) +noisy ([\d.]+) dB · Gaussian, .+? ([\d.]+) dB · .+ autoencoder ([\d.]+) dB$",
+        found,
+        re.MULTILINE,
+    )
+    assert [name for name, *_ in rows] == ["gaussian", "salt_and_pepper", "masking", "dropout"]
+    for _, noisy, filtered, cleaned in rows:
+        # A sixth of the training gets as far as the filter where noise is gaussian, and further elsewhere.
+        assert float(cleaned) > max(float(filtered) - 0.5, float(noisy) + 4)
+    assert (tmp_path / "denoising.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_inpainting(tmp_path):
+    """Holes are filled better than by their borders' means."""
+    found = run("inpainting", "--out", tmp_path, "--steps", 800)
+    ratios = {
+        name.strip(): float(value)
+        for name, value in re.findall(r"^(.+?) +([\d.]+) dB in the holes", found, re.MULTILINE)
+    }
+    assert ratios["border's mean"] + 0.5 < ratios["autoencoder"]
+    assert (tmp_path / "inpainting.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_sharper_reconstructions(tmp_path):
     """At equal pixel error a pyramid loss leaves more of the image gradients than the mean squared error."""
-    arguments = ("--out", tmp_path, "--epochs", "2", "--patches", "40000")
-    command = [sys.executable, EXAMPLES / "sharper_reconstructions.py", *arguments]
-    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    found = run("sharper_reconstructions", "--out", tmp_path, "--epochs", "2", "--patches", "40000")
     lines = re.findall(r"^(.+?) +pixel error ([\d.]+) · image gradients +([\d.]+)%", found, re.MULTILINE)
     shares = {name: float(share) for name, _, share in lines}
     errors = {name: float(error) for name, error, _ in lines}
@@ -27,9 +87,9 @@ def test_sharper_reconstructions(tmp_path):
 @pytest.mark.slow
 def test_sparse_dictionary(tmp_path):
     """At an equal number of latents in use, TopK explains more of the patches than an L1 penalty."""
-    arguments = ("--out", tmp_path, "--epochs", "3", "--patches", "12000", "--latent", "512")
-    command = [sys.executable, EXAMPLES / "sparse_dictionary.py", *arguments]
-    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    found = run(
+        "sparse_dictionary", "--out", tmp_path, "--epochs", "3", "--patches", "12000", "--latent", "512"
+    )
     pairs = re.findall(r"^at L0 .*of topk ([\d.]+), of l1 ([\d.]+)$", found, re.MULTILINE)
     assert pairs
     assert all(float(topk) > float(l1) for topk, l1 in pairs)
@@ -42,9 +102,7 @@ def test_sparse_dictionary(tmp_path):
 @pytest.mark.slow
 def test_generate(tmp_path):
     """A mixture over an autoencoder's codes is nearer to real digits than their box, and copies are told from both."""
-    arguments = ("--out", tmp_path, "--epochs", "40", "--steps", "100", "--count", "400")
-    command = [sys.executable, EXAMPLES / "generate.py", *arguments]
-    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    found = run("generate", "--out", tmp_path, "--epochs", "40", "--steps", "100", "--count", "400")
     row = r"^(.+?) +MMD² +(-?[\d.]+) · p [\d.]+ · closer than held-out +([\d.]+)% · near copies +([\d.]+)%$"
     rows = {
         name: (float(mmd), float(closer), float(copies))
@@ -63,8 +121,7 @@ def test_generate(tmp_path):
 @pytest.mark.slow
 def test_retrieval(tmp_path):
     """At equal bits an autoencoder's codes find more documents of the query's module than principal components do."""
-    command = [sys.executable, EXAMPLES / "retrieval.py", "--out", tmp_path, "--epochs", "20"]
-    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    found = run("retrieval", "--out", tmp_path, "--epochs", "20")
     row = r"^(\w+), .*precision @1 +([\d.]+)% · @10 +([\d.]+)% · @100 +([\d.]+)% · ([\d,]+) bytes a document$"
     rows = {name: values for name, *values in re.findall(row, found, re.MULTILINE)}
     assert set(rows) == {"autoencoder", "PCA", "exact"}
@@ -78,9 +135,7 @@ def test_retrieval(tmp_path):
 @pytest.mark.slow
 def test_point_clouds(tmp_path):
     """An autoencoder comes closer to held-out clouds than principal components and the nearest training cloud."""
-    arguments = ("--out", tmp_path, "--epochs", "28", "--surfaces", "60")
-    command = [sys.executable, EXAMPLES / "point_clouds.py", *arguments]
-    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    found = run("point_clouds", "--out", tmp_path, "--epochs", "28", "--surfaces", "60")
     rows = dict(re.findall(r"^(.+?) +Chamfer ([\d.]+) · torus ", found, re.MULTILINE))
     distances = {name: float(distance) for name, distance in rows.items()}
     assert set(distances) == {
