@@ -151,3 +151,21 @@ def test_point_clouds(tmp_path):
         r"^Chamfer distance of .*: aefast [\d.]+ ms · eager PyTorch [\d.]+ ms", found, re.MULTILINE
     )
     assert (tmp_path / "point_clouds.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_video(tmp_path):
+    """A recurrent autoencoder predicts films of unseen digits better than still frames do."""
+    command = [sys.executable, EXAMPLES / "video.py", "--out", tmp_path, "--steps", "150", "--films", "200"]
+    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    row = r"^(.+?) +error of predicted frames ([\d.]+) · of the first ([\d.]+) · of the last ([\d.]+)$"
+    rows = {name: tuple(map(float, errors)) for name, *errors in re.findall(row, found, re.MULTILINE)}
+    assert set(rows) == {"autoencoder", "last frame", "mean of past frames", "mean of training"}
+    predicted = rows.pop("autoencoder")
+    # A net that learns nothing but the mean of training has its error, within one in a hundred.
+    assert all(predicted[0] < 0.9 * errors[0] and predicted[1] < 0.8 * errors[1] for errors in rows.values())
+    remembered, plain = map(
+        float, re.search(r"frames ([\d.]+), of the mean of training ([\d.]+)", found).groups()
+    )
+    assert remembered < 0.8 * plain
+    assert (tmp_path / "video.png").read_bytes().startswith(b"\x89PNG")
