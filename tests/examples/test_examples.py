@@ -156,8 +156,7 @@ def test_point_clouds(tmp_path):
 @pytest.mark.slow
 def test_video(tmp_path):
     """A recurrent autoencoder predicts films of unseen digits better than still frames do."""
-    command = [sys.executable, EXAMPLES / "video.py", "--out", tmp_path, "--steps", "150", "--films", "200"]
-    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    found = run("video", "--out", tmp_path, "--steps", "150", "--films", "200")
     row = r"^(.+?) +error of predicted frames ([\d.]+) · of the first ([\d.]+) · of the last ([\d.]+)$"
     rows = {name: tuple(map(float, errors)) for name, *errors in re.findall(row, found, re.MULTILINE)}
     assert set(rows) == {"autoencoder", "last frame", "mean of past frames", "mean of training"}
