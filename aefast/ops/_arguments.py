@@ -103,13 +103,28 @@ def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
+# Asked once: torch.compile of older releases does not trace the question.
+_HAS_AUTOCAST = frozenset(
+    name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name)
+)
+
+
+def has_autocast(device_type: str) -> bool:
+    return device_type in _HAS_AUTOCAST
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for devices of this type."""
+    return has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The operands of a dense op as autocast casts them, each floating tensor but float64 to its dtype."""
     first = tensors[0]
     if not isinstance(first, torch.Tensor):
         return tensors
     device_type = first.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not is_autocast(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
 

@@ -60,7 +60,7 @@ class Loss:
             return F.binary_cross_entropy_with_logits(input, target, reduction="none")
         if self.kind == "bce":
             device_type = input.device.type
-            if not torch.amp.is_autocast_available(device_type):
+            if not _arguments.has_autocast(device_type):
                 return F.binary_cross_entropy(input, target, reduction="none")
             # Which autocast refuses, whatever the dtype.
             with torch.autocast(device_type, enabled=False):

@@ -200,8 +200,7 @@ def check_dimensions(op: str, name: str, value: Tensor, other_name: str, other: 
 
 def without_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast the tensors in float32, but float64 ones as they are."""
-    device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not _arguments.is_autocast(tensors[0].device.type):
         return tensors
     return tuple(one if one.dtype == torch.float64 else one.float() for one in tensors)
 

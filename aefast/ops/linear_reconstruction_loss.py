@@ -350,7 +350,7 @@ def _check_target(target: Any, h: Tensor, weight: Tensor) -> None:
             f"{op}: target must be {expected} to match h of shape {_arguments.shape_of(h)} and weight of shape "
             f"{_arguments.shape_of(weight)}, got shape {_arguments.shape_of(target)}"
         )
-    is_autocast = torch.amp.is_autocast_available(h.device.type) and torch.is_autocast_enabled(h.device.type)
+    is_autocast = _arguments.is_autocast(h.device.type)
     # Of a cast target no more is made than what the check reads.
     _arguments.check_like("target", target[:0].to(h.dtype) if is_autocast else target, "h", h, op)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aefast.functional as AF
 from aefast.errors import InputError
+from aefast.ops import _arguments
 from aefast.patch._classes import Methods
 
 
@@ -22,7 +22,7 @@ def fused_loss(input: Any, target: Any, kind: str, reduction: str, **options: fl
     """
     if not (isinstance(input, Tensor) and isinstance(target, Tensor) and input.shape == target.shape):
         return None
-    is_autocast = _is_autocast(input.device.type)
+    is_autocast = _arguments.is_autocast(input.device.type)
     if not is_autocast and (input.dtype != target.dtype or input.dtype.itemsize < 4):
         return None
     if (is_autocast and kind == "bce") or not input.is_floating_point() or input.device != target.device:
@@ -31,10 +31,6 @@ def fused_loss(input: Any, target: Any, kind: str, reduction: str, **options: fl
         return AF.reconstruction_loss(input, target, kind, reduction=reduction, **options)
     except InputError:
         return None
-
-
-def _is_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 # torch's function → aefast's kind, and of each further option whether aefast has a loss with such a value.

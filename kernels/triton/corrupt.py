@@ -21,7 +21,7 @@ SQUARES_TILE = 1024  # elements of a program of mask_squares_kernel
 @triton.jit
 def unsigned(bits):
     """The 32-bit word whose bits a launcher passed as a signed number."""
-    return tl.to_tensor(bits).to(tl.int32).to(tl.uint32, bitcast=True)
+    return tl.cast(bits, tl.int32).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def mask_squares_kernel(
     COLUMNS: tl.constexpr,
 ):
     # A tile is of one channel of one image, so that what divides by run-time numbers is scalar.
-    width = tl.to_tensor(width) * UNIT
+    width = (width + tl.zeros((), tl.int32)) * UNIT
     tiles_across = tl.cdiv(width, COLUMNS)
     tiles_down = tl.cdiv(height, ROWS)
     tile = tl.program_id(0)

@@ -114,8 +114,8 @@ def gaussian_head_kernel(
     BLOCK_N: tl.constexpr,  # columns of mu, and as many of logvar
     BLOCK_K: tl.constexpr,
 ):
-    D = tl.to_tensor(D).to(tl.int32) * UNIT
-    K = tl.to_tensor(K).to(tl.int32) * UNIT
+    D = tl.cast(D, tl.int32) * UNIT
+    K = tl.cast(K, tl.int32) * UNIT
     # The tiles of a row one after another: programs that run together share their rows of h in L2.
     tile = tl.program_id(0)
     chunk = tile % chunks
@@ -132,8 +132,8 @@ def gaussian_head_kernel(
             mu = tl.dot(h_tile, weight.load([col0, k]).T, mu, input_precision=INPUT_PRECISION)
             logvar = tl.dot(h_tile, weight.load([D + col0, k]).T, logvar, input_precision=INPUT_PRECISION)
     else:
-        stride_h = tl.to_tensor(stride_h).to(tl.int64) * UNIT
-        stride_weight = tl.to_tensor(stride_weight).to(tl.int64) * UNIT
+        stride_h = tl.cast(stride_h, tl.int64) * UNIT
+        stride_weight = tl.cast(stride_weight, tl.int64) * UNIT
         ks = tl.arange(0, BLOCK_K)
         h_pointers = h + rows[:, None] * stride_h + ks[None, :]
         mu_pointers = weight + cols * stride_weight + ks[:, None]

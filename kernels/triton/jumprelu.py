@@ -45,7 +45,7 @@ def jumprelu_kernel(
     STEPS: tl.constexpr,  # tiles of a chunk
 ):
     # 64-bit: any offset may exceed 2^31 elements.
-    D = tl.to_tensor(D).to(tl.int64) * UNIT
+    D = tl.cast(D, tl.int64) * UNIT
     tile = tl.program_id(0)
     chunk = tile % chunks
     rows = (tile // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)

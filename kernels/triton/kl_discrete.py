@@ -47,7 +47,7 @@ def kl_discrete_kernel(
     STEPS: tl.constexpr,  # tiles of a chunk
 ):
     # 64-bit: any offset may exceed 2^31 elements.
-    C = tl.to_tensor(C).to(tl.int64) * UNIT
+    C = tl.cast(C, tl.int64) * UNIT
     tile = tl.program_id(0)
     chunk = tile % chunks
     rows = (tile // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -82,7 +82,7 @@ def kl_discrete_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    C = tl.to_tensor(C).to(tl.int64) * UNIT
+    C = tl.cast(C, tl.int64) * UNIT
     tile = tl.program_id(0)
     rows = (tile // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = (tile % chunks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]

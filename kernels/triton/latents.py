@@ -48,7 +48,7 @@ def weighted_sum_kernel(
         total += widen(tl.load(bias + cols.to(tl.int64) * stride_bias, mask=inside, other=0.0))
     for first in range(0, K, AT_ONCE):
         for offset in tl.static_range(AT_ONCE):
-            entry = tl.to_tensor(first + offset)
+            entry = tl.cast(first + offset, tl.int32)
             is_entry = entry < K
             index = tl.load(indices + row * K + entry, mask=is_entry, other=-1)
             is_latent = (index >= 0) & (index < F)
@@ -123,7 +123,7 @@ def latent_kernel(
         last = tl.minimum(first + TOGETHER, end)
         for at in range(first, last, AT_ONCE):
             for offset in tl.static_range(AT_ONCE):
-                entry = tl.to_tensor(at + offset)
+                entry = tl.cast(at + offset, tl.int64)
                 is_entry = entry < last
                 place = tl.load(places + entry, mask=is_entry, other=0)
                 value = widen(tl.load(values + place, mask=is_entry, other=0.0))

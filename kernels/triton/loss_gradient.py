@@ -27,7 +27,7 @@ def loss_gradient_kernel(
     BLOCK: tl.constexpr,
 ):
     # 64-bit: any offset may exceed 2^31 elements.
-    n = tl.to_tensor(n).to(tl.int64) * UNIT
+    n = tl.cast(n, tl.int64) * UNIT
     program = tl.program_id(0)
     if SINGLE:
         start = program.to(tl.int64) * BLOCK

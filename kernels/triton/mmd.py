@@ -314,7 +314,7 @@ def scan_kernel(
     for start in range(first, end, CHUNK):
         of_chunk = tl.zeros((ROWS,), dtype)
         for column in range(start, tl.minimum(start + CHUNK, end)):
-            other = tl.load(points + tl.to_tensor(column).to(tl.int64) * DIMENSIONS + k)
+            other = tl.load(points + tl.cast(column, tl.int64) * DIMENSIONS + k)
             difference = row - other[:, None]
             u = tl.sum(difference * difference, 0)
             if unit is not None:
@@ -404,7 +404,7 @@ def tile_kernel(
     dtype: tl.constexpr = points.dtype.element_ty
     scale = scale_of(unit, dtype)
     # 64-bit: any offset may exceed 2^31 elements. Within a tile none does.
-    stride = tl.to_tensor(width).to(tl.int64)
+    stride = tl.cast(width, tl.int64)
     step = DIMENSIONS
     if PARTS:
         step = width
@@ -431,9 +431,7 @@ def tile_kernel(
         cols = start + tl.arange(0, COLUMNS)
         col_points = points + start * stride
         if DIRECT:
-            u = squared_differences(
-                transposed, row0, start, tl.to_tensor(count).to(tl.int64), width, ROWS, COLUMNS
-            )
+            u = squared_differences(transposed, row0, start, tl.cast(count, tl.int64), width, ROWS, COLUMNS)
             if unit is not None:
                 u *= scale
         else:
@@ -515,7 +513,7 @@ def gather_kernel(
         cols = (tile % tiles) * COLUMNS + tl.arange(0, COLUMNS)
         inside = (at_rows < rows)[:, None] & (cols < D)[None, :]
         split = sums + at_rows[:, None] * width + cols[None, :]
-        step = tl.to_tensor(rows).to(tl.int64) * width
+        step = tl.cast(rows, tl.int64) * width
         of_tile = tl.zeros((ROWS, COLUMNS), gradient.dtype.element_ty)
         for _ in range(splits):
             of_tile += tl.load(split, mask=inside, other=0.0)

@@ -66,8 +66,8 @@ def nearest_kernel(
     # and each thread would load a value of x for every pair.
     COLUMNS: tl.constexpr = GROUPS * LANES
     # 64-bit: any offset may exceed 2^31 elements.
-    stride_x_col = tl.to_tensor(stride_x_col).to(tl.int64)
-    stride_y_col = tl.to_tensor(M).to(tl.int64)
+    stride_x_col = tl.cast(stride_x_col, tl.int64)
+    stride_y_col = tl.cast(M, tl.int64)
     tiles = tl.cdiv(N, ROWS)
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     rows = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -70,7 +70,7 @@ def penalty_kernel(
     KL: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = tl.to_tensor(M).to(value.dtype.element_ty)
+    rows = tl.cast(M, value.dtype.element_ty)
     total = tl.zeros((1, COLUMNS), value.dtype.element_ty)
     for start in range(0, N, COLUMNS):
         cols = start + tl.arange(0, COLUMNS)[None, :]
@@ -122,7 +122,7 @@ def penalized_backward_kernel(
     kept = value
     if saved is not None:
         kept = widen(tl.load(saved + offsets, mask=inside, other=0.0))
-    count = tl.to_tensor(M).to(value.dtype)
+    count = tl.cast(M, value.dtype)
     factor = tl.load(grad_penalty) / count
     if sums is not None:
         target = tl.full((), rate, value.dtype)

@@ -10,11 +10,11 @@ def block_words(seed, offset, block):
     low = (block & 0xFFFFFFFF).to(tl.uint32)
     high = (block >> 32).to(tl.uint32)
     zero = low * 0
-    offset = tl.to_tensor(offset).to(tl.int64)
+    offset = tl.cast(offset, tl.int64)
     c0, c1 = low, high
     c2 = zero + (offset & 0xFFFFFFFF).to(tl.uint32)
     c3 = zero + ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    seed = tl.to_tensor(seed).to(tl.int64)
+    seed = tl.cast(seed, tl.int64)
     low_key = (seed & 0xFFFFFFFF).to(tl.uint32)
     high_key = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     # Both words of a product are one instruction, where tl.philox has two.

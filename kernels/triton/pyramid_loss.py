@@ -248,8 +248,10 @@ def average_kernel(
     # rows below each other and pools them without its neighbours.
     LAST: tl.constexpr = LEVELS - 1
     WHOLE: tl.constexpr = UNITS // SPLITS
-    W = tl.to_tensor(W).to(tl.int32) * UNIT
-    program = tl.program_id(0).to(tl.to_tensor(units).dtype)
+    W = tl.cast(W, tl.int32) * UNIT
+    # As wide as it has to be, also where it is specialised to 1.
+    units += tl.zeros((), tl.int32)
+    program = tl.program_id(0).to(units.dtype)
     band = (program % bands).to(tl.int32)
     first = program // bands * WHOLE
     lane = tl.arange(0, UNITS)
@@ -297,9 +299,11 @@ def reduce_kernel(
     UNITS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    W = tl.to_tensor(W).to(tl.int32) * UNIT
+    W = tl.cast(W, tl.int32) * UNIT
     height, width = (H + 1) // 2, (W + 1) // 2
-    program = tl.program_id(0).to(tl.to_tensor(units).dtype)
+    # As wide as it has to be, also where it is specialised to 1.
+    units += tl.zeros((), tl.int32)
+    program = tl.program_id(0).to(units.dtype)
     band = (program % bands).to(tl.int32)
     unit = program // bands * UNITS + tl.arange(0, UNITS)
     image, channel, block = place_of(unit, channels, blocks)
@@ -388,9 +392,11 @@ def level_kernel(
     UNITS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    W = tl.to_tensor(W).to(tl.int32) * UNIT
+    W = tl.cast(W, tl.int32) * UNIT
     height, width = (H + 1) // 2, (W + 1) // 2
-    program = tl.program_id(0).to(tl.to_tensor(units).dtype)
+    # As wide as it has to be, also where it is specialised to 1.
+    units += tl.zeros((), tl.int32)
+    program = tl.program_id(0).to(units.dtype)
     band = (program % bands).to(tl.int32)
     unit = program // bands * UNITS + tl.arange(0, UNITS)
     image, channel, block = place_of(unit, channels, blocks)

@@ -82,7 +82,7 @@ def reconstruction_loss_kernel(
     # 64-bit: any offset may exceed 2^31 elements.
     program = tl.program_id(0).to(tl.int64)
     first = program * steps * BLOCK
-    last = tl.minimum(first + tl.to_tensor(steps).to(tl.int64) * BLOCK, n)
+    last = tl.minimum(first + tl.cast(steps, tl.int64) * BLOCK, n)
     whole = first + (last - first) // BLOCK * BLOCK
     total = tl.zeros((BLOCK,), partials.dtype.element_ty)
     for start in range(first, whole, BLOCK):

@@ -130,9 +130,9 @@ def reparameterize_kernel(
     STEPS: tl.constexpr,  # tiles of a chunk
 ):
     # 64-bit: any offset may exceed 2^31 elements.
-    D = tl.to_tensor(D).to(tl.int64) * UNIT
-    stride_mu_row = tl.to_tensor(stride_mu_row).to(tl.int64) * UNIT
-    stride_logvar_row = tl.to_tensor(stride_logvar_row).to(tl.int64) * UNIT
+    D = tl.cast(D, tl.int64) * UNIT
+    stride_mu_row = tl.cast(stride_mu_row, tl.int64) * UNIT
+    stride_logvar_row = tl.cast(stride_logvar_row, tl.int64) * UNIT
     tile = tl.program_id(0)
     chunk = tile % chunks
     rows = (tile // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -188,7 +188,7 @@ def reparameterize_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    D = tl.to_tensor(D).to(tl.int64) * UNIT
+    D = tl.cast(D, tl.int64) * UNIT
     tile = tl.program_id(0)
     rows = (tile // chunks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     start = (tile % chunks).to(tl.int64) * COLUMNS

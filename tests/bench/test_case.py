@@ -172,7 +172,7 @@ def test_a_rival_takes_part():
             Rival("torch", lambda: importlib.import_module("torch.no_such_module")),
             "ModuleNotFoundError: No module",
         ),
-        (Rival("torch", lambda: lambda x, w, b: x @ x), "RuntimeError: mat1 and mat2"),
+        (Rival("torch", lambda: lambda x, w, b: x @ x), "RuntimeError: "),
         (Rival("torch", lambda: lambda x, w, b: torch.tanh(x @ w.t())), "wrong: errors "),
     ],
 )

@@ -129,6 +129,20 @@ def test_backward_draws_what_forward_drew():
     assert torch.equal(gradient, z.detach() / 2)
 
 
+def skip_where_torch_compiles_no_checkpoint():
+    """torch 2.15.0 fails at any checkpoint that ends in a random op."""
+
+    def run(x):
+        return checkpoint(lambda x: torch.dropout(x * 1.0, 0.5, True), x, use_reentrant=False)
+
+    try:
+        torch.compile(run, fullgraph=True)(torch.zeros(100, 37, requires_grad=True))
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        pytest.skip(
+            f"torch {torch.__version__} does not compile dropout in a checkpoint: {str(error).splitlines()[0]}"
+        )
+
+
 # torch.compile takes no reentrant checkpoints.
 @pytest.mark.parametrize(("use_reentrant", "is_compiled"), [(False, False), (True, False), (False, True)])
 def test_checkpointing_draws_again_what_was_drawn(use_reentrant, is_compiled):
@@ -142,6 +156,8 @@ def test_checkpointing_draws_again_what_was_drawn(use_reentrant, is_compiled):
     def run(logvar):
         return checkpoint(sample, logvar, use_reentrant=use_reentrant)
 
+    if is_compiled:
+        skip_where_torch_compiles_no_checkpoint()
     z = (torch.compile(run, fullgraph=True) if is_compiled else run)(logvar)
     torch.rand(3)
     z.sum().backward()
@@ -260,7 +276,9 @@ def test_logvar_range_is_a_clamp():
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
     mu, logvar = moments(50, 21)
     with torch.no_grad():
-        logvar[0, :2] = torch.tensor([-1.0, 0.5])  # the ends have a gradient, as clamp's have
+        logvar[0, :2] = torch.tensor(
+            [-1.0, 0.5]
+        )  # the ends have a gradient, which clamp's have in some releases
         logvar[1, :2] = torch.tensor([1e5, -1e5])
 
     def run(function):
@@ -268,7 +286,8 @@ def test_logvar_range_is_a_clamp():
         return z, kl, *torch.autograd.grad(z.sum() + 3 * kl, (mu, logvar))
 
     found = run(lambda: AF.reparameterize(mu, logvar, seed=2, logvar_range=(-1.0, 0.5)))
-    expected = run(lambda: AF.reparameterize(mu, logvar.clamp(-1.0, 0.5), seed=2))
+    clamped = logvar.masked_fill(logvar < -1.0, -1.0).masked_fill(logvar > 0.5, 0.5)
+    expected = run(lambda: AF.reparameterize(mu, clamped, seed=2))
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
 

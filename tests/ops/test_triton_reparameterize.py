@@ -201,6 +201,10 @@ def test_overflow_is_eager_s(large_tiles):
     assert (z.isfinite()[:, 0] & kl.isfinite()).tolist() == [True] * 5 + [False, True]
 
 
+@pytest.mark.skipif(
+    not hasattr(triton.runtime.interpreter._interpreter, "fma_fp32"),
+    reason="this Triton's interpreter rounds the product of a multiply-add",
+)
 @pytest.mark.parametrize("dtype, scale", [(torch.float32, 8.0), (torch.float32, 80.0), (torch.float64, 80.0)])
 def test_exponential(dtype, scale, large_tiles):
     """The product of logvar and log2(e) is rounded: exp2 of that would be wrong by its ulps."""
