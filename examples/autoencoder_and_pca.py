@@ -40,7 +40,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/pca"), help="folder of the figure")
     parser.add_argument(
-        "--steps", type=int, default=2000, help="of each model; the linear one takes three times as many"
+        "--steps",
+        type=int,
+        default=2000,
+        help="of each model, at least 1; the linear one takes three times as many",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and order")
     arguments = parser.parse_args()
@@ -54,8 +57,8 @@ def main() -> None:
     linear = train(
         training,
         arguments.seed,
-        2 * arguments.steps,
-        1e-2,
+        3 * arguments.steps,
+        2e-2,
         latent=LINEAR_LATENT,
         hidden=(),
         activation="identity",

@@ -112,10 +112,10 @@ def draw(path: Path, model: Autoencoder, points: Tensor, pca: PCA, angles: np.nd
     plane.plot(*curve.T, color="crimson", linewidth=2.2, label="manifold: decoder of all codes")
     ends = pca.inverse_transform(np.array([[-1.6], [1.6]]))
     plane.plot(*ends.T, color="black", linestyle="--", linewidth=1.2, label="first principal component")
-    plane.plot([], [], color="tab:green", linewidth=0.8, label="fibers: points of one code")
+    plane.plot([], [], color="teal", linewidth=0.8, label="fibers, coloured by their code")
     plane.set(xlim=(-1.5, 2.5), ylim=(-1.0, 1.5), aspect="equal", title="Two moons in one latent dimension")
     plane.legend(loc="upper right", fontsize=8, framealpha=0.95)
-    histogram.hist(angles, bins=np.linspace(0, 90, 31), color="tab:green")
+    histogram.hist(angles, bins=np.linspace(0, 90, 31), color="teal")
     histogram.set(
         xlim=(0, 90),
         xticks=range(0, 91, 15),
@@ -123,7 +123,7 @@ def draw(path: Path, model: Autoencoder, points: Tensor, pca: PCA, angles: np.nd
         ylabel="held-out points",
         title="Angle of fiber and manifold",
     )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

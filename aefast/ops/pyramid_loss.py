@@ -106,7 +106,8 @@ class Form:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        return dataclasses.astuple(self)
+        # Field by field: astuple copies them deeply, which torch.compile does not trace in older releases.
+        return (self.pyramid, self.penalty, self.parameter, self.factors, self.normalizer, self.summed)
 
     @property
     def of_launchers(self) -> tuple[Any, ...]:

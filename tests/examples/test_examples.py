@@ -35,8 +35,8 @@ def test_two_moons(tmp_path):
 def test_autoencoder_and_pca(tmp_path):
     """A linear autoencoder finds the principal components' space, and others err less at each dimension."""
     found = run("autoencoder_and_pca", "--out", tmp_path, "--steps", 1200)
-    # Halfway on its way: 0.7° with all steps.
-    assert float(re.search(r"largest principal angle ([\d.]+)°", found)[1]) < 15
+    # It has not quite arrived: five seeds leave 0.7° to 0.9°.
+    assert float(re.search(r"largest principal angle ([\d.]+)°", found)[1]) < 2
     pairs = re.findall(r"error ([\d.]+) · PCA ([\d.]+)$", found, re.MULTILINE)
     (linear, pca), *others = [(float(ours), float(its)) for ours, its in pairs]
     assert linear == pytest.approx(pca, rel=0.01)
