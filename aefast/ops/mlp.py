@@ -259,7 +259,10 @@ def _are_plain(x: Any, weights: Any, biases: Any, activations: Any) -> bool:
 
 def _lists(*values: Any) -> list[Any]:
     return [
-        list(value) if isinstance(value, Iterable) and not isinstance(value, str | Tensor) else value
+        # Lists and tuples by name: torch.compile of older releases does not see that they are iterable.
+        list(value)
+        if isinstance(value, (list, tuple, Iterable)) and not isinstance(value, (str, Tensor))
+        else value
         for value in values
     ]
 
