@@ -230,8 +230,9 @@ def mlp(
                 _registry.logger.debug("mlp: %s", error)
     weights, biases, activations = _lists(weights, biases, activations)
     if isinstance(weights, list) and isinstance(biases, list):
+        # What a star collects is a tuple to torch.compile of older releases.
         x, *parameters = _arguments.autocast(x, *weights, *biases)
-        weights, biases = parameters[: len(weights)], parameters[len(weights) :]
+        weights, biases = list(parameters[: len(weights)]), list(parameters[len(weights) :])
     _check(x, weights, biases, activations)
     for activation in activations:
         _arguments.check_activation_parameter(activation, negative_slope, alpha, "mlp")
@@ -259,10 +260,7 @@ def _are_plain(x: Any, weights: Any, biases: Any, activations: Any) -> bool:
 
 def _lists(*values: Any) -> list[Any]:
     return [
-        # Lists and tuples by name: torch.compile of older releases does not see that they are iterable.
-        list(value)
-        if isinstance(value, (list, tuple, Iterable)) and not isinstance(value, (str, Tensor))
-        else value
+        list(value) if isinstance(value, Iterable) and not isinstance(value, str | Tensor) else value
         for value in values
     ]
 
