@@ -272,9 +272,11 @@ def python_without_aefast(tmp_path):
     """An interpreter that sees this one's packages, but not the editable installation of this checkout."""
     packages = tmp_path / "packages"
     packages.mkdir()
+    # PYTHONPATH comes before the standard library, whose backports must not stand in for it there.
+    hidden = ("__editable__", "aefast")
     for path in map(Path, site.getsitepackages()):
         for entry in path.iterdir():
-            if not entry.name.startswith(("__editable__", "aefast")):
+            if not entry.name.startswith(hidden) and entry.stem not in sys.stdlib_module_names:
                 (packages / entry.name).symlink_to(entry)
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{packages}" exec {sys.executable} -S "$@"\n')
