@@ -97,14 +97,26 @@ int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()
 // Whether product_kernels() take such an operand.
 bool is_own(Matrix m) { return is_own(m.scalar) && (m.row_stride == 1 || m.col_stride == 1); }
 
+// By what a product is formed.
+enum class Engine { vectors, matrix_unit, blas };
+
+// That for (rows, inner) times (inner, cols), in all parts that threads take of it, so that none of its bits depends on
+// which these are. `for_blas`: what the matrix unit does not suit is the BLAS's.
+Engine engine_of(Scalar scalar, int64_t rows, int64_t inner, int64_t cols, bool for_blas) {
+  if (scalar == Scalar::float32 && product_kernels().suits_matrix_unit(rows, inner, cols)) return Engine::matrix_unit;
+  return for_blas ? Engine::blas : Engine::vectors;
+}
+
 // out = a b, or += with `add`, on one thread, by product_kernels(), which take both operands.
-void multiply_here(Matrix a, Matrix b, Matrix out, bool add = false) {
+void multiply_here(Matrix a, Matrix b, Matrix out, Engine engine, bool add = false) {
   // Kept, because a large block that is freed goes back to the system, and comes back page by page.
   static thread_local Workspace workspace;
   const ProductOperand left{a.data, a.row_stride, a.col_stride}, right{b.data, b.row_stride, b.col_stride};
-  const size_t bytes = product_kernels().workspace_bytes(out.scalar, left, out.rows, a.cols);
-  product_kernels().product(out.scalar, left, right, out.data, out.row_stride, out.rows, a.cols, out.cols, add,
-                            workspace.of(bytes));
+  const bool by_matrix_unit = engine == Engine::matrix_unit;
+  const size_t bytes =
+      product_kernels().workspace_bytes(out.scalar, by_matrix_unit, left, out.rows, a.cols, out.cols);
+  product_kernels().product(out.scalar, by_matrix_unit, left, right, out.data, out.row_stride, out.rows, a.cols,
+                            out.cols, add, workspace.of(bytes));
 }
 
 // The same for a small out of many terms, which are summed in parts, so that a thread reads its own rows of b, one
@@ -114,19 +126,20 @@ void multiply_in_parts(Matrix a, Matrix b, Matrix out, int64_t workers) {
   Scratch scratch;
   const Matrix sums = scratch.matrix(out.scalar, kParts, out.rows * out.cols);
   const int64_t terms = (a.cols + kParts - 1) / kParts;
+  const Engine engine = engine_of(out.scalar, out.rows, terms, out.cols, false);
   torch::stable::parallel_for(0, kParts, (kParts + workers - 1) / workers, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first = std::min(part * terms, a.cols), count = std::min(terms, a.cols - first);
       const Matrix sum{sums.row_block(part, 1).data, out.scalar, out.rows, out.cols, out.cols, 1};
-      multiply_here(a.column_block(first, count), b.row_block(first, count), sum);
+      multiply_here(a.column_block(first, count), b.row_block(first, count), sum, engine);
     }
   });
   pointwise().sum_rows(out.scalar, sums.data, out.data, kParts, out.rows * out.cols);
 }
 
-// out = a b by the BLAS, or by product_kernels() on so many threads, each with columns of out of its own.
-void multiply(Matrix a, Matrix b, Matrix out, bool use_blas) {
-  if (use_blas || !is_own(a) || !is_own(b)) {
+// out = a b by the BLAS, or by product_kernels() on several threads, each with columns of out of its own.
+void multiply(Matrix a, Matrix b, Matrix out, Engine engine) {
+  if (engine == Engine::blas || !is_own(a) || !is_own(b)) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(borrow(out).get(), borrow(a).get(), borrow(b).get()));
     return;
   }
@@ -138,11 +151,11 @@ void multiply(Matrix a, Matrix b, Matrix out, bool use_blas) {
   if (b.col_stride == 1 && out.rows <= kMostRowsOfParts && a.cols >= kLeastTermsOfParts && out.is_row_major())
     return multiply_in_parts(a, b, out, std::max<int64_t>(1, workers_of(threads())));
   const int64_t tasks = (out.cols + kColumns - 1) / kColumns, workers = workers_of(tasks);
-  if (workers <= 1) return multiply_here(a, b, out);
+  if (workers <= 1) return multiply_here(a, b, out, engine);
   const int64_t width = (tasks + workers - 1) / workers * kColumns;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * width, count = std::min(end * width, out.cols) - first;
-    if (count > 0) multiply_here(a, b.column_block(first, count), out.column_block(first, count));
+    if (count > 0) multiply_here(a, b.column_block(first, count), out.column_block(first, count), engine);
   });
 }
 
@@ -216,7 +229,23 @@ Matrix unit_stride(Matrix in, Scratch& scratch) {
   return !in.data || in.col_stride == 1 ? in : copied(in, in.scalar, scratch);
 }
 
-// How rows are divided: so many parts of so many rows each, the last of fewer; and by what they are multiplied.
+// What there is to do for each row.
+struct Work {
+  int64_t widest = 1;
+  double flops = 0.0;      // the most of a layer, all rows together
+  bool is_packed = false;  // whether a large weight goes through the matrix unit
+
+  // `scalar` is that of the products.
+  void add(Scalar scalar, int64_t rows, Matrix weight) {
+    widest = std::max({widest, weight.rows, weight.cols});
+    flops = std::max(flops, layer_flops(rows, weight));
+    is_packed |= weight.rows * weight.cols > kMostElementsOfOwn &&
+                 engine_of(scalar, rows, weight.cols, weight.rows, false) == Engine::matrix_unit;
+  }
+};
+
+// How rows are divided: so many parts of so many rows each, the last of fewer; and by what they are multiplied if not by
+// the matrix unit.
 struct Division {
   int64_t parts, rows;
   bool use_blas;
@@ -225,15 +254,21 @@ struct Division {
 // Parts are a multiple of the threads, so that all finish together, and of whole blocks. A part's matrices should
 // stay in the cache until the pointwise pass, and yet be long enough for the full rate of a product. With fewer
 // rows than keep all threads busy there is one part, and threads share its columns.
-Division divide(int64_t rows, int64_t widest, int64_t block, double most_flops, bool convert) {
+Division divide(int64_t rows, const Work& work, int64_t block, bool convert) {
   constexpr int64_t kLeastRowsOfThread = 64, kRows = 256, kLeastRowsOfBlas = 512, kMostRowsOfBlas = 2048;
-  constexpr int64_t kElementsOfBlas = 1 << 20;
-  const bool use_blas = most_flops > kMostFlopsOfOwn;
-  const int64_t least_rows = use_blas ? kLeastRowsOfBlas : kLeastRowsOfThread;
-  if (rows < least_rows * threads() || most_flops < kLeastFlopsOfThread * static_cast<double>(threads()))
+  constexpr int64_t kElementsOfBlas = 1 << 20, kRowsOfMatrixUnit = 512;
+  const bool use_blas = work.flops > kMostFlopsOfOwn;
+  int64_t least = kLeastRowsOfThread, most = kRows;
+  if (work.is_packed) {
+    // A weight is packed once for each part; where threads share columns, the rows are for each thread.
+    least = std::clamp(work.widest, kLeastRowsOfThread, kRowsOfMatrixUnit);
+    most = kRowsOfMatrixUnit;
+  } else if (use_blas) {
+    least = kLeastRowsOfBlas;
+    most = convert ? kLeastRowsOfBlas : std::clamp(kElementsOfBlas / work.widest, kLeastRowsOfBlas, kMostRowsOfBlas);
+  }
+  if (rows < least * threads() || work.flops < kLeastFlopsOfThread * static_cast<double>(threads()))
     return {1, rows, use_blas};
-  int64_t most = kRows;
-  if (use_blas) most = convert ? kLeastRowsOfBlas : std::clamp(kElementsOfBlas / widest, kLeastRowsOfBlas, kMostRowsOfBlas);
   const int64_t least_parts = (rows + most - 1) / most;
   const int64_t parts = (least_parts + threads() - 1) / threads() * threads();
   const int64_t part_rows = blocks_of((rows + parts - 1) / parts, block) * block;
@@ -298,12 +333,12 @@ void activation_gradient(const ActivationSpec& spec, Matrix upstream, Matrix sav
 
 // below = (g weight) * act' of the layer below, and its column sums.
 void data_gradient(const ActivationSpec& spec, Matrix g, Matrix weight, Matrix saved, Matrix below,
-                   const ColumnSums& sums, int64_t begin, bool use_blas) {
+                   const ColumnSums& sums, int64_t begin, Engine engine) {
   if (below.rows == 0 || below.cols == 0) return;
   Scratch scratch;
   const Scalar type = weight.scalar;
   const Matrix product = type == below.scalar ? below : scratch.matrix(type, below.rows, below.cols);
-  multiply(converted(g, type, scratch), weight, product, use_blas);
+  multiply(converted(g, type, scratch), weight, product, engine);
   if (spec.activation != Activation::identity || sums.wanted() || type != below.scalar)
     activation_gradient(spec, product, saved, below, sums, begin);
 }
@@ -315,7 +350,8 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
   if (type == out.scalar) {
     const Matrix a = g.transposed();
     const double flops = flops_of(a, x);
-    if (flops > kMostFlopsOfOwn) return multiply(a, x, out, true);
+    const Engine engine = engine_of(type, out.rows, a.cols, out.cols, flops > kMostFlopsOfOwn);
+    if (engine == Engine::blas) return multiply(a, x, out, engine);
     const int64_t workers = std::min(threads(), static_cast<int64_t>(flops / kLeastFlopsOfThread));
     // The parts' sums should stay in the cache, and be written less often than the operands are read.
     constexpr int64_t kMostElementsOfParts = 1 << 16, kLeastTermsOfParts = 1024, kElementsOfTerm = 16;
@@ -324,10 +360,10 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
       return multiply_in_parts(a, x, out, std::max<int64_t>(1, workers));
     // Threads share rows of out where there are enough: a thread that writes whole pages keeps them in its own cache.
     constexpr int64_t kLeastRows = 32;
-    if (workers <= 1 || out.rows < kLeastRows * workers) return multiply(a, x, out, false);
+    if (workers <= 1 || out.rows < kLeastRows * workers) return multiply(a, x, out, engine);
     const int64_t part = blocks_of((out.rows + workers - 1) / workers, kLeastRows) * kLeastRows;
     return for_row_parts(out.rows, {blocks_of(out.rows, part), part, false}, [&](int64_t begin, int64_t count) {
-      multiply(a.row_block(begin, count), x, out.row_block(begin, count), false);
+      multiply(a.row_block(begin, count), x, out.row_block(begin, count), engine);
     });
   }
   constexpr int64_t kChunkRows = 512;
@@ -339,7 +375,7 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
     const Matrix g_block = converted(g.row_block(begin, count), type, scratch).transposed();
     const Matrix x_block = converted(x.row_block(begin, count), type, scratch);
     if (begin == 0)
-      multiply(g_block, x_block, sum, true);
+      multiply(g_block, x_block, sum, Engine::blas);
     else
       multiply_add(g_block, x_block, sum, sum);
   }
@@ -347,7 +383,7 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
 }
 
 // One layer over the rows of x, of which `begin` is the first of a whole, and the partial column sums of its output.
-void layer_forward(const LayerForward& layer, Matrix x, Matrix out, Matrix derivative, bool use_blas,
+void layer_forward(const LayerForward& layer, Matrix x, Matrix out, Matrix derivative, Engine engine,
                    const ColumnSums& sums, bool of_magnitudes, int64_t begin) {
   if (out.rows == 0 || out.cols == 0) return;
   Scratch scratch;
@@ -359,7 +395,7 @@ void layer_forward(const LayerForward& layer, Matrix x, Matrix out, Matrix deriv
   if (has_bias)
     multiply_add(rows_of_x, columns, layer.bias, pre);
   else
-    multiply(rows_of_x, columns, pre, use_blas);
+    multiply(rows_of_x, columns, pre, engine);
   const void* const bias = has_bias ? nullptr : layer.bias.data;
   const bool is_done = layer.spec.activation == Activation::identity && !bias && type == out.scalar;
   if (is_done && !sums.wanted()) return;
@@ -398,6 +434,12 @@ struct BackwardPass {
     return layers[index].spec.activation == Activation::identity && !(index == top && added.slopes.data);
   }
 
+  // By what the gradient of the layer's input is formed.
+  Engine engine(size_t index) const {
+    const Matrix& weight = layers[index].weight;
+    return engine_of(weight.scalar, grad.rows, weight.rows, weight.cols, use_blas);
+  }
+
   // memory(index) is where the layer's gradient goes, in these rows; not asked for an identity at the top, whose
   // gradient is `grad`. Absent memory: it is not kept. Then body(index, gradient) is called.
   template <typename Memory, typename Body>
@@ -418,11 +460,12 @@ struct BackwardPass {
       const LayerBackward& below = layers[index - 1];
       const Matrix above = g;
       g = memory(index - 1);
-      data_gradient(below.spec, above, layers[index].weight, part(below.saved), g, sums[index - 1], begin, use_blas);
+      data_gradient(below.spec, above, layers[index].weight, part(below.saved), g, sums[index - 1], begin,
+                    engine(index));
       body(index - 1, g);
     }
     if (x_gradient.data)
-      data_gradient({Activation::identity, {}}, g, layers[0].weight, {}, part(x_gradient), none, begin, use_blas);
+      data_gradient({Activation::identity, {}}, g, layers[0].weight, {}, part(x_gradient), none, begin, engine(0));
   }
 };
 
@@ -472,7 +515,8 @@ void backward_in_groups(const BackwardPass& pass, int64_t groups, int64_t block,
           if (!layer.weight_gradient.data) return;
           const Matrix& out = layer.weight_gradient;
           const Matrix sum{sums[index].row_block(group, 1).data, scalar, out.rows, out.cols, out.cols, 1};
-          multiply_here(g.transposed(), layer.input.row_block(begin, count), sum, begin > group_begin);
+          multiply_here(g.transposed(), layer.input.row_block(begin, count), sum,
+                        engine_of(scalar, out.rows, part_rows, out.cols, false), begin > group_begin);
         });
       }
     }
@@ -507,18 +551,16 @@ void check_layer(const Tensor& weight, const OptionalTensor& bias, int64_t input
 void dense_forward(Matrix x, LayerForward* layers, size_t count, const OutputSums& sums) {
   Scratch scratch;
   const Scalar type = product_type(x.scalar);
-  int64_t widest = 1;
-  double flops = 0.0;
+  Work work;
   for (size_t index = 0; index < count; ++index) {
     LayerForward& layer = layers[index];
     layer.weight = converted(layer.weight, type, scratch);
     layer.bias = unit_stride(layer.bias, scratch);
-    widest = std::max({widest, layer.weight.rows, layer.weight.cols});
-    flops = std::max(flops, layer_flops(x.rows, layer.weight));
+    work.add(type, x.rows, layer.weight);
   }
-  const int64_t block = sums.out.data ? reduction_rows(x.rows, widest) : 1;
+  const int64_t block = sums.out.data ? reduction_rows(x.rows, work.widest) : 1;
   const ColumnSums none, of_output(sums.out, x.rows, block, scratch);
-  const Division division = divide(x.rows, widest, block, flops, type != x.scalar);
+  const Division division = divide(x.rows, work, block, type != x.scalar);
   for_row_parts(x.rows, division, [&](int64_t begin, int64_t rows) {
     Matrix input = x.row_block(begin, rows);
     // Outputs that nobody wants take turns in two buffers.
@@ -529,10 +571,11 @@ void dense_forward(Matrix x, LayerForward* layers, size_t count, const OutputSum
       Matrix out = layer.out.row_block(begin, rows);
       if (!out.data) {
         Matrix& buffer = buffers[index % 2];
-        if (!buffer.data) buffer = hidden.matrix(x.scalar, rows, widest);
+        if (!buffer.data) buffer = hidden.matrix(x.scalar, rows, work.widest);
         out = {buffer.data, x.scalar, rows, layer.weight.rows, layer.weight.rows, 1};
       }
-      layer_forward(layer, input, out, layer.derivative.row_block(begin, rows), division.use_blas,
+      const Engine engine = engine_of(type, x.rows, layer.weight.cols, layer.weight.rows, division.use_blas);
+      layer_forward(layer, input, out, layer.derivative.row_block(begin, rows), engine,
                     index == count - 1 ? of_output : none, sums.of_magnitudes, begin);
       input = out;
     }
@@ -548,7 +591,11 @@ void for_products(Matrix x, Matrix weight, Matrix bias, const std::function<void
   bias = unit_stride(bias, scratch);
   const bool has_bias = bias.data && type != accumulator_type(type);
   const int64_t widest = std::min(kColumns, weight.rows);
-  const Division division = divide(x.rows, std::max(widest, weight.cols), 1, layer_flops(x.rows, weight), type != x.scalar);
+  Work work;
+  work.add(type, x.rows, weight);
+  work.widest = std::max(widest, weight.cols);
+  const Division division = divide(x.rows, work, 1, type != x.scalar);
+  const Engine engine = engine_of(type, x.rows, weight.cols, widest, division.use_blas);
   for_row_parts(x.rows, division, [&](int64_t begin, int64_t rows) {
     if (rows == 0) return;
     Scratch memory;
@@ -561,7 +608,7 @@ void for_products(Matrix x, Matrix weight, Matrix bias, const std::function<void
       if (has_bias)
         multiply_add(input, columns, its_bias, product);
       else
-        multiply(input, columns, product, division.use_blas);
+        multiply(input, columns, product, engine);
       body({begin, first, product, has_bias ? Matrix() : its_bias});
     }
   });
@@ -571,10 +618,10 @@ void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_g
   const size_t top = count - 1;
   const int64_t rows = grad.rows;
   const Scalar type = product_type(grad.scalar);
-  int64_t widest = 1;
+  Work work;
   for (size_t index = 0; index < count; ++index)
-    widest = std::max({widest, layers[index].weight.rows, layers[index].weight.cols});
-  const int64_t block = reduction_rows(rows, widest);
+    work.widest = std::max({work.widest, layers[index].weight.rows, layers[index].weight.cols});
+  const int64_t block = reduction_rows(rows, work.widest);
   // Below this layer no gradient is wanted.
   size_t lowest = 0;
   if (!x_gradient.data)
@@ -585,7 +632,6 @@ void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_g
   BackwardPass pass{grad,  layers, lowest, top, x_gradient, std::vector<ColumnSums>(count),
                     {},    {added.slopes, row_major(added.output, scratch)}, false};
   pass.none = ColumnSums({}, rows, block, scratch);
-  double flops = 0.0;
   for (size_t index = lowest; index < count; ++index) {
     LayerBackward& layer = layers[index];
     pass.sums[index] = ColumnSums(layer.bias_gradient, rows, block, scratch);
@@ -593,15 +639,15 @@ void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_g
         layer.spec.activation == Activation::identity ? Matrix() : row_major(layer.saved, scratch);
     if (index > lowest || x_gradient.data) {
       layer.weight = converted(layer.weight, type, scratch);
-      flops = std::max(flops, layer_flops(rows, layer.weight));
+      work.add(type, rows, layer.weight);
     }
   }
-  const Division division = divide(rows, widest, block, flops, type != grad.scalar);
+  const Division division = divide(rows, work, block, type != grad.scalar);
   pass.use_blas = division.use_blas;
 
   const int64_t groups = type == grad.scalar ? groups_of(pass) : 0;
   if (groups > 0) {
-    backward_in_groups(pass, groups, block, widest);
+    backward_in_groups(pass, groups, block, work.widest);
   } else {
     // The gradient at the top is kept only if somebody reads it; an identity's is `grad`.
     std::vector<Matrix> gradients(count);

@@ -1,5 +1,11 @@
 #include "dispatch.h"
 
+#if defined(AEFAST_MATRIX_UNIT)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 
@@ -30,10 +36,36 @@ AEFAST_DECLARE(baseline)
 AEFAST_DECLARE(avx2)
 AEFAST_DECLARE(avx512)
 #endif
+#if defined(AEFAST_MATRIX_UNIT)
+namespace amx {
+extern const ProductKernels product_kernels;
+}
+#endif
 
 namespace {
 
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+#if defined(AEFAST_MATRIX_UNIT)
+// Linux hands out the tiles, 8 KiB of each thread's state, on request, and to the whole process.
+bool has_matrix_unit() {
+  constexpr unsigned kTiles = 1u << 24, kBFloat16 = 1u << 22;
+  unsigned a, b, c, d;
+  if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kBFloat16)) return false;
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
+
 struct Kernels {
+  const char* name;
   const LossKernels& loss;
   const PairwiseKernels& pairwise;
   const PenaltyKernels& penalty;
@@ -47,19 +79,20 @@ struct Kernels {
 
 // The best first.
 const std::vector<Kernels>& instruction_sets() {
+#define AEFAST_KERNELS(name, set, product_set, supported)                                                          \
+  {name, set::loss_kernels, set::pairwise_kernels, set::penalty_kernels, set::pointwise_kernels,                   \
+   product_set::product_kernels, set::pyramid_kernels, set::random_kernels, set::sparse_kernels, supported}
   static const std::vector<Kernels> sets = {
-#if defined(__x86_64__)
-      {avx512::loss_kernels, avx512::pairwise_kernels, avx512::penalty_kernels, avx512::pointwise_kernels,
-       avx512::product_kernels, avx512::pyramid_kernels, avx512::random_kernels, avx512::sparse_kernels,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-      {avx2::loss_kernels, avx2::pairwise_kernels, avx2::penalty_kernels, avx2::pointwise_kernels,
-       avx2::product_kernels, avx2::pyramid_kernels, avx2::random_kernels, avx2::sparse_kernels,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#if defined(AEFAST_MATRIX_UNIT)
+      AEFAST_KERNELS("amx", avx512, amx, has_matrix_unit()),
 #endif
-      {baseline::loss_kernels, baseline::pairwise_kernels, baseline::penalty_kernels, baseline::pointwise_kernels,
-       baseline::product_kernels, baseline::pyramid_kernels, baseline::random_kernels, baseline::sparse_kernels, true},
+#if defined(__x86_64__)
+      AEFAST_KERNELS("avx512", avx512, avx512, has_avx512()),
+      AEFAST_KERNELS("avx2", avx2, avx2, has_avx2()),
+#endif
+      AEFAST_KERNELS("baseline", baseline, baseline, true),
   };
+#undef AEFAST_KERNELS
   return sets;
 }
 
@@ -89,16 +122,18 @@ const RandomKernels& random_kernels() { return selected().random; }
 
 const SparseKernels& sparse_kernels() { return selected().sparse; }
 
+std::string instruction_set() { return selected().name; }
+
 std::vector<std::string> supported_instruction_sets() {
   std::vector<std::string> names;
   for (const Kernels& set : instruction_sets())
-    if (set.supported) names.push_back(set.pointwise.instruction_set);
+    if (set.supported) names.push_back(set.name);
   return names;
 }
 
 bool use_instruction_set(const std::string& name) {
   for (const Kernels& set : instruction_sets())
-    if (set.supported && name == set.pointwise.instruction_set) {
+    if (set.supported && name == set.name) {
       chosen() = &set;
       return true;
     }

@@ -6,6 +6,9 @@
 
 namespace aefast::cpu {
 
+// The one in use.
+std::string instruction_set();
+
 // Those that this processor has, the best first; the first is used.
 std::vector<std::string> supported_instruction_sets();
 

@@ -42,8 +42,6 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> linear_act_backward(
   return {x_gradient, weight_gradient, bias_gradient};
 }
 
-std::string instruction_set() { return pointwise().instruction_set; }
-
 void choose_instruction_set(std::string name) {
   STD_TORCH_CHECK(use_instruction_set(name), "this processor has no ", name);
 }

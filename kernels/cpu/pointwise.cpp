@@ -5,9 +5,6 @@
 
 #include "lanes.h"
 
-#define AEFAST_STRING_(x) #x
-#define AEFAST_STRING(x) AEFAST_STRING_(x)
-
 namespace aefast::cpu::AEFAST_INSTRUCTION_SET {
 namespace {
 
@@ -246,7 +243,6 @@ void sum_rows(Scalar out_type, const void* partials, void* out, int64_t rows, in
 }  // namespace
 
 extern const PointwiseKernels pointwise_kernels;
-const PointwiseKernels pointwise_kernels = {bias_activation, activation_gradient, convert, sum_rows,
-                                            AEFAST_STRING(AEFAST_INSTRUCTION_SET)};
+const PointwiseKernels pointwise_kernels = {bias_activation, activation_gradient, convert, sum_rows};
 
 }  // namespace aefast::cpu::AEFAST_INSTRUCTION_SET

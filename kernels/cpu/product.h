@@ -1,5 +1,6 @@
 // Matrix products that are too short, or have too few rows, for a BLAS: once its call, its packing and its threads
-// are paid for, the product itself is the lesser part. Compiled once per instruction set.
+// are paid for, the product itself is the lesser part. With a matrix unit, products of float32 of any size. Compiled
+// once per instruction set.
 #pragma once
 
 #include <cstddef>
@@ -16,12 +17,15 @@ struct ProductOperand {
 
 struct ProductKernels {
   // out (rows, cols), rows `out_stride` apart, = a (rows, inner) b (inner, cols), or += with `add`, in float32 or
-  // float64, on one thread. `workspace` is aligned to 64. Sums are taken over `inner` in an order that depends on nothing but the
-  // shape and the strides.
-  void (*product)(Scalar scalar, ProductOperand a, ProductOperand b, void* out, int64_t out_stride, int64_t rows,
-                  int64_t inner, int64_t cols, bool add, void* workspace);
+  // float64, on one thread. `workspace` is aligned to 64. Sums are taken over `inner` in an order that depends on nothing
+  // but `inner`, the strides, and whether they are the matrix unit's, which takes float32.
+  void (*product)(Scalar scalar, bool by_matrix_unit, ProductOperand a, ProductOperand b, void* out, int64_t out_stride,
+                  int64_t rows, int64_t inner, int64_t cols, bool add, void* workspace);
   // The workspace that such a product needs.
-  size_t (*workspace_bytes)(Scalar scalar, ProductOperand a, int64_t rows, int64_t inner);
+  size_t (*workspace_bytes)(Scalar scalar, bool by_matrix_unit, ProductOperand a, int64_t rows, int64_t inner,
+                            int64_t cols);
+  // Whether there is a matrix unit, and it is faster than vectors and any BLAS of theirs at products of this shape.
+  bool (*suits_matrix_unit)(int64_t rows, int64_t inner, int64_t cols);
 };
 
 const ProductKernels& product_kernels();
