@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+import aefast.functional as AF
 from aefast.bench import timing
 from aefast.ops._registry import Cost
 
@@ -31,9 +32,9 @@ class Ceilings:
 def measure(device: torch.device, dtype: torch.dtype = torch.float32, seconds: float = 0.5) -> Ceilings:
     """The ceilings of `device`, each within about `seconds`.
 
-    Copies go through as much memory as the inputs of a case are rotated through. CUDA's exponentials are computed
-    from its clock: 16 a clock and multiprocessor on sm_80, sm_90 and sm_100 (CUDA C++ Programming Guide,
-    arithmetic instructions).
+    Copies go through as much memory as the inputs of a case are rotated through. Products are torch's or aefast's,
+    whichever are faster. CUDA's exponentials are computed from its clock: 16 a clock and multiprocessor on sm_80, sm_90
+    and sm_100 (CUDA C++ Programming Guide, arithmetic instructions).
     """
     part = timing.LAST_LEVEL_CACHE_BYTES // 8
     if device.type == "cuda":
@@ -45,7 +46,13 @@ def measure(device: torch.device, dtype: torch.dtype = torch.float32, seconds: f
     # Of ones a GPU's product is faster: switching fewer bits leaves power for a higher clock.
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    multiplied = _rate(lambda index: torch.mm(left, right, out=out), 2 * side**3, device, seconds)
+    multiplied = max(
+        _rate(product, 2 * side**3, device, seconds / 2)
+        for product in (
+            lambda index: torch.mm(left, right, out=out),
+            lambda index: AF.linear_act(left, right, activation="identity"),
+        )
+    )
 
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
