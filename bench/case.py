@@ -78,7 +78,7 @@ class Trial:
     ``truth`` are its results in float64, and ``found[name]`` those of each variant in ``timed``, whose calls go through
     ``sets`` sets of inputs. ``missing`` says why something does not take part. ``has_flips``: whether rounding to half
     precision puts pre-activations on the other side of a kink, so that single gradients differ by their whole size and
-    only their norm can be held to anything.
+    only their norm can be held to anything. ``run_seconds`` is that of `timing.interleaved`.
     """
 
     truth: list[Tensor]
@@ -88,6 +88,7 @@ class Trial:
     missing: dict[str, str]
     cost: Cost
     has_flips: bool = False
+    run_seconds: float = 0.0
 
 
 def collect(runs: Mapping[str, Callable[[], Any]], missing: dict[str, str]) -> dict[str, Any]:
@@ -267,6 +268,8 @@ class Learner:
 
 
 LEARNING_RATE = 1e-3
+# Steps of one model follow each other as in training, which leaves the heap and the caches as the next one finds them.
+STEPS_SECONDS = 0.03
 NOISE_SEED = 11
 # Each leaves a hundredth of the samples or less.
 MOST_REDRAWS = 20
@@ -339,7 +342,7 @@ class TrainingCase(Case):
 
         has_flips = torch.finfo(self.dtype).eps > 1e-6
         all_timed = {name: timed(name) for name in found}
-        return Trial(truth, found, all_timed, count, missing, self.cost(model), has_flips)
+        return Trial(truth, found, all_timed, count, missing, self.cost(model), has_flips, STEPS_SECONDS)
 
     def _batch(self) -> Tensor:
         return torch.rand(self.sizes["batch"], self.features, device=self.device).to(self.dtype)

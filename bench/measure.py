@@ -147,7 +147,13 @@ def measure(case: Case, mode: str, seconds: float, ceilings: Ceilings) -> Result
     timed = {name: variant for name, variant in trial.timed.items() if name not in reasons}
     timings, graph_timings, peak_bytes, refused = {}, {}, {}, {}
     if not failing:
-        timings = timing.interleaved(timed, case.device, sets=trial.sets, seconds=seconds * len(timed) / 2)
+        timings = timing.interleaved(
+            timed,
+            case.device,
+            sets=trial.sets,
+            seconds=seconds * len(timed) / 2,
+            run_seconds=trial.run_seconds,
+        )
         peak_bytes = {
             name: memory.peak_bytes(_once(variant, case.device), case.device)
             for name, variant in timed.items()

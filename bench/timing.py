@@ -48,6 +48,7 @@ def interleaved(
     seconds: float = 0.3,
     least: int = 5,
     most: int = 200,
+    run_seconds: float = 0.0,
 ) -> dict[str, Timing]:
     """Times the variants in turn, each round in the opposite order of the one before.
 
@@ -59,6 +60,7 @@ def interleaved(
         seconds: how long all repetitions together should take.
         least: repetitions of each variant, however long they take.
         most: repetitions of each variant at the most.
+        run_seconds: how long a run is at least, where calls are to find what the one before them left behind.
 
     Short calls are timed in runs of several. Garbage collection and lazy initialisation fall into the two rounds of
     warm-up.
@@ -71,7 +73,7 @@ def interleaved(
         for name, variant in variants.items():
             with variant.context():
                 slowest = max(slowest, run(variant.call, index + shifts[name], 1))
-    calls = max(1, int(RUN_SECONDS[device.type] / max(slowest, 1e-7)))
+    calls = max(1, int(max(RUN_SECONDS[device.type], run_seconds) / max(slowest, 1e-7)))
     return _rounds(
         {
             name: lambda first, variant=variant, shift=shifts[name]: _in_context(

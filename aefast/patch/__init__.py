@@ -214,6 +214,7 @@ class _Search:
     def _adapt(self, name: str, module: nn.Module, adapter: _pythae.Adapter) -> None:
         if self._change(name, module, adapter.what, {**adapter.methods}):
             self.entries.append(Entry(name, f"{type(module).__name__} → {adapter.what}"))
+            self._fused.update(getattr(module, head) for head in adapter.heads)
 
     def _loss(self, name: str, module: nn.Module) -> None:
         what = type(module).__name__

@@ -153,6 +153,31 @@ def through(modules: Sequence[nn.Module], x: Any) -> Any:
     return x
 
 
+def through_heads(
+    modules: Sequence[nn.Module], heads: Sequence[nn.Module], x: Tensor
+) -> tuple[Tensor, ...] | None:
+    """What each of `heads`, linear layers, gives for ``nn.Sequential(*modules)(x)``, all of them by one product; None
+    where one op does not evaluate them all."""
+    layers, end = run_at(modules, 0)
+    biases = [getattr(head, "bias", None) for head in heads]
+    if not layers or end != len(modules) or not all(map(is_linear, heads)) or None in biases:
+        return None
+    weights = [head.weight for head in heads]
+    if len(heads) > 1:
+        weights, biases = [torch.cat(weights)], [torch.cat(biases)]
+    settings: dict[str, float] = {}
+    for _, (_, parameter) in layers:
+        settings.update(parameter)
+    out = AF.mlp(
+        x,
+        [linear.weight for linear, _ in layers] + weights,
+        [linear.bias for linear, _ in layers] + biases,
+        [name for _, (name, _) in layers] + ["identity"],
+        **settings,
+    )
+    return out.split([head.out_features for head in heads], 1) if len(heads) > 1 else (out,)
+
+
 def _of_layers(layers: Sequence[Layer], x: Tensor) -> Tensor:
     if len(layers) == 1:
         linear, (name, settings) = layers[0]

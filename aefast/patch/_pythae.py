@@ -20,15 +20,19 @@ from aefast.patch._losses import fused_loss
 # Whose formulas these are. Methods of another version are left as they are.
 VERSION = "0.1.2"
 NOISES = ("fused", "torch")
+# The last layers of its encoders.
+_HEADS = ("embedding", "log_var")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """`methods` stand for those of the same names of `model_class`; `what` tells what they do."""
+    """`methods` stand for those of the same names of `model_class`, and take its layers `heads` along; `what` tells what
+    they do."""
 
     model_class: type[nn.Module]
     methods: Methods
     what: str
+    heads: tuple[str, ...] = ()
 
 
 def adapter_of(module: nn.Module, noise: str) -> Adapter | str | None:
@@ -54,7 +58,7 @@ def adapter_of(module: nn.Module, noise: str) -> Adapter | str | None:
 
 def _adapters(noise: str) -> tuple[Adapter, ...]:
     from pythae.models import AE, INFOVAE_MMD, VAE, WAE_MMD
-    from pythae.models.nn.default_architectures import Decoder_AE_MLP
+    from pythae.models.nn.default_architectures import Decoder_AE_MLP, Encoder_AE_MLP, Encoder_VAE_MLP
 
     sampled = "reparameterize" if noise == "fused" else "kl_normal"
     drawn = {"aefast_noise": noise}
@@ -63,6 +67,10 @@ def _adapters(noise: str) -> tuple[Adapter, ...]:
         Adapter(INFOVAE_MMD, {"forward": _infovae_forward, **drawn}, f"{sampled}, mmd, reconstruction_loss"),
         Adapter(WAE_MMD, {"loss_function": _wae_loss}, "mmd, reconstruction_loss"),
         Adapter(AE, {"loss_function": _ae_loss}, "reconstruction_loss"),
+        Adapter(Encoder_AE_MLP, {"forward": _encoder_forward}, "its layers → mlp", _HEADS[:1]),
+        Adapter(
+            Encoder_VAE_MLP, {"forward": _encoder_forward}, "its layers → mlp, both heads as one", _HEADS
+        ),
         Adapter(Decoder_AE_MLP, {"forward": _decoder_forward}, "its layers → mlp"),
     )
 
@@ -101,6 +109,18 @@ def _wae_loss(self: Any, recon_x: Tensor, x: Tensor, z: Tensor, z_prior: Tensor)
 def _ae_loss(self: Any, recon_x: Tensor, x: Tensor) -> Tensor:
     value = _reconstruction(recon_x, x, "mse")
     return self.aefast_original.loss_function(self, recon_x, x) if value is None else value
+
+
+def _encoder_forward(self: Any, x: Tensor, output_layer_levels: Any = None) -> Any:
+    """Its layers and heads as one stack, unless the outputs of single layers are asked for."""
+    heads = [getattr(self, name) for name in _HEADS if hasattr(self, name)]
+    stacks = [self.layers[index] for index in range(self.depth)]
+    if output_layer_levels is None and all(map(_dense.is_sequential, stacks)):
+        hidden = [layer for stack in stacks for layer in stack]
+        out = _dense.through_heads(hidden, heads, x.reshape(-1, math.prod(self.input_dim)))
+        if out is not None:
+            return _output(**dict(zip(("embedding", "log_covariance"), out, strict=False)))
+    return self.aefast_original.forward(self, x, output_layer_levels)
 
 
 def _decoder_forward(self: Any, z: Tensor, output_layer_levels: Any = None) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from aefast.bench import timing, variants
 from aefast.bench.case import (
     NOISE_SEED,
+    STEPS_SECONDS,
     Case,
     Learner,
     Trial,
@@ -88,7 +89,7 @@ class PatchCase(Case):
 
         has_flips = torch.finfo(self.dtype).eps > 1e-6
         all_timed = {name: timed(name) for name in found}
-        return Trial(truth, found, all_timed, count, missing, self.cost, has_flips)
+        return Trial(truth, found, all_timed, count, missing, self.cost, has_flips, STEPS_SECONDS)
 
     def _batch(self) -> Tensor:
         return torch.rand(self.sizes["batch"], INPUTS, device=self.device).to(self.dtype)

@@ -74,6 +74,18 @@ def test_short_calls_are_timed_in_runs():
     assert found["short"].median < 1e-5
 
 
+def test_calls_follow_their_like_for_as_long_as_told():
+    order = []
+    variants = {
+        name: Variant(lambda index, name=name: order.append(name) or time.sleep(1e-3)) for name in "ab"
+    }
+    timing.interleaved(variants, CPU, seconds=0.0, least=2, run_seconds=8e-3)
+    runs = [(name, len(list(run))) for name, run in itertools.groupby(order[4:])]
+    # Every round begins with the other one.
+    assert [name for name, _ in runs] == ["a", "b", "a"]
+    assert runs[1][1] == 2 * runs[0][1] and 4 <= runs[0][1] <= 8
+
+
 def test_no_more_rounds_than_told():
     found = timing.interleaved({"short": Variant(lambda index: None)}, CPU, seconds=10.0, most=7)
     assert len(found["short"].samples) == 7

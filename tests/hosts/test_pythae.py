@@ -184,6 +184,27 @@ def test_what_the_ops_do_not_take_goes_to_pythae():
         assert found["mmd_loss"].isnan()
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[1]], ids=["AE", "VAE"])
+def test_heads_go_with_the_encoders_layers(case):
+    """Unless one of them has got a hook, which is called, or single layers' outputs are asked for."""
+    model, x = make(*case), data()
+    expected = dict(model.encoder(x, output_layer_levels=[1]))
+    report = aefast.patch(model)
+    assert not [entry for entry in report.left if entry.where.startswith("encoder")]
+    torch.testing.assert_close(dict(model.encoder(x, output_layer_levels=[1])), expected)
+    del expected["embedding_layer_1"]
+    found = dict(model.encoder(x))
+    assert list(found) == list(expected)
+    torch.testing.assert_close(found, expected)
+    heads = [model.encoder.embedding] + ([model.encoder.log_var] if case[0] is VAE else [])
+    for head in heads:
+        seen = []
+        handle = head.register_forward_hook(lambda module, inputs, out, seen=seen: seen.append(out))
+        torch.testing.assert_close(dict(model.encoder(x)), expected)
+        handle.remove()
+        assert len(seen) == 1
+
+
 def test_outputs_of_single_layers_and_copies():
     model, x = make(*CASES[1]), data()
     model.eval()
