@@ -26,8 +26,8 @@ _HEADS = ("embedding", "log_var")
 
 @dataclass(frozen=True)
 class Adapter:
-    """`methods` stand for those of the same names of `model_class`, and take its layers `heads` along; `what` tells what
-    they do."""
+    """`methods` stand for those of the same names of `model_class`, and take its layers `heads` along; `what` tells
+    what they do."""
 
     model_class: type[nn.Module]
     methods: Methods
