@@ -102,7 +102,8 @@ AEFAST_HD void transpose_words(__m512i* rows) {
 
 // A tile of each part, of up to 16 outer indices (rows of a, columns of b) and up to 32 terms. `from` has terms side by
 // side, `stride` between outer indices, or outer indices side by side, `stride` between terms. What is beyond `outer`
-// is left to chance, as are the sums it goes into; what is beyond `terms` is 0.
+// is left to chance, as are the sums it goes into; what is beyond `terms` is 0. The next panel, or the next step, is
+// fetched ahead: its rows are too many and too short for the processor to see them coming.
 template <bool kTermsSideBySide, bool kTransposed>
 AEFAST_HD void pack_tile(const float* from, int64_t stride, int64_t outer, int64_t terms, char* to, Splitter& split) {
   __m512i tile[kParts][16];
