@@ -5,9 +5,8 @@
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/tensor.h>
+
+#include "tensors.h"
 
 #if defined(__CUDACC__)
 
