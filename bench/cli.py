@@ -26,7 +26,7 @@ def bench(
     ops: Annotated[
         list[str] | None, typer.Argument(metavar="[OP]...", help="The ops to measure; all if none is named.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few shapes, in under 90 seconds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A few shapes, in two to three minutes.")] = False,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to measure.")] = "cpu",
     backend: Annotated[
         str, typer.Option(metavar="NAME", help="The backend behind aefast: auto, cuda, triton, cpu or eager.")

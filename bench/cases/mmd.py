@@ -15,8 +15,10 @@ from aefast.bench.variants import Rival
 
 # (points of either sample, dimensions): batches of latents.
 SHAPES = ((256, 16), (1024, 16), (4096, 2), (4096, 16), (4096, 64))
-QUICK_SHAPES = ((1024, 16), (4096, 16))
-LARGE_SHAPES = ((8192, 16), (8192, 64))  # where there is a GPU
+QUICK_SHAPES = ((1024, 16),)
+# Where there is a GPU, also when it is to be quick, and in any case.
+QUICK_SHAPES_OF_GPU = ((4096, 16),)
+LARGE_SHAPES = ((8192, 16), (8192, 64))
 # Bandwidths times the root of the dimensions, about the distance of two points: as in Li et al., MMD GAN, NeurIPS 2017,
 # each twice the one before.
 BANDWIDTHS = {
@@ -28,7 +30,9 @@ KERNELS = {"rbf5": "rbf", "imq7": "imq", "laplacian": "laplacian", "energy": "en
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[OpCase]:
-    shapes = QUICK_SHAPES if quick else (*SHAPES, *(LARGE_SHAPES if device.type == "cuda" else ()))
+    shapes, of_gpu = (QUICK_SHAPES, QUICK_SHAPES_OF_GPU) if quick else (SHAPES, LARGE_SHAPES)
+    if device.type == "cuda":
+        shapes += of_gpu
     for points, dimensions in shapes:
         yield case("rbf5", points, dimensions, device, not quick and points >= 1024)
     if not quick:
