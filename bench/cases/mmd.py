@@ -16,7 +16,7 @@ from aefast.bench.variants import Rival
 # (points of either sample, dimensions): batches of latents.
 SHAPES = ((256, 16), (1024, 16), (4096, 2), (4096, 16), (4096, 64))
 QUICK_SHAPES = ((1024, 16),)
-# Where there is a GPU, also when it is to be quick, and in any case.
+# In addition where there is a GPU, quick or not.
 QUICK_SHAPES_OF_GPU = ((4096, 16),)
 LARGE_SHAPES = ((8192, 16), (8192, 64))
 # Bandwidths times the root of the dimensions, about the distance of two points: as in Li et al., MMD GAN, NeurIPS 2017,
