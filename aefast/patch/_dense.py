@@ -159,39 +159,40 @@ def through_heads(
     """What each of `heads`, linear layers, gives for ``nn.Sequential(*modules)(x)``, all of them by one product; None
     where one op does not evaluate them all."""
     layers, end = run_at(modules, 0)
-    biases = [getattr(head, "bias", None) for head in heads]
-    if not layers or end != len(modules) or not all(map(is_linear, heads)) or None in biases:
+    if (
+        not layers
+        or end != len(modules)
+        or not all(is_linear(head) and head.bias is not None for head in heads)
+    ):
         return None
-    weights = [head.weight for head in heads]
-    if len(heads) > 1:
-        weights, biases = [torch.cat(weights)], [torch.cat(biases)]
-    settings: dict[str, float] = {}
-    for _, (_, parameter) in layers:
-        settings.update(parameter)
-    out = AF.mlp(
-        x,
-        [linear.weight for linear, _ in layers] + weights,
-        [linear.bias for linear, _ in layers] + biases,
-        [name for _, (name, _) in layers] + ["identity"],
-        **settings,
+    if len(heads) == 1:
+        return (_stack(layers, x, heads[0].weight, heads[0].bias),)
+    out = _stack(
+        layers, x, torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
     )
-    return out.split([head.out_features for head in heads], 1) if len(heads) > 1 else (out,)
+    return out.split([head.out_features for head in heads], 1)
 
 
 def _of_layers(layers: Sequence[Layer], x: Tensor) -> Tensor:
     if len(layers) == 1:
         linear, (name, settings) = layers[0]
         return AF.linear_act(x, linear.weight, linear.bias, name, **settings)
-    settings = {}
+    return _stack(layers, x)
+
+
+def _stack(
+    layers: Sequence[Layer], x: Tensor, last_weight: Tensor | None = None, last_bias: Tensor | None = None
+) -> Tensor:
+    """`layers`, and behind them one of these parameters, without an activation, where they are given."""
+    weights = [linear.weight for linear, _ in layers]
+    biases = [linear.bias for linear, _ in layers]
+    names = [name for _, (name, _) in layers]
+    if last_weight is not None:
+        weights, biases, names = [*weights, last_weight], [*biases, last_bias], [*names, "identity"]
+    settings: dict[str, float] = {}
     for _, (_, parameter) in layers:
         settings.update(parameter)
-    return AF.mlp(
-        x,
-        [linear.weight for linear, _ in layers],
-        [linear.bias for linear, _ in layers],
-        [name for _, (name, _) in layers],
-        **settings,
-    )
+    return AF.mlp(x, weights, biases, names, **settings)
 
 
 def is_sequential(module: nn.Module) -> bool:

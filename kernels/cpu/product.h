@@ -18,7 +18,7 @@ struct ProductOperand {
 struct ProductKernels {
   // out (rows, cols), rows `out_stride` apart, = a (rows, inner) b (inner, cols), or += with `add`, in float32 or
   // float64, on one thread. `workspace` is aligned to 64. Sums are taken over `inner` in an order that depends on nothing
-  // but `inner`, the strides, and whether they are the matrix unit's, which takes float32.
+  // but the shape and the strides; by the matrix unit, which takes float32, on nothing but `inner`.
   void (*product)(Scalar scalar, bool by_matrix_unit, ProductOperand a, ProductOperand b, void* out, int64_t out_stride,
                   int64_t rows, int64_t inner, int64_t cols, bool add, void* workspace);
   // The workspace that such a product needs.

@@ -289,7 +289,7 @@ def test_gpu_script_leaves_logs_whatever_fails(tmp_path, python_without_aefast):
     if torch.cuda.is_available() or shutil.which("nvidia-smi"):
         pytest.skip("there is a GPU, and the script would measure it")
     found = run(
-        [ROOT / "bench/gpu.sh", tmp_path / "out", "40"],
+        [ROOT / "bench/gpu.sh", tmp_path / "out", "60"],
         env=environment(PYTHON=python_without_aefast),
         cwd=tmp_path,
     )

@@ -34,7 +34,7 @@ def test_two_moons(tmp_path):
 @pytest.mark.slow
 def test_autoencoder_and_pca(tmp_path):
     """A linear autoencoder finds the principal components' space, and others err less at each dimension."""
-    found = run("autoencoder_and_pca", "--out", tmp_path, "--steps", 900)
+    found = run("autoencoder_and_pca", "--out", tmp_path, "--steps", 1200)
     # It has not quite arrived: five seeds leave 0.7° to 0.9°.
     assert float(re.search(r"largest principal angle ([\d.]+)°", found)[1]) < 2
     pairs = re.findall(r"error ([\d.]+) · PCA ([\d.]+)$", found, re.MULTILINE)
@@ -63,7 +63,7 @@ def test_denoising(tmp_path):
 @pytest.mark.slow
 def test_inpainting(tmp_path):
     """Holes are filled better than by their borders' means."""
-    found = run("inpainting", "--out", tmp_path, "--steps", 500)
+    found = run("inpainting", "--out", tmp_path, "--steps", 800)
     ratios = {
         name.strip(): float(value)
         for name, value in re.findall(r"^(.+?) +([\d.]+) dB in the holes", found, re.MULTILINE)
@@ -121,7 +121,7 @@ def test_generate(tmp_path):
 @pytest.mark.slow
 def test_retrieval(tmp_path):
     """At equal bits an autoencoder's codes find more documents of the query's module than principal components do."""
-    found = run("retrieval", "--out", tmp_path, "--epochs", "10")
+    found = run("retrieval", "--out", tmp_path, "--epochs", "20")
     row = r"^(\w+), .*precision @1 +([\d.]+)% · @10 +([\d.]+)% · @100 +([\d.]+)% · ([\d,]+) bytes a document$"
     rows = {name: values for name, *values in re.findall(row, found, re.MULTILINE)}
     assert set(rows) == {"autoencoder", "PCA", "exact"}
