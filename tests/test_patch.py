@@ -553,6 +553,87 @@ def test_kinds_and_skip():
     assert left(report) == {"net": "it is skipped", "loss": "it is skipped"}
 
 
+@pytest.fixture
+def run_alone(monkeypatch):
+    """The modules of torch whose own forward has run, in order."""
+    found = []
+
+    def recorded(module_class):
+        forward = module_class.forward
+
+        def run(self, *arguments):
+            found.append(self)
+            return forward(self, *arguments)
+
+        return run
+
+    for module_class in (nn.Linear, nn.ReLU, nn.GELU):
+        monkeypatch.setattr(module_class, "forward", recorded(module_class))
+    return found
+
+
+# What runs alone where one of these is skipped, and the ops for the rest.
+SKIPPED = {
+    "decoder.0": (["decoder.0", "decoder.1", "decoder.2"], []),
+    "decoder.1": (["decoder.0", "decoder.1", "decoder.2"], []),
+    "decoder.2": (["decoder.2"], ["linear_act"]),
+    "decoder": (["decoder.0", "decoder.1", "decoder.2"], []),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+@pytest.mark.parametrize("is_copy", [False, True], ids=["itself", "a copy"])
+def test_skipped_children_of_a_sequential_run_alone(name, is_copy, run_alone, calls):
+    model, x = Whole(), torch.randn(5, 3)
+    report = patch(model, skip=[name])
+    assert left(report)[name] == "it is skipped"
+    model = copy.deepcopy(model) if is_copy else model
+    model.decoder(x)
+    alone, ops = SKIPPED[name]
+    assert run_alone == [model.get_submodule(one) for one in alone]
+    assert calls == ops
+
+
+@pytest.mark.parametrize(
+    ("name", "alone", "kept"),
+    [
+        ("first", ["first", "act", "stack.0", "stack.1"], SITES[1:2] + SITES[3:]),
+        ("act", ["first", "act", "stack.0", "stack.1"], SITES[1:2] + SITES[3:]),
+        ("stack.1", ["stack.0", "stack.1"], SITES[:2] + SITES[3:]),
+        ("heads", ["stack.0", "stack.1", "heads.mean"], SITES[:2] + SITES[4:]),
+    ],
+)
+def test_skipped_modules_that_methods_call_run_alone(name, alone, kept, run_alone):
+    model = Net()
+    report = patch(model, skip=[name])
+    assert swapped(report) == kept
+    assert left(report)[name] == "it is skipped"
+    assert left(report)["forward"] == "it calls a module that is skipped, or may do so"
+    model(torch.randn(5, 6))
+    assert run_alone == [*(model.get_submodule(one) for one in alone), model.plain]
+
+
+def test_the_reason_names_a_skipped_activation():
+    assert left(patch(Whole(), skip=["decoder.1"]))["decoder.0"] == "the ReLU that follows it is skipped"
+
+
+def test_what_is_skipped_is_not_touched():
+    model = Whole()
+    before = {name: (type(one), dict(vars(one))) for name, one in model.decoder.named_modules()}
+    patch(model, skip=["decoder"])
+    assert {name: (type(one), dict(vars(one))) for name, one in model.decoder.named_modules()} == before
+
+
+def test_a_layer_of_two_parents_is_skipped_in_both(run_alone):
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict(
+        {"one": nn.Sequential(shared, nn.ReLU()), "other": nn.Sequential(shared, nn.ReLU())}
+    )
+    patch(model, skip=["one"])
+    model["other"](torch.randn(2, 4))
+    assert run_alone[0] is shared
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

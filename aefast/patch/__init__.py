@@ -6,7 +6,7 @@ import difflib
 import sys
 import textwrap
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,11 +130,12 @@ def patch(
     skipped = _checked("skip", skip, dict(model.named_modules()))
     if noise not in _pythae.NOISES:
         raise InputError(f"patch: noise must be one of {', '.join(_pythae.NOISES)}, got {noise!r}")
-    search = _Search(wanted, noise)
+    alone = {part for name in skipped for part in model.get_submodule(name).modules()}
+    search = _Search(wanted, noise, alone)
     for name, module in model.named_modules():
         if name in skipped:
             search.leave(name, type(module).__name__, "it is skipped")
-        elif not any(name.startswith(f"{one}.") or one == "" for one in skipped):
+        elif module not in alone:
             search.look_at(name, module)
     entries = [*search.entries, *search.remaining()]
     if not entries:
@@ -160,9 +161,10 @@ def _checked(name: str, values: Any, known: Iterable[str]) -> list[str]:
 class _Search:
     """Goes through the modules of a model, from the outside in, and changes nothing."""
 
-    def __init__(self, kinds: frozenset[str], noise: str) -> None:
+    def __init__(self, kinds: frozenset[str], noise: str, skipped: set[nn.Module]) -> None:
         self.kinds = kinds
         self.noise = noise
+        self.skipped = skipped
         self.entries: list[Entry] = []
         self.changes: list[_Change] = []
         # Blocks of one kind have one class, as they had before.
@@ -212,6 +214,11 @@ class _Search:
         return True
 
     def _adapt(self, name: str, module: nn.Module, adapter: _pythae.Adapter) -> None:
+        if adapter.takes_layers and not self.skipped.isdisjoint(module.modules()):
+            self.leave(
+                name, type(module).__name__, "a part of it is skipped, and its layers are taken together"
+            )
+            return
         if self._change(name, module, adapter.what, {**adapter.methods}):
             self.entries.append(Entry(name, f"{type(module).__name__} → {adapter.what}"))
             self._fused.update(getattr(module, head) for head in adapter.heads)
@@ -230,15 +237,19 @@ class _Search:
     def _sequential(self, name: str, module: nn.Sequential) -> None:
         children = list(module._modules.items())
         modules = [child for _, child in children]
-        found = list(_runs(modules))
+        skipped = frozenset(one for one, child in children if child in self.skipped)
+        found = list(_runs(modules, _dense.indices_of(skipped, module)))
         for index, child in enumerate(modules):
             follower = type(modules[index + 1]).__name__ if index + 1 < len(modules) else None
             if isinstance(child, nn.Linear):
                 reason = "no activation follows it in its Sequential"
-                if follower:
+                if follower and modules[index + 1] in self.skipped:
+                    reason = f"the {follower} that follows it is skipped"
+                elif follower:
                     reason = f"it is followed by {follower}, which is no activation that can be fused with it"
                 self._reasons.setdefault(child, reason)
-        if not found or not self._change(name, module, "sequential", {"forward": _dense.sequential_forward}):
+        attributes = {"forward": _dense.sequential_forward, "aefast_skipped": skipped}
+        if not found or not self._change(name, module, ("sequential", skipped), attributes):
             return
         for layers, start, end in found:
             self._fused.update(linear for linear, _ in layers)
@@ -255,7 +266,7 @@ class _Search:
             for linear in _layers_below(module):
                 self._reasons.setdefault(linear, reason)
             return
-        found = _sites.rewrite(module, self.kinds)
+        found = _sites.rewrite(module, self.kinds, self.skipped)
         for method, call, reason in found.left:
             self.leave(_within(name, method), textwrap.shorten(call, 60, placeholder=" ..."), reason)
         unread = "; ".join(f"{method}: {reason}" for method, reason in found.unread.items())
@@ -283,11 +294,13 @@ def _within(name: str, part: str) -> str:
     return f"{name}:{part}" if name else part
 
 
-def _runs(modules: Sequence[nn.Module]) -> Iterator[tuple[list[_dense.Layer], int, int]]:
+def _runs(
+    modules: Sequence[nn.Module], skipped: Collection[int]
+) -> Iterator[tuple[list[_dense.Layer], int, int]]:
     """The runs of layers in a Sequential, with the indices where they start and end."""
     index = 0
     while index < len(modules):
-        layers, end = _dense.run_at(modules, index)
+        layers, end = _dense.run_at(modules, index, skipped)
         if layers:
             yield layers, index, end
         index = end if layers else index + 1

@@ -20,6 +20,8 @@ class Patched:
     """
 
     aefast_original: ClassVar[type[nn.Module]]
+    # Names of children that are called as they are.
+    aefast_skipped: ClassVar[frozenset[str]] = frozenset()
 
     def __reduce_ex__(self, protocol: int) -> Any:
         # Of protocol 2 and above, pickle insists on the class that the object has.

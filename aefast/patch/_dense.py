@@ -6,7 +6,7 @@ Everything is looked at anew in each call: a layer that has got hooks, or was re
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,14 +118,17 @@ def why_not_linear(module: nn.Linear) -> str | None:
 Layer = tuple[nn.Linear, Activation]
 
 
-def run_at(modules: Sequence[nn.Module], index: int) -> tuple[list[Layer], int]:
+def run_at(
+    modules: Sequence[nn.Module], index: int, skipped: Collection[int] = ()
+) -> tuple[list[Layer], int]:
     """The dense layers that one op evaluates from `index` on, and the index behind them; none without an activation
-    among them."""
+    among them. Those at `skipped` are left alone."""
     layers: list[Layer] = []
     settings: dict[str, float] = {}
     count, ends = len(modules), []
-    while index < count and is_linear(modules[index]):
-        follower = of_module(modules[index + 1]) if index + 1 < count else None
+    while index < count and index not in skipped and is_linear(modules[index]):
+        has_follower = index + 1 < count and index + 1 not in skipped
+        follower = of_module(modules[index + 1]) if has_follower else None
         activation = follower or ("identity", {})
         if any(settings.get(key, value) != value for key, value in activation[1].items()):
             break
@@ -141,11 +144,11 @@ def run_at(modules: Sequence[nn.Module], index: int) -> tuple[list[Layer], int]:
     return layers, ends[-1]
 
 
-def through(modules: Sequence[nn.Module], x: Any) -> Any:
+def through(modules: Sequence[nn.Module], x: Any, skipped: Collection[int] = ()) -> Any:
     """What ``nn.Sequential(*modules)`` gives for x."""
     index = 0
     while index < len(modules):
-        layers, end = run_at(modules, index)
+        layers, end = run_at(modules, index, skipped)
         if layers:
             x, index = _of_layers(layers, x), end
         else:
@@ -205,7 +208,12 @@ def runs_through(module_class: type[nn.Module]) -> bool:
 
 
 def sequential_forward(self: nn.Sequential, input: Any) -> Any:
-    return through(list(self._modules.values()), input)
+    return through(list(self._modules.values()), input, indices_of(self.aefast_skipped, self))
+
+
+def indices_of(names: Collection[str], module: nn.Sequential) -> Collection[int]:
+    """The places of the children of these names."""
+    return [index for index, name in enumerate(module._modules) if name in names] if names else ()
 
 
 def apply(activation: Any, linear: Any, x: Any) -> Any:

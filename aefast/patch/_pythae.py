@@ -27,12 +27,13 @@ _HEADS = ("embedding", "log_var")
 @dataclass(frozen=True)
 class Adapter:
     """`methods` stand for those of the same names of `model_class`, and take its layers `heads` along; `what` tells
-    what they do."""
+    what they do, and `takes_layers` whether they evaluate the layers below, and not those themselves."""
 
     model_class: type[nn.Module]
     methods: Methods
     what: str
     heads: tuple[str, ...] = ()
+    takes_layers: bool = False
 
 
 def adapter_of(module: nn.Module, noise: str) -> Adapter | str | None:
@@ -62,16 +63,15 @@ def _adapters(noise: str) -> tuple[Adapter, ...]:
 
     sampled = "reparameterize" if noise == "fused" else "kl_normal"
     drawn = {"aefast_noise": noise}
+    encoder = {"forward": _encoder_forward}
     return (
         Adapter(VAE, {"forward": _vae_forward, **drawn}, f"{sampled}, reconstruction_loss"),
         Adapter(INFOVAE_MMD, {"forward": _infovae_forward, **drawn}, f"{sampled}, mmd, reconstruction_loss"),
         Adapter(WAE_MMD, {"loss_function": _wae_loss}, "mmd, reconstruction_loss"),
         Adapter(AE, {"loss_function": _ae_loss}, "reconstruction_loss"),
-        Adapter(Encoder_AE_MLP, {"forward": _encoder_forward}, "its layers → mlp", _HEADS[:1]),
-        Adapter(
-            Encoder_VAE_MLP, {"forward": _encoder_forward}, "its layers → mlp, both heads as one", _HEADS
-        ),
-        Adapter(Decoder_AE_MLP, {"forward": _decoder_forward}, "its layers → mlp"),
+        Adapter(Encoder_AE_MLP, encoder, "its layers → mlp", _HEADS[:1], takes_layers=True),
+        Adapter(Encoder_VAE_MLP, encoder, "its layers → mlp, both heads as one", _HEADS, takes_layers=True),
+        Adapter(Decoder_AE_MLP, {"forward": _decoder_forward}, "its layers → mlp", takes_layers=True),
     )
 
 

@@ -14,7 +14,7 @@ import inspect
 import textwrap
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,8 +62,9 @@ def methods_of(module_class: type) -> Iterator[tuple[str, types.FunctionType]]:
             seen.add(name)
 
 
-def rewrite(module: nn.Module, kinds: frozenset[str]) -> Rewriting:
-    """The methods of `module` with fused calls, of "dense" layers and "losses" as `kinds` has them."""
+def rewrite(module: nn.Module, kinds: frozenset[str], skipped: Set[nn.Module]) -> Rewriting:
+    """The methods of `module` with fused calls, of "dense" layers and "losses" as `kinds` has them, but of none of the
+    layers and activations in `skipped`."""
     found = Rewriting()
     if not any(isinstance(child, nn.Linear) for child in module.modules()):
         kinds -= {"dense"}
@@ -77,7 +78,7 @@ def rewrite(module: nn.Module, kinds: frozenset[str]) -> Rewriting:
         except _Unreadable as error:
             found.unread[name] = str(error)
             continue
-        visitor = _Visitor(module, name, function, tree.body[0], kinds, found)
+        visitor = _Visitor(module, name, function, tree.body[0], kinds, skipped, found)
         visitor.visit(tree.body[0])
         if visitor.cells:
             found.methods[name] = _compiled(tree, function, visitor.cells)
@@ -168,12 +169,14 @@ class _Visitor(ast.NodeTransformer):
         function: types.FunctionType,
         definition: ast.FunctionDef,
         kinds: frozenset[str],
+        skipped: Set[nn.Module],
         found: Rewriting,
     ) -> None:
         self.module = module
         self.name = name
         self.function = function
         self.kinds = kinds
+        self.skipped = skipped
         self.found = found
         self.cells: dict[str, Any] = {}
         code = function.__code__
@@ -275,10 +278,21 @@ class _Visitor(ast.NodeTransformer):
             site = _dense.applied(function, values, by_name)
         if activation is not None and activation[0] in _dense.KEEP_RESULT and self.is_in_place:
             return None
+        if self._may_be_skipped(linear) or self._may_be_skipped(function):
+            if not is_trial:
+                reason = "it calls a module that is skipped, or may do so"
+                self.found.left.append((self.name, ast.unparse(node), reason))
+            return None
         if is_trial:
             return node
         self._note(node, linear)
         return ast.copy_location(ast.Call(self._cell(site), operands, []), node)
+
+    def _may_be_skipped(self, called: Any) -> bool:
+        """Of a local variable, whether any module below is."""
+        if called is _LOCAL:
+            return not self.skipped.isdisjoint(self.module.modules())
+        return isinstance(called, nn.Module) and called in self.skipped
 
     def _note(self, node: ast.Call, linear: Any) -> None:
         if linear is _LOCAL:

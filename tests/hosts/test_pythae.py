@@ -123,6 +123,30 @@ def test_trained_by_pythae(case, tmp_path):
     torch.testing.assert_close(course[True][0]["loss"], course[False][0]["loss"], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(
+    "name", ["encoder.embedding", "encoder.layers.0.0", "encoder.layers", "decoder.layers.1"]
+)
+def test_skipped_layers_run_alone(name, monkeypatch):
+    model, run_alone = make(*CASES[1]), []
+    forward = nn.Linear.forward
+
+    def recorded(self, x):
+        run_alone.append(self)
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", recorded)
+    report = aefast.patch(model, skip=[name])
+    left = {entry.where: entry.reason for entry in report.left}
+    assert left[name] == "it is skipped"
+    assert left[name.partition(".")[0]] == "a part of it is skipped, and its layers are taken together"
+    model({"data": data()})
+    skipped = {one for one in model.get_submodule(name).modules() if isinstance(one, nn.Linear)}
+    assert skipped <= set(run_alone)
+    # The other of the two networks is one stack.
+    other = model.encoder if name.startswith("decoder") else model.decoder
+    assert set(run_alone).isdisjoint(other.modules())
+
+
 class Encoder(BaseEncoder):
     """One of a user's own."""
 
