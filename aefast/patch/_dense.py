@@ -94,7 +94,15 @@ def of_function(
 
 def is_linear(module: Any) -> bool:
     """Whether `module` is a torch.nn.Linear that does nothing but what its class does."""
-    return type(module) is nn.Linear and is_plain(module) and _are_tensors(module.weight, module.bias)
+    return type(module) is nn.Linear and is_plain(module) and _are_tensors(*parameters_of(module))
+
+
+def parameters_of(linear: nn.Linear) -> tuple[Any, Any]:
+    """Its weight and bias. A module's own lookup, at a microsecond each, is one of a short call's larger parts."""
+    registered = linear._parameters
+    if "weight" in registered and "bias" in registered:
+        return registered["weight"], registered["bias"]
+    return linear.weight, linear.bias
 
 
 def _are_tensors(weight: Any, bias: Any) -> bool:
@@ -162,24 +170,21 @@ def through_heads(
     """What each of `heads`, linear layers, gives for ``nn.Sequential(*modules)(x)``, all of them by one product; None
     where one op does not evaluate them all."""
     layers, end = run_at(modules, 0)
-    if (
-        not layers
-        or end != len(modules)
-        or not all(is_linear(head) and head.bias is not None for head in heads)
-    ):
+    if not layers or end != len(modules) or not all(map(is_linear, heads)):
         return None
+    weights, biases = zip(*map(parameters_of, heads), strict=True)
     if len(heads) == 1:
-        return (_stack(layers, x, heads[0].weight, heads[0].bias),)
-    out = _stack(
-        layers, x, torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
-    )
-    return out.split([head.out_features for head in heads], 1)
+        return (_stack(layers, x, weights[0], biases[0]),)
+    if any(bias is None for bias in biases):
+        return None
+    out = _stack(layers, x, torch.cat(weights), torch.cat(biases))
+    return out.split([weight.shape[0] for weight in weights], 1)
 
 
 def _of_layers(layers: Sequence[Layer], x: Tensor) -> Tensor:
     if len(layers) == 1:
         linear, (name, settings) = layers[0]
-        return AF.linear_act(x, linear.weight, linear.bias, name, **settings)
+        return AF.linear_act(x, *parameters_of(linear), name, **settings)
     return _stack(layers, x)
 
 
@@ -187,14 +192,18 @@ def _stack(
     layers: Sequence[Layer], x: Tensor, last_weight: Tensor | None = None, last_bias: Tensor | None = None
 ) -> Tensor:
     """`layers`, and behind them one of these parameters, without an activation, where they are given."""
-    weights = [linear.weight for linear, _ in layers]
-    biases = [linear.bias for linear, _ in layers]
-    names = [name for _, (name, _) in layers]
-    if last_weight is not None:
-        weights, biases, names = [*weights, last_weight], [*biases, last_bias], [*names, "identity"]
+    weights, biases, names = [], [], []
     settings: dict[str, float] = {}
-    for _, (_, parameter) in layers:
+    for linear, (name, parameter) in layers:
+        weight, bias = parameters_of(linear)
+        weights.append(weight)
+        biases.append(bias)
+        names.append(name)
         settings.update(parameter)
+    if last_weight is not None:
+        weights.append(last_weight)
+        biases.append(last_bias)
+        names.append("identity")
     return AF.mlp(x, weights, biases, names, **settings)
 
 

@@ -113,11 +113,10 @@ def _ae_loss(self: Any, recon_x: Tensor, x: Tensor) -> Tensor:
 
 def _encoder_forward(self: Any, x: Tensor, output_layer_levels: Any = None) -> Any:
     """Its layers and heads as one stack, unless the outputs of single layers are asked for."""
-    heads = [getattr(self, name) for name in _HEADS if hasattr(self, name)]
-    stacks = [self.layers[index] for index in range(self.depth)]
-    if output_layer_levels is None and all(map(_dense.is_sequential, stacks)):
-        hidden = [layer for stack in stacks for layer in stack]
-        out = _dense.through_heads(hidden, heads, x.reshape(-1, math.prod(self.input_dim)))
+    stack = _whole_stack(self) if output_layer_levels is None else None
+    if stack is not None:
+        heads = [self._modules[name] for name in _HEADS if name in self._modules]
+        out = _dense.through_heads(stack, heads, x.reshape(-1, math.prod(self.input_dim)))
         if out is not None:
             return _output(**dict(zip(("embedding", "log_covariance"), out, strict=False)))
     return self.aefast_original.forward(self, x, output_layer_levels)
@@ -125,12 +124,19 @@ def _encoder_forward(self: Any, x: Tensor, output_layer_levels: Any = None) -> A
 
 def _decoder_forward(self: Any, z: Tensor, output_layer_levels: Any = None) -> Any:
     """Its layers as one stack, unless the outputs of single ones are asked for."""
-    stacks = [self.layers[index] for index in range(self.depth)]
-    is_stack = all(_dense.is_sequential(stack) for stack in stacks)
-    if output_layer_levels is not None or not is_stack:
+    stack = _whole_stack(self) if output_layer_levels is None else None
+    if stack is None:
         return self.aefast_original.forward(self, z, output_layer_levels)
-    out = _dense.through([layer for stack in stacks for layer in stack], z)
+    out = _dense.through(stack, z)
     return _output(reconstruction=out.reshape((z.shape[0], *self.input_dim)))
+
+
+def _whole_stack(self: Any) -> list[nn.Module] | None:
+    """The layers of all its Sequentials, one after the other; None where calling those does something else."""
+    stacks = list(self.layers._modules.values())[: self.depth]
+    if len(stacks) < self.depth or not all(map(_dense.is_sequential, stacks)):
+        return None
+    return [layer for stack in stacks for layer in stack._modules.values()]
 
 
 def _passed(self: Any, inputs: Any) -> tuple[Any, ...]:
