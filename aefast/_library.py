@@ -1,6 +1,8 @@
 """The compiled libraries, loaded at first use; why one is missing is remembered."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,3 +24,16 @@ def load(name: str) -> str | None:
     except OSError as error:
         return f"{path.name} does not load: {error}"
     return None
+
+
+@contextlib.contextmanager
+def without_kept_memory() -> Iterator[None]:
+    """Within it the CPU library keeps no memory for its next tensors: each is allocated by torch, and freed."""
+    if load("cpu") is not None:
+        yield
+        return
+    before = torch.ops.aefast_cpu.keep_memory(0)
+    try:
+        yield
+    finally:
+        torch.ops.aefast_cpu.keep_memory(before)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from aefast import _library
+
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
@@ -29,7 +31,7 @@ def peak_bytes(call: Callable[[int], object], device: torch.device) -> int:
     """The most bytes of tensors that ``call(0)`` has allocated at any time, its results among them.
 
     On CUDA that is the allocator's own count. On the CPU it is that of PyTorch's profiler, which sees the
-    allocations of the calling thread.
+    allocations of the calling thread, and none that is made of kept memory.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -38,7 +40,11 @@ def peak_bytes(call: Callable[[int], object], device: torch.device) -> int:
         call(0)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _silence(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+    with (
+        _silence(),
+        _library.without_kept_memory(),
+        torch.autograd.profiler.profile(profile_memory=True) as profile,
+    ):
         call(0)
     changes = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0

@@ -53,6 +53,13 @@ def poisoned_memory():
         torch.ops.aefast_cpu.poison_outputs(False)
 
 
+@pytest.fixture
+def no_kept_memory():
+    """Within it, the profiler sees each tensor that an op allocates."""
+    with _library.without_kept_memory():
+        yield
+
+
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def instruction_set(request):
     """Within it, the CPU library uses the kernels compiled for this instruction set; tests run once with each."""

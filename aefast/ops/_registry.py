@@ -322,7 +322,7 @@ def is_direct(name: str, *tensors: torch.Tensor | None) -> bool:
 @functools.cache
 def _launchers(request: str, op: str, device_type: str, dtype: torch.dtype) -> tuple[str, Any] | None:
     name = _resolve(request, op, device_type, dtype, None)
-    return (name, kernels(name, op)) if name in _EXAMINING else None
+    return (name, _kernels(name, op)) if name in _EXAMINING else None
 
 
 def unexamined(op: str, tensor: torch.Tensor) -> tuple[str, Any] | None:
@@ -341,16 +341,39 @@ def unexamined(op: str, tensor: torch.Tensor) -> tuple[str, Any] | None:
         return None
     if torch.is_autocast_enabled(device_type):
         return None
-    return _launchers(_requested.get(), op, device_type, tensor.dtype)
+    chosen = _launchers(_requested.get(), op, device_type, tensor.dtype)
+    if chosen is not None and device_type == "cpu":
+        _follow_matmul_precision()
+    return chosen
+
+
+# Behind `torch.backends.mkldnn.matmul.fp32_precision`, whose lookup takes five times as long.
+_fp32_precision = torch._C._get_fp32_precision_getter
+_rounds_products = False
+
+
+def _follow_matmul_precision() -> None:
+    """Tells the CPU library, which is loaded, what torch's setting for products of float32 is."""
+    global _rounds_products
+    rounds = _fp32_precision("mkldnn", "matmul") == "bf16"
+    if rounds is not _rounds_products:
+        torch.ops.aefast_cpu.round_products(rounds)
+        _rounds_products = rounds
 
 
 # What launchers and PyTorch's dispatcher raise on operands they do not take.
 REFUSALS = (RuntimeError, TypeError, ValueError, OverflowError, IndexError)
 
 
-@functools.cache
 def kernels(name: str, op: str) -> Any:
     """The launchers of `op` on backend `name`."""
+    if name == "cpu":
+        _follow_matmul_precision()
+    return _kernels(name, op)
+
+
+@functools.cache
+def _kernels(name: str, op: str) -> Any:
     return _BY_NAME[name].kernels(op)
 
 
@@ -372,7 +395,11 @@ def may_launch(grad: torch.Tensor) -> bool:
 
     Otherwise, and when they refuse, `wants_reference` and `is_direct` tell what to do instead.
     """
-    return type(grad) is torch.Tensor and not torch.is_grad_enabled() and not is_watched()
+    if type(grad) is not torch.Tensor or torch.is_grad_enabled() or is_watched():
+        return False
+    if grad.is_cpu:
+        _follow_matmul_precision()
+    return True
 
 
 def differentiate(

@@ -28,7 +28,7 @@ class TrainConfig:
         schedule: how the learning rate goes over the run: "constant", "linear" or "cosine", to 0
             (`aefast.train.Schedule`).
         warmup_steps: steps over which it grows to `lr` at first; 0 for none.
-        precision: "fp32"; "bf16" or "fp16", the type in which autocast lets matrix products be formed.
+        precision: "fp32"; "bf16" or "fp16", the type in which matrix products are formed, as `CapturedStep` has it.
         clip_norm: largest norm of all gradients together; None for no limit.
         accumulate: into how many parts a batch is cut whose gradients are summed, to save memory.
         ema_decay: decay of a moving average of the weights, which is what is validated and kept; None for none.

@@ -35,6 +35,20 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abs
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
+@contextlib.contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Within it products of float32 on the CPU may be formed from operands rounded to bfloat16, torch's too."""
+    settings = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "bf16"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
 def _loss_of_model(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss and its terms that models of `aefast.models` tell."""
     output = model(batch)
@@ -58,7 +72,8 @@ class CapturedStep:
         loss: ``loss(model, *batch)`` gives a scalar, or one and its terms, scalars by name. By default the `.loss` and
             `.terms` that the models of `aefast.models` give; of any other module the loss is its one term.
         precision: "fp32"; "bf16" or "fp16", the type in which autocast lets matrix products be formed, fp16 with a loss
-            scale that adapts.
+            scale that adapts. On the CPU bf16 leaves all tensors in float32 and rounds the operands of products alone,
+            as ``torch.backends.mkldnn.matmul.fp32_precision = "bf16"`` does, which is faster and more exact.
         clip_norm: largest norm of all gradients together; longer ones are scaled down to it. None for no limit.
         accumulate: into how many parts a batch is cut, whose gradients are summed: less memory, the same mean. A loss
             that compares samples with each other, as MMD does, compares those of a part.
@@ -97,7 +112,9 @@ class CapturedStep:
         if not self._parameters:
             raise InputError("optimizer: expected one with parameters")
         self.device = self._parameters[0].device
-        self._type = PRECISIONS[precision]
+        rounds_products = precision == "bf16" and self.device.type == "cpu"
+        self._products = _bfloat16_products if rounds_products else contextlib.nullcontext
+        self._type = None if rounds_products else PRECISIONS[precision]
         self._scaler = torch.amp.GradScaler(self.device.type) if self._type is torch.float16 else None
         self._schedule = Schedule() if schedule is None else schedule
         # Steps taken, where the schedule reads them.
@@ -231,14 +248,15 @@ class CapturedStep:
 
     def _backward(self, part: tuple[torch.Tensor, ...], share: float | None) -> dict[str, torch.Tensor]:
         """Gradients of a part of a batch, whose loss counts as its share; the terms, counted so too."""
-        with _autocast(self.device, self._type):
-            loss = self._loss(self.model, *part)
-        loss, terms = loss if isinstance(loss, tuple) else (loss, {"loss": loss})
-        terms = {name: term.detach() for name, term in terms.items()}
-        if share is not None:
-            loss = loss * share
-            terms = {name: term * share for name, term in terms.items()}
-        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+        with self._products():
+            with _autocast(self.device, self._type):
+                loss = self._loss(self.model, *part)
+            loss, terms = loss if isinstance(loss, tuple) else (loss, {"loss": loss})
+            terms = {name: term.detach() for name, term in terms.items()}
+            if share is not None:
+                loss = loss * share
+                terms = {name: term * share for name, term in terms.items()}
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
         return terms
 
     def _without_exchange(self) -> contextlib.AbstractContextManager[None]:

@@ -11,6 +11,7 @@
 #include <memory>
 #include <new>
 
+#include "memory.h"
 #include "penalty.h"
 #include "product.h"
 
@@ -29,6 +30,9 @@ class Scratch {
   Scratch() = default;
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    for (Block* const block : blocks_) give_back(block);
+  }
 
   Matrix matrix(Scalar scalar, int64_t rows, int64_t cols) {
     return {take(static_cast<size_t>(rows * cols * size_of(scalar))), scalar, rows, cols, cols, 1};
@@ -41,6 +45,10 @@ class Scratch {
       used_ += bytes;
       return local_ + used_ - bytes;
     }
+    if (Block* const block = take_block(bytes)) {
+      blocks_.push_back(block);
+      return data_of(block);
+    }
     const int64_t size = static_cast<int64_t>(bytes), stride = 1;
     AtenTensorHandle handle;
     TORCH_ERROR_CODE_CHECK(
@@ -52,6 +60,7 @@ class Scratch {
   alignas(kAlignment) char local_[16 << 10];
   size_t used_ = 0;
   std::vector<Tensor> buffers_;
+  std::vector<Block*> blocks_;
 };
 
 // Uninitialised memory that is there again at the next call.
@@ -97,13 +106,27 @@ int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()
 // Whether product_kernels() take such an operand.
 bool is_own(Matrix m) { return is_own(m.scalar) && (m.row_stride == 1 || m.col_stride == 1); }
 
+// Whether float32 products may be formed from operands rounded to bfloat16.
+std::atomic<bool> may_round{false};
+
 // By what a product is formed.
-enum class Engine { vectors, matrix_unit, blas };
+enum class Engine { vectors, matrix_unit, rounding_matrix_unit, blas };
+
+bool is_matrix_unit(Engine engine) { return engine == Engine::matrix_unit || engine == Engine::rounding_matrix_unit; }
+
+Unit unit_of(Engine engine) {
+  if (engine == Engine::matrix_unit) return Unit::matrix;
+  return engine == Engine::rounding_matrix_unit ? Unit::matrix_rounding : Unit::vectors;
+}
 
 // That for (rows, inner) times (inner, cols), in all parts that threads take of it, so that none of its bits depends on
 // which these are. `for_blas`: what the matrix unit does not suit is the BLAS's.
 Engine engine_of(Scalar scalar, int64_t rows, int64_t inner, int64_t cols, bool for_blas) {
-  if (scalar == Scalar::float32 && product_kernels().suits_matrix_unit(rows, inner, cols)) return Engine::matrix_unit;
+  if (scalar == Scalar::float32) {
+    const Engine engine =
+        may_round.load(std::memory_order_relaxed) ? Engine::rounding_matrix_unit : Engine::matrix_unit;
+    if (product_kernels().suits(unit_of(engine), rows, inner, cols)) return engine;
+  }
   return for_blas ? Engine::blas : Engine::vectors;
 }
 
@@ -112,11 +135,10 @@ void multiply_here(Matrix a, Matrix b, Matrix out, Engine engine, bool add = fal
   // Kept, because a large block that is freed goes back to the system, and comes back page by page.
   static thread_local Workspace workspace;
   const ProductOperand left{a.data, a.row_stride, a.col_stride}, right{b.data, b.row_stride, b.col_stride};
-  const bool by_matrix_unit = engine == Engine::matrix_unit;
-  const size_t bytes =
-      product_kernels().workspace_bytes(out.scalar, by_matrix_unit, left, out.rows, a.cols, out.cols);
-  product_kernels().product(out.scalar, by_matrix_unit, left, right, out.data, out.row_stride, out.rows, a.cols,
-                            out.cols, add, workspace.of(bytes));
+  const Unit unit = unit_of(engine);
+  const size_t bytes = product_kernels().workspace_bytes(out.scalar, unit, left, out.rows, a.cols, out.cols);
+  product_kernels().product(out.scalar, unit, left, right, out.data, out.row_stride, out.rows, a.cols, out.cols, add,
+                            workspace.of(bytes));
 }
 
 // The same for a small out of many terms, which are summed in parts, so that a thread reads its own rows of b, one
@@ -240,7 +262,7 @@ struct Work {
     widest = std::max({widest, weight.rows, weight.cols});
     flops = std::max(flops, layer_flops(rows, weight));
     is_packed |= weight.rows * weight.cols > kMostElementsOfOwn &&
-                 engine_of(scalar, rows, weight.cols, weight.rows, false) == Engine::matrix_unit;
+                 is_matrix_unit(engine_of(scalar, rows, weight.cols, weight.rows, false));
   }
 };
 
@@ -533,6 +555,8 @@ void backward_in_groups(const BackwardPass& pass, int64_t groups, int64_t block,
 bool has_bfloat16_products() { return has_bfloat16.load(std::memory_order_relaxed); }
 
 bool use_bfloat16_products(bool use) { return has_bfloat16.exchange(use); }
+
+bool round_products(bool round) { return may_round.exchange(round); }
 
 ActivationSpec activation_spec(const std::string& specification) {
   ActivationSpec spec;

@@ -19,6 +19,10 @@ namespace aefast::cpu {
 bool use_bfloat16_products(bool use);
 bool has_bfloat16_products();
 
+// Whether products of float32 may be formed from operands rounded to bfloat16, and summed in float32, where that is
+// faster; returns what held before.
+bool round_products(bool round);
+
 ActivationSpec activation_spec(const std::string& specification);
 
 void check_layer(const Tensor& weight, const OptionalTensor& bias, int64_t inputs, const Tensor& like);

@@ -5,6 +5,7 @@
 #include "dense.h"
 #include "dense_schemas.h"
 #include "dispatch.h"
+#include "memory.h"
 
 namespace aefast::cpu {
 namespace {
@@ -54,7 +55,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aefast_cpu, m) {
   m.def("supported_instruction_sets() -> str[]");
   m.def("use_instruction_set(str name) -> ()");
   m.def("poison_outputs(bool poison) -> ()");
+  m.def("keep_memory(int bytes) -> int");
   m.def("use_bfloat16_products(bool use) -> bool");
+  m.def("round_products(bool round) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aefast_cpu, CPU, m) {
@@ -67,7 +70,9 @@ STABLE_TORCH_LIBRARY_IMPL(aefast_cpu, CompositeExplicitAutograd, m) {
   m.impl("supported_instruction_sets", TORCH_BOX(&supported_instruction_sets));
   m.impl("use_instruction_set", TORCH_BOX(&choose_instruction_set));
   m.impl("poison_outputs", TORCH_BOX(&poison_outputs));
+  m.impl("keep_memory", TORCH_BOX(&keep_memory));
   m.impl("use_bfloat16_products", TORCH_BOX(&use_bfloat16_products));
+  m.impl("round_products", TORCH_BOX(&round_products));
 }
 
 }  // namespace aefast::cpu

@@ -7,6 +7,14 @@
 #include <cstring>
 #include <vector>
 
+#include "memory.h"
+
+// Of torch 2.11 and above; null with those before.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* out, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
+
 namespace aefast::cpu {
 
 int32_t cpu_device() {
@@ -40,11 +48,25 @@ Scalar scalar_of(ScalarType type) {
 
 std::atomic<bool> poisoned{false};
 
-Tensor new_tensor(ScalarType type, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+// Of kept memory if it is large, else of torch's.
+Tensor empty(ScalarType type, int64_t dims, const int64_t* sizes, const int64_t* strides) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type), cpu_device(), 0, &handle));
-  const Tensor out(handle);
+  size_t bytes = size_of(scalar_of(type));
+  for (int64_t dim = 0; dim < dims; ++dim) bytes *= static_cast<size_t>(sizes[dim]);
+  if (Block* const block = torch_from_blob ? take_block(bytes) : nullptr) {
+    const auto deleter = [](void*, void* context) { give_back(static_cast<Block*>(context)); };
+    TORCH_ERROR_CODE_CHECK(torch_from_blob(data_of(block), dims, sizes, strides, 0, static_cast<int32_t>(type),
+                                           cpu_device(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, deleter,
+                                           block));
+  } else {
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type), cpu_device(), 0, &handle));
+  }
+  return Tensor(handle);
+}
+
+Tensor new_tensor(ScalarType type, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+  const Tensor out = empty(type, dims, sizes, strides);
   // All bits set are a NaN in every floating type.
   if (poisoned.load(std::memory_order_relaxed) && out.numel() > 0)
     std::memset(out.mutable_data_ptr(), 0xff, out.numel() * size_of(scalar_of(type)));

@@ -5,6 +5,8 @@
 // largest are taken: the other three are below 2^-25 of the whole, less than its own rounding in float32. (Henry, Tang
 // and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", ARITH
 // 2019.) The unit is 16 times as fast as two float32 vector units, so that six products are still 2.7 times as fast.
+//
+// Where bfloat16's precision will do, the first part alone is taken, and one product.
 #pragma once
 
 #include <immintrin.h>
@@ -20,18 +22,22 @@ namespace matrix_unit {
 // A tile has 16 rows of 64 bytes: 16 rows of a with 32 terms each; or of b 16 columns, row by row two terms of each; or
 // 16 rows of 16 sums. 32 rows or columns are packed as a panel: 32 terms after 32 terms, in these part after part, in a
 // part two tiles.
-constexpr int kParts = 3;
+constexpr int kExactParts = 3;
 constexpr int64_t kTile = 16, kRowBytes = 64, kTileBytes = kTile * kRowBytes, kPanel = 2 * kTile, kTermsOfStep = 32;
+template <int kParts>
 constexpr int64_t kStepBytes = kParts * 2 * kTileBytes;
 
 // The sums of so many rows and columns stay in the second-level cache beside as many steps of the columns, and of a few
 // of the rows, as they are packed; a panel of so many steps, and a step of another, in the first-level one.
-constexpr int64_t kRows = 512, kCols = 1024, kMostSteps = 4, kPackedRows = 128, kMostTermsInPlace = 1024;
+constexpr int64_t kRows = 512, kCols = 1024, kPackedRows = 128, kMostTermsInPlace = 1024;
+template <int kParts>
+constexpr int64_t kMostSteps = 12 / kParts;
 
 AEFAST_HD int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
+template <int kParts>
 AEFAST_HD int64_t panels_bytes(int64_t outer, int64_t terms) {
-  return round_up(outer, kPanel) / kPanel * (round_up(terms, kTermsOfStep) / kTermsOfStep) * kStepBytes;
+  return round_up(outer, kPanel) / kPanel * (round_up(terms, kTermsOfStep) / kTermsOfStep) * kStepBytes<kParts>;
 }
 
 // --- packing ---------------------------------------------------------------------------------------------------
@@ -40,12 +46,17 @@ AEFAST_HD __mmask16 lanes(int64_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffffu : count <= 0 ? 0u : (1u << count) - 1);
 }
 
-// Splits two vectors of float32 into three of 32 bfloat16, of which `order` says where each comes from.
-struct Splitter {
+// Splits two vectors of float32 into `kParts` of 32 bfloat16: all of the first vector's and then the second's, or one of
+// each by turns.
+template <int kParts>
+struct Splitter;
+
+template <>
+struct Splitter<kExactParts> {
   __m512i order;
   __m512i largest = _mm512_setzero_si512();
 
-  // The words' upper halves: all of the first vector's and then the second's, or one of each by turns.
+  // The words' upper halves.
   AEFAST_HD explicit Splitter(bool by_turns) {
     alignas(64) uint16_t from[32];
     for (int index = 0; index < 32; ++index)
@@ -53,16 +64,16 @@ struct Splitter {
     order = _mm512_load_si512(from);
   }
 
-  AEFAST_HD void operator()(__m512 first, __m512 second, __m512i parts[kParts]) {
+  AEFAST_HD void operator()(__m512 first, __m512 second, __m512i parts[kExactParts]) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), half = _mm512_set1_epi32(0x8000);
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(first), magnitude));
     largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(second), magnitude));
 #pragma GCC unroll 3
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kExactParts; ++part) {
       __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
       // Rounded to nearest, a part leaves a bit less, of either sign. The last leaves nothing.
-      if (part < kParts - 1) {
+      if (part < kExactParts - 1) {
         a = _mm512_add_epi32(a, half);
         b = _mm512_add_epi32(b, half);
         first = _mm512_sub_ps(first, _mm512_castsi512_ps(_mm512_and_si512(a, upper)));
@@ -71,6 +82,28 @@ struct Splitter {
       parts[part] = _mm512_permutex2var_epi16(a, order, b);
     }
   }
+
+  // The bits of the greatest magnitude.
+  AEFAST_HD uint32_t most() const { return _mm512_reduce_max_epu32(largest); }
+};
+
+template <>
+struct Splitter<1> {
+  __m512i order;
+  bool by_turns;
+
+  AEFAST_HD explicit Splitter(bool by_turns) : by_turns(by_turns) {
+    alignas(64) uint16_t from[32];
+    for (int index = 0; index < 32; ++index) from[index] = static_cast<uint16_t>(16 * (index % 2) + index / 2);
+    order = _mm512_load_si512(from);
+  }
+
+  AEFAST_HD void operator()(__m512 first, __m512 second, __m512i parts[1]) const {
+    parts[0] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+    if (by_turns) parts[0] = _mm512_permutexvar_epi16(order, parts[0]);
+  }
+
+  AEFAST_HD uint32_t most() const { return 0; }
 };
 
 // The 16 x 16 words of `rows`, transposed.
@@ -104,8 +137,9 @@ AEFAST_HD void transpose_words(__m512i* rows) {
 // side, `stride` between outer indices, or outer indices side by side, `stride` between terms. What is beyond `outer`
 // is left to chance, as are the sums it goes into; what is beyond `terms` is 0. The next panel, or the next step, is
 // fetched ahead: its rows are too many and too short for the processor to see them coming.
-template <bool kTermsSideBySide, bool kTransposed>
-AEFAST_HD void pack_tile(const float* from, int64_t stride, int64_t outer, int64_t terms, char* to, Splitter& split) {
+template <int kParts, bool kTermsSideBySide, bool kTransposed>
+AEFAST_HD void pack_tile(const float* from, int64_t stride, int64_t outer, int64_t terms, char* to,
+                         Splitter<kParts>& split) {
   __m512i tile[kParts][16];
   const bool is_whole = outer == kTile && terms == kTermsOfStep;
 #pragma GCC unroll 16
@@ -154,30 +188,33 @@ AEFAST_HD void pack_tile(const float* from, int64_t stride, int64_t outer, int64
     }
 }
 
-// The panels of a matrix of `outer` indices and `terms` terms. Returns the bits of the greatest magnitude in it.
-template <bool kTermsSideBySide, bool kTransposed>
+// The panels of a matrix of `outer` indices and `terms` terms. Returns the bits of the greatest magnitude in it, where
+// there are several parts.
+template <int kParts, bool kTermsSideBySide, bool kTransposed>
 uint32_t pack(const float* from, int64_t stride, int64_t outer, int64_t terms, char* to) {
-  Splitter split(!kTermsSideBySide);
+  Splitter<kParts> split(!kTermsSideBySide);
   for (int64_t panel = 0; panel < outer; panel += kPanel)
-    for (int64_t term = 0; term < terms; term += kTermsOfStep, to += kStepBytes)
+    for (int64_t term = 0; term < terms; term += kTermsOfStep, to += kStepBytes<kParts>)
       for (int64_t first = panel; first < panel + kPanel && first < outer; first += kTile)
-        pack_tile<kTermsSideBySide, kTransposed>(
+        pack_tile<kParts, kTermsSideBySide, kTransposed>(
             from + (kTermsSideBySide ? first * stride + term : term * stride + first), stride,
             outer - first < kTile ? outer - first : kTile, terms - term < kTermsOfStep ? terms - term : kTermsOfStep,
             to + (first - panel) / kTile * kTileBytes, split);
-  return _mm512_reduce_max_epu32(split.largest);
+  return split.most();
 }
 
+template <int kParts>
 AEFAST_HD uint32_t pack_left(ProductOperand a, int64_t row, int64_t term, int64_t rows, int64_t terms, char* to) {
   const float* const from = static_cast<const float*>(a.data) + row * a.row_stride + term * a.col_stride;
-  return a.col_stride == 1 ? pack<true, false>(from, a.row_stride, rows, terms, to)
-                           : pack<false, true>(from, a.col_stride, rows, terms, to);
+  return a.col_stride == 1 ? pack<kParts, true, false>(from, a.row_stride, rows, terms, to)
+                           : pack<kParts, false, true>(from, a.col_stride, rows, terms, to);
 }
 
+template <int kParts>
 AEFAST_HD uint32_t pack_right(ProductOperand b, int64_t term, int64_t col, int64_t terms, int64_t cols, char* to) {
   const float* const from = static_cast<const float*>(b.data) + term * b.row_stride + col * b.col_stride;
-  return b.row_stride == 1 ? pack<true, true>(from, b.col_stride, cols, terms, to)
-                           : pack<false, false>(from, b.row_stride, cols, terms, to);
+  return b.row_stride == 1 ? pack<kParts, true, true>(from, b.col_stride, cols, terms, to)
+                           : pack<kParts, false, false>(from, b.row_stride, cols, terms, to);
 }
 
 // --- products --------------------------------------------------------------------------------------------------
@@ -206,7 +243,7 @@ struct alignas(64) TileShapes {
                _tile_dpbf16ps(3, 5, 7))
 
 // out = or += a panel of a times one of b, of whole tiles.
-template <int kRowTiles, int kColTiles>
+template <int kParts, int kRowTiles, int kColTiles>
 AEFAST_HD void multiply_panels(const char* a, const char* b, int64_t steps, float* out, int64_t out_stride, bool add) {
   const int64_t row_bytes = out_stride * static_cast<int64_t>(sizeof(float));
   float* const lower = out + kTile * out_stride;
@@ -216,21 +253,25 @@ AEFAST_HD void multiply_panels(const char* a, const char* b, int64_t steps, floa
   } else {
     AEFAST_TILES(_tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3))
   }
-  for (int64_t step = 0; step < steps; ++step, a += kStepBytes, b += kStepBytes) {
+  for (int64_t step = 0; step < steps; ++step, a += kStepBytes<kParts>, b += kStepBytes<kParts>) {
     AEFAST_LEFT(0)
-    AEFAST_RIGHT(2)
-    AEFAST_MULTIPLY
-    AEFAST_RIGHT(1)
-    AEFAST_MULTIPLY
+    if constexpr (kParts == kExactParts) {
+      AEFAST_RIGHT(2)
+      AEFAST_MULTIPLY
+      AEFAST_RIGHT(1)
+      AEFAST_MULTIPLY
+    }
     AEFAST_RIGHT(0)
     AEFAST_MULTIPLY
-    AEFAST_LEFT(1)
-    AEFAST_MULTIPLY
-    AEFAST_RIGHT(1)
-    AEFAST_MULTIPLY
-    AEFAST_LEFT(2)
-    AEFAST_RIGHT(0)
-    AEFAST_MULTIPLY
+    if constexpr (kParts == kExactParts) {
+      AEFAST_LEFT(1)
+      AEFAST_MULTIPLY
+      AEFAST_RIGHT(1)
+      AEFAST_MULTIPLY
+      AEFAST_LEFT(2)
+      AEFAST_RIGHT(0)
+      AEFAST_MULTIPLY
+    }
   }
   AEFAST_TILES(_tile_stored(0, out, row_bytes), _tile_stored(1, out + kTile, row_bytes),
                _tile_stored(2, lower, row_bytes), _tile_stored(3, lower + kTile, row_bytes))
@@ -242,26 +283,28 @@ AEFAST_HD void multiply_panels(const char* a, const char* b, int64_t steps, floa
 #undef AEFAST_MULTIPLY
 
 // The same of up to 32 rows and columns, as many tiles as they reach into.
+template <int kParts>
 AEFAST_HD void multiply_whole_tiles(const char* a, const char* b, int64_t steps, float* out, int64_t out_stride,
                                     int64_t rows, int64_t cols, bool add) {
   if (rows > kTile && cols > kTile)
-    multiply_panels<2, 2>(a, b, steps, out, out_stride, add);
+    multiply_panels<kParts, 2, 2>(a, b, steps, out, out_stride, add);
   else if (rows > kTile)
-    multiply_panels<2, 1>(a, b, steps, out, out_stride, add);
+    multiply_panels<kParts, 2, 1>(a, b, steps, out, out_stride, add);
   else if (cols > kTile)
-    multiply_panels<1, 2>(a, b, steps, out, out_stride, add);
+    multiply_panels<kParts, 1, 2>(a, b, steps, out, out_stride, add);
   else
-    multiply_panels<1, 1>(a, b, steps, out, out_stride, add);
+    multiply_panels<kParts, 1, 1>(a, b, steps, out, out_stride, add);
 }
 
 // How sums of so many steps come into out.
 enum class Sums { replace, add, add_apart };  // apart: summed by themselves first
 
 // The same of no more than these rows and columns.
-inline void multiply_tiles(const char* a, const char* b, int64_t steps, float* out, int64_t out_stride, int64_t rows,
+template <int kParts>
+void multiply_tiles(const char* a, const char* b, int64_t steps, float* out, int64_t out_stride, int64_t rows,
                            int64_t cols, Sums how) {
   if (how != Sums::add_apart && rows % kTile == 0 && cols % kTile == 0)
-    return multiply_whole_tiles(a, b, steps, out, out_stride, rows, cols, how == Sums::add);
+    return multiply_whole_tiles<kParts>(a, b, steps, out, out_stride, rows, cols, how == Sums::add);
   alignas(64) float sums[kPanel * kPanel];
   const auto for_vectors = [&](const auto& body) __attribute__((always_inline)) {
     for (int64_t col = 0; col < cols; col += kTile)
@@ -272,7 +315,7 @@ inline void multiply_tiles(const char* a, const char* b, int64_t steps, float* o
     for_vectors([](float* sum, const float* from, __mmask16 present) __attribute__((always_inline)) {
       _mm512_store_ps(sum, _mm512_maskz_loadu_ps(present, from));
     });
-  multiply_whole_tiles(a, b, steps, sums, kPanel, rows, cols, how == Sums::add);
+  multiply_whole_tiles<kParts>(a, b, steps, sums, kPanel, rows, cols, how == Sums::add);
   for_vectors([&](const float* sum, float* to, __mmask16 present) __attribute__((always_inline)) {
     __m512 total = _mm512_load_ps(sum);
     if (how == Sums::add_apart) total = _mm512_add_ps(total, _mm512_maskz_loadu_ps(present, to));
@@ -311,25 +354,31 @@ AEFAST_HD bool is_exact(uint32_t left, uint32_t right, int64_t inner) {
 AEFAST_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Those that are packed at a time: whole steps, and as many each time as can be, since each time costs the sums' way.
+template <int kParts>
 AEFAST_HD int64_t terms_together(int64_t inner) {
-  const int64_t steps = (inner + kTermsOfStep - 1) / kTermsOfStep, times = (steps + kMostSteps - 1) / kMostSteps;
+  const int64_t steps = (inner + kTermsOfStep - 1) / kTermsOfStep, times = (steps + kMostSteps<kParts> - 1) / kMostSteps<kParts>;
   return (steps + times - 1) / times * kTermsOfStep;
 }
 
+template <int kParts>
 AEFAST_HD size_t workspace_bytes(int64_t rows, int64_t inner, int64_t cols) {
-  const int64_t terms = terms_together(inner);
-  return static_cast<size_t>(panels_bytes(least(rows, kPackedRows), terms) + panels_bytes(least(cols, kCols), terms));
+  const int64_t terms = terms_together<kParts>(inner);
+  return static_cast<size_t>(panels_bytes<kParts>(least(rows, kPackedRows), terms) +
+                             panels_bytes<kParts>(least(cols, kCols), terms));
 }
 
-// out = or += a b; false, with `out` as it was if that is added to, if it would be less exact than in float32.
-inline bool multiply(ProductOperand a, ProductOperand b, float* out, int64_t out_stride, int64_t rows, int64_t inner,
+// out = or += a b; false, with `out` as it was if that is added to, if there are several parts and the result would be
+// less exact than in float32.
+template <int kParts>
+bool multiply(ProductOperand a, ProductOperand b, float* out, int64_t out_stride, int64_t rows, int64_t inner,
                      int64_t cols, bool add, void* workspace) {
-  if (add && !is_exact(largest_of(a, rows, inner), largest_of(b, inner, cols), inner)) return false;
+  constexpr bool kIsExact = kParts == kExactParts;
+  if (kIsExact && add && !is_exact(largest_of(a, rows, inner), largest_of(b, inner, cols), inner)) return false;
   // For every step a sum is rounded six times, if mostly for the sake of small numbers, which in long sums adds up.
-  const Sums how_to_add = add || inner > kMostTermsInPlace ? Sums::add_apart : Sums::add;
-  const int64_t most_terms = terms_together(inner);
+  const Sums how_to_add = kIsExact && (add || inner > kMostTermsInPlace) ? Sums::add_apart : Sums::add;
+  const int64_t most_terms = terms_together<kParts>(inner);
   char* const left = static_cast<char*>(workspace);
-  char* const right = left + panels_bytes(least(rows, kPackedRows), most_terms);
+  char* const right = left + panels_bytes<kParts>(least(rows, kPackedRows), most_terms);
   uint32_t largest_left = 0, largest_right = 0;
   const TileShapes shapes;
   _tile_loadconfig(&shapes);
@@ -338,22 +387,22 @@ inline bool multiply(ProductOperand a, ProductOperand b, float* out, int64_t out
       for (int64_t term = 0; term < inner; term += most_terms) {
         const int64_t end_row = least(rows, first_row + kRows), its_cols = least(cols - first_col, kCols);
         const int64_t terms = least(inner - term, most_terms);
-        const int64_t steps = round_up(terms, kTermsOfStep) / kTermsOfStep, panel_bytes = steps * kStepBytes;
-        const uint32_t right_bits = pack_right(b, term, first_col, terms, its_cols, right);
+        const int64_t steps = round_up(terms, kTermsOfStep) / kTermsOfStep, panel_bytes = steps * kStepBytes<kParts>;
+        const uint32_t right_bits = pack_right<kParts>(b, term, first_col, terms, its_cols, right);
         largest_right = largest_right < right_bits ? right_bits : largest_right;
         for (int64_t row = first_row; row < end_row; row += kPackedRows) {
           const int64_t its_rows = least(end_row - row, kPackedRows);
-          const uint32_t left_bits = pack_left(a, row, term, its_rows, terms, left);
+          const uint32_t left_bits = pack_left<kParts>(a, row, term, its_rows, terms, left);
           largest_left = largest_left < left_bits ? left_bits : largest_left;
           for (int64_t i = 0; i < its_rows; i += kPanel)
             for (int64_t j = 0; j < its_cols; j += kPanel)
-              multiply_tiles(left + i / kPanel * panel_bytes, right + j / kPanel * panel_bytes, steps,
+              multiply_tiles<kParts>(left + i / kPanel * panel_bytes, right + j / kPanel * panel_bytes, steps,
                              out + (row + i) * out_stride + first_col + j, out_stride, least(its_rows - i, kPanel),
                              least(its_cols - j, kPanel), add || term > 0 ? how_to_add : Sums::replace);
         }
       }
   _tile_release();
-  return add || is_exact(largest_left, largest_right, inner);
+  return !kIsExact || add || is_exact(largest_left, largest_right, inner);
 }
 
 }  // namespace matrix_unit

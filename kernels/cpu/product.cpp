@@ -325,12 +325,13 @@ void product_of(ProductOperand left, ProductOperand right, T* out, int64_t out_r
   return run(Vector<T, 16>());
 }
 
-void product(Scalar scalar, [[maybe_unused]] bool by_matrix_unit, ProductOperand a, ProductOperand b, void* out,
+void product(Scalar scalar, [[maybe_unused]] Unit unit, ProductOperand a, ProductOperand b, void* out,
              int64_t out_stride, int64_t rows, int64_t inner, int64_t cols, bool add, void* workspace) {
 #if defined(__AMX_BF16__)
-  if (by_matrix_unit &&
-      matrix_unit::multiply(a, b, static_cast<float*>(out), out_stride, rows, inner, cols, add, workspace))
-    return;
+  if (unit != Unit::vectors) {
+    const auto multiply = unit == Unit::matrix ? matrix_unit::multiply<matrix_unit::kExactParts> : matrix_unit::multiply<1>;
+    if (multiply(a, b, static_cast<float*>(out), out_stride, rows, inner, cols, add, workspace)) return;
+  }
 #endif
   if (scalar == Scalar::float64)
     product_of(a, b, static_cast<double*>(out), out_stride, rows, inner, cols, add, static_cast<double*>(workspace));
@@ -338,25 +339,29 @@ void product(Scalar scalar, [[maybe_unused]] bool by_matrix_unit, ProductOperand
     product_of(a, b, static_cast<float*>(out), out_stride, rows, inner, cols, add, static_cast<float*>(workspace));
 }
 
-size_t workspace_bytes(Scalar scalar, [[maybe_unused]] bool by_matrix_unit, ProductOperand a, int64_t rows,
-                       int64_t inner, [[maybe_unused]] int64_t cols) {
+size_t workspace_bytes(Scalar scalar, [[maybe_unused]] Unit unit, ProductOperand a, int64_t rows, int64_t inner,
+                       [[maybe_unused]] int64_t cols) {
   size_t bytes = 0;
   if (packs_tiles(a.col_stride, rows, inner))
     bytes = static_cast<size_t>((rows < kBlockRows ? rows : kBlockRows) * (inner < kTerms ? inner : kTerms) *
                                 size_of(scalar));
 #if defined(__AMX_BF16__)
+  if (unit == Unit::matrix_rounding) return matrix_unit::workspace_bytes<1>(rows, inner, cols);
   // The unit leaves to vectors what is not in its range.
-  const size_t packed = by_matrix_unit ? matrix_unit::workspace_bytes(rows, inner, cols) : 0;
+  const size_t packed =
+      unit == Unit::matrix ? matrix_unit::workspace_bytes<matrix_unit::kExactParts>(rows, inner, cols) : 0;
   if (bytes < packed) bytes = packed;
 #endif
   return bytes;
 }
 
-bool suits_matrix_unit([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t inner, [[maybe_unused]] int64_t cols) {
+bool suits([[maybe_unused]] Unit unit, [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t inner,
+           [[maybe_unused]] int64_t cols) {
 #if defined(__AMX_BF16__)
-  // Packing takes the time of some 40 rows and columns, and a tile 32 terms.
-  constexpr int64_t kLeastTerms = 32, kLinesOfPacking = 40;
-  return inner >= kLeastTerms && kLinesOfPacking * (rows + cols) <= rows * cols;
+  // Packing takes the time of some 40 rows and columns, or 20 in one part, and a tile 32 terms.
+  constexpr int64_t kLeastTerms = 32;
+  const int64_t lines_of_packing = unit == Unit::matrix ? 40 : 20;
+  return inner >= kLeastTerms && lines_of_packing * (rows + cols) <= rows * cols;
 #else
   return false;
 #endif
@@ -365,6 +370,6 @@ bool suits_matrix_unit([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t i
 }  // namespace
 
 extern const ProductKernels product_kernels;
-const ProductKernels product_kernels = {product, workspace_bytes, suits_matrix_unit};
+const ProductKernels product_kernels = {product, workspace_bytes, suits};
 
 }  // namespace aefast::cpu::AEFAST_INSTRUCTION_SET

@@ -136,6 +136,7 @@ def test_nothing_of_the_input_is_kept(noise):
     out.sum().backward()
 
 
+@pytest.mark.usefixtures("no_kept_memory")
 @pytest.mark.parametrize("noise", NOISES)
 def test_no_tensor_beyond_output_and_gradient(noise):
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)

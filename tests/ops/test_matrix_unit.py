@@ -184,3 +184,118 @@ def test_does_not_depend_on_threads(rows, inputs, features):
     for results in found[1:]:
         for one, other in zip(found[0], results, strict=True):
             assert torch.equal(one, other)
+
+
+# Products from operands rounded to bfloat16.
+
+
+@pytest.fixture
+def rounding():
+    """Within it torch's setting for products of float32 is bfloat16."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    yield
+    setting.fp32_precision = before
+
+
+def linear(x, weight):
+    return AF.linear_act(x, weight, activation="identity")
+
+
+def rounded(tensor):
+    return tensor.bfloat16().double()
+
+
+def check_sums(found, left, right):
+    """That `found` is the product of the rounded operands but for the roundings of float32's sums."""
+    left, right = rounded(left), rounded(right)
+    exact, terms = left @ right, left.abs() @ right.abs()
+    # Of n products in pairs, each added to a sum of float32: n roundings by half a unit.
+    assert found.shape == exact.shape
+    assert ((found.double() - exact).abs() <= left.shape[1] * 2.0**-24 * terms).all()
+
+
+@pytest.mark.parametrize("inputs", [32, 33, 384, 385, 784, 2500])
+@pytest.mark.parametrize(
+    "layouts",
+    list(itertools.product(["plain", "transposed", "sliced"], ["plain", "transposed"])),
+    ids="-".join,
+)
+def test_rounded_sums_of_every_length(poisoned_memory, rounding, inputs, layouts):
+    x, weight = matrix(97, inputs, layouts[0]), matrix(90, inputs, layouts[1], seed=1)
+    check_sums(linear(x, weight), x, weight.t())
+
+
+@pytest.mark.parametrize(
+    ("rows", "features"), [(96, 96), (113, 81), (127, 95), (129, 113), (41, 255), (600, 129), (130, 1100)]
+)
+def test_rounded_edges_of_tiles(poisoned_memory, rounding, rows, features):
+    x, weight = matrix(rows, 200), matrix(features, 200, seed=1)
+    check_sums(linear(x, weight), x, weight.t())
+
+
+def test_rounded_gradients(poisoned_memory, rounding):
+    x, weight, grad = matrix(300, 200), matrix(150, 200, seed=1), matrix(300, 150, seed=2)
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    of_x, of_weight = torch.autograd.grad(linear(*leaves), leaves, grad)
+    x, weight = x.detach(), weight.detach()
+    check_sums(of_x, grad, weight)
+    check_sums(of_weight, grad.t(), x)
+
+
+def test_follows_torchs_setting():
+    """In a forward and in a backward, called at once, through the dispatcher and in a compiled graph."""
+    x, weight = matrix(100, 64).requires_grad_(), matrix(90, 64, seed=1).requires_grad_()
+    grad = matrix(100, 90, seed=2)
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+
+    def dispatched(x, weight):
+        return torch.ops.aefast.linear_act(x, weight, None, "identity", "cpu")
+
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    for call in (linear, dispatched, compiled):
+        found = {}
+        try:
+            for forward, backward in itertools.product(("ieee", "bf16"), repeat=2):
+                setting.fp32_precision = forward
+                out = call(x, weight)
+                setting.fp32_precision = backward
+                found[forward, backward] = out, *torch.autograd.grad(out, (x, weight), grad)
+        finally:
+            setting.fp32_precision = before
+        exact, only_backward, only_forward, both = found.values()
+        assert torch.equal(exact[0], only_backward[0]) and torch.equal(only_forward[0], both[0])
+        assert not torch.equal(exact[0], both[0])
+        for index in (1, 2):
+            assert torch.equal(exact[index], only_forward[index])
+            assert torch.equal(only_backward[index], both[index])
+            assert not torch.equal(exact[index], both[index])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3.4e38, 1e-45])
+def test_what_a_bfloat16_cannot_hold_is_rounded_as_torch_does(rounding, value):
+    x, weight = matrix(100, 70), matrix(90, 70, seed=1).abs() + 0.1
+    x[11, 5] = value
+    found, expected = linear(x, weight), x.bfloat16().float() @ weight.bfloat16().float().t()
+    assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.isinf(), expected.isinf())
+    is_finite = expected.isfinite()
+    torch.testing.assert_close(found[is_finite], expected[is_finite], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_are_not_rounded(dtype):
+    x, weight = matrix(100, 64).to(dtype), matrix(90, 64, seed=1).to(dtype)
+    setting = torch.backends.mkldnn.matmul
+    expected, before = linear(x, weight), setting.fp32_precision
+    try:
+        setting.fp32_precision = "bf16"
+        assert torch.equal(linear(x, weight), expected)
+    finally:
+        setting.fp32_precision = before
+
+
+@pytest.mark.parametrize(("rows", "inputs", "features"), [(300, 200, 150), (2100, 784, 512), (4099, 96, 90)])
+def test_rounded_products_do_not_depend_on_threads(rounding, rows, inputs, features):
+    test_does_not_depend_on_threads(rows, inputs, features)

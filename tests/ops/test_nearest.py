@@ -355,6 +355,7 @@ def test_does_not_depend_on_threads(on_cpu):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(once(count), first, strict=True))
 
 
+@pytest.mark.usefixtures("no_kept_memory")
 def test_no_matrix_of_distances(on_cpu):
     """The largest tensor allocated is far smaller than one of a number for each of the pairs."""
     x, y = clouds(torch.float32, 2000, 3000, 3)

@@ -257,6 +257,7 @@ def test_gradients_have_the_layout_of_the_input(dtype):
         assert torch.equal(of_input, -of_target)
 
 
+@pytest.mark.usefixtures("no_kept_memory")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_tensor_beyond_the_gradient(layout):
     """The gradient made in the forward is the one that arrives at the input."""

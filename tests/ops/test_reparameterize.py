@@ -322,6 +322,7 @@ def test_half_precision_keeps_the_divergence_in_float32():
     assert all(gradient.dtype == torch.bfloat16 for gradient in torch.autograd.grad(kl, (mu, logvar)))
 
 
+@pytest.mark.usefixtures("no_kept_memory")
 def test_no_tensor_beyond_outputs_and_gradients():
     """Allocated in a forward and a backward: z, the rows' divergences, two gradients, and numbers."""
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)

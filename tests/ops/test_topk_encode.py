@@ -313,6 +313,7 @@ def test_does_not_depend_on_threads(on_cpu, dtype):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(once(count), first, strict=True))
 
 
+@pytest.mark.usefixtures("no_kept_memory")
 def test_no_matrix_of_pre_activations():
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
     rows, latents = 4000, 5000

@@ -154,20 +154,45 @@ def test_it_goes_on_as_it_was():
 
 
 def test_half_precision_is_of_the_products():
+    """By autocast, or on the CPU in bf16 by torch's setting for products of float32."""
+    for precision, latent, product in (("bf16", torch.float32, "bf16"), ("fp16", torch.float16, "none")):
+        seen = []
+
+        def loss(model, batch, seen=seen):
+            output = model(batch)
+            settings = [getattr(torch.backends.mkldnn, name).fp32_precision for name in ("matmul", "conv")]
+            seen.append((output.latent.dtype, output.loss.dtype, *settings))
+            return output.loss
+
+        model, data = make_model(), batches(6)
+        optimizer = make_optimizer(model.parameters(), 1e-2)
+        step = CapturedStep(model, optimizer, loss=loss, precision=precision)
+        losses = [step(batch)["loss"].item() for batch in data]
+        assert set(seen) == {(latent, torch.float32, product, product)}
+        assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        # bfloat16 has eight digits, of which some are lost on the way.
+        assert losses == pytest.approx(plain(make_model(), data), rel=0.02)
+
+
+def test_the_backward_forms_products_in_half_precision_too():
     seen = []
+    model, (batch,) = make_model(), batches(1)
+    weight = next(model.parameters())
+    weight.register_hook(lambda grad: seen.append(torch.backends.mkldnn.matmul.fp32_precision))
+    CapturedStep(model, make_optimizer(model.parameters(), 1e-2), precision="bf16")(batch)
+    assert seen == ["bf16"]
 
+
+def test_an_error_leaves_the_setting_of_products_as_it_was():
     def loss(model, batch):
-        output = model(batch)
-        seen.append((output.latent.dtype, output.loss.dtype))
-        return output.loss
+        raise RuntimeError("of the loss")
 
-    model, data = make_model(), batches(6)
+    model, (batch,) = make_model(), batches(1)
     step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), loss=loss, precision="bf16")
-    losses = [step(batch)["loss"].item() for batch in data]
-    assert set(seen) == {(torch.bfloat16, torch.float32)}
-    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    # bfloat16 has eight digits, of which some are lost on the way.
-    assert losses == pytest.approx(plain(make_model(), data), rel=0.02)
+    with pytest.raises(RuntimeError, match="of the loss"):
+        step(batch)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
 def test_a_scaled_loss_that_overflows_makes_no_update():
