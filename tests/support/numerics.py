@@ -76,14 +76,23 @@ def outputs_of(result: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
+class Called:
+    """The outputs of `function`, and their gradients with respect to all tensors in `arguments`."""
+
+    def __init__(self, function: Any, arguments: dict[str, Any]) -> None:
+        arguments = with_gradients(arguments)
+        self.inputs = leaves(arguments)
+        self.outputs = outputs_of(function(**arguments))
+
+    def results(self, upstream: list[Tensor], again: bool = False) -> list[Tensor]:
+        """Outputs, then gradients. Asked `again` for another upstream, it does not run the function anew."""
+        given = [grad.to(out.dtype) for grad, out in zip(upstream, self.outputs, strict=True)]
+        gradients = torch.autograd.grad(self.outputs, self.inputs, given, retain_graph=again)
+        return [*(out.detach() for out in self.outputs), *gradients]
+
+
 def run(function: Any, arguments: dict[str, Any], upstream: list[Tensor]) -> list[Tensor]:
-    """The outputs of `function`, and its gradients with respect to all tensors in `arguments`."""
-    arguments = with_gradients(arguments)
-    outputs = outputs_of(function(**arguments))
-    gradients = torch.autograd.grad(
-        outputs, leaves(arguments), [grad.to(out.dtype) for grad, out in zip(upstream, outputs, strict=True)]
-    )
-    return [*(out.detach() for out in outputs), *gradients]
+    return Called(function, arguments).results(upstream)
 
 
 def largest_error(found: Tensor, truth: Tensor) -> float:
@@ -95,9 +104,9 @@ def largest_error(found: Tensor, truth: Tensor) -> float:
 
 
 def rounding_noise(
-    reference: Any, sample: Any, upstream: list[Tensor], truth: list[Tensor], dtype: torch.dtype
+    called: Called, upstream: list[Tensor], truth: list[Tensor], dtype: torch.dtype
 ) -> list[float]:
-    """For each result in `truth`, which `reference` gives for `sample` and `upstream` in float64."""
+    """For each result in `truth`, which the reference, `called` in float64, gives for `upstream`."""
     eps = torch.finfo(dtype).eps
     noise = [eps * true.abs().max().item() if true.numel() else 0.0 for true in truth]
     if dtype == torch.float64:
@@ -108,7 +117,7 @@ def rounding_noise(
         moved = [
             grad * (1 + eps * (2 * torch.randint_like(grad, 2, generator=generator) - 1)) for grad in upstream
         ]
-        changed = run(reference, sample, moved)
+        changed = called.results(moved, again=True)
         noise = [max(a, largest_error(b, true)) for a, b, true in zip(noise, changed, truth, strict=True)]
     return noise
 
@@ -141,25 +150,26 @@ def check_draws(
     errors: list[float] = []
     bounds: list[float] = []
     for sample in draws:
-        outputs = outputs_of(op.reference(**sample))
+        eager = Called(op.reference, sample)
         upstream = [
             torch.randn(() if expand_grad else out.shape, generator=generator)
             .expand(out.shape)
             .to(dtype)
             .to(out.device)
-            for out in outputs
+            for out in eager.outputs
         ]
         exact = cast(sample, torch.float64), [grad.double() for grad in upstream]
-        truth = run(op.reference, *exact)
-        noises = rounding_noise(op.reference, *exact, truth, dtype)
+        called = Called(op.reference, exact[0])
+        truth = called.results(exact[1], again=True)
+        noises = rounding_noise(called, exact[1], truth, dtype)
         if op.terms is not None:
             noises = [max(pair) for pair in zip(noises, term_noise(op, exact, dtype), strict=True)]
-        eager = run(op.reference, sample, upstream)
+        plain = eager.results(upstream)
         with aefast.backend(backend):
             found = run(op.function, sample, upstream)
         errors = errors or [0.0] * len(truth)
         bounds = bounds or [0.0] * len(truth)
-        for index, (ours, theirs, true, noise) in enumerate(zip(found, eager, truth, noises, strict=True)):
+        for index, (ours, theirs, true, noise) in enumerate(zip(found, plain, truth, noises, strict=True)):
             assert ours.dtype == theirs.dtype
             errors[index] = max(errors[index], largest_error(ours, true))
             bounds[index] = max(bounds[index], 2 * largest_error(theirs, true) + 2 * noise)
