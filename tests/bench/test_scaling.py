@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ from aefast.bench import projection, scaling
 from aefast.bench.projection import H200, NETWORKS, Network
 from aefast.errors import InputError
 from aefast.models import Autoencoder
-from support.processes import environment, run
+from support.processes import environment, prepared, run
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -317,6 +318,16 @@ def workers(tmp_path, monkeypatch):
     del sys.modules["scaling_workers"]
 
 
+@pytest.fixture(scope="module")
+def prepared_processes():
+    """Not spawned, for what does not hang on how they start; those of the joint batch are spawned."""
+    prepared()
+    with pytest.MonkeyPatch.context() as patch:
+        start = functools.partial(scaling.mp.start_processes, start_method="forkserver")
+        patch.setattr(scaling.mp, "spawn", start)
+        yield
+
+
 def test_gradients_of_two_processes_are_those_of_the_joint_batch(workers):
     torch.manual_seed(0)
     rows = torch.rand(10, 12)
@@ -329,13 +340,13 @@ def test_gradients_of_two_processes_are_those_of_the_joint_batch(workers):
             torch.testing.assert_close(torch.tensor(ours), parameter.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_a_process_that_fails_ends_all_of_them(workers):
+def test_a_process_that_fails_ends_all_of_them(workers, prepared_processes):
     with pytest.raises(scaling.ProcessError, match="rank 1 has had enough"):
         scaling.launch(workers.fail, 2, timeout=30)
     assert multiprocessing.active_children() == []
 
 
-def test_processes_that_do_not_finish_are_ended(workers):
+def test_processes_that_do_not_finish_are_ended(workers, prepared_processes):
     start = time.monotonic()
     with pytest.raises(scaling.ProcessError, match="did not finish within 2 s"):
         scaling.launch(workers.sleep, 1, timeout=2)
@@ -347,7 +358,7 @@ def test_processes_that_do_not_finish_are_ended(workers):
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def rows(tmp_path_factory, prepared_processes):
     """One of each series, at a tiny size."""
     path = tmp_path_factory.mktemp("samples") / "samples.npy"
     scaling.write_samples(path, 96, 12)

@@ -1,5 +1,6 @@
 """Running commands in a known environment."""
 
+import multiprocessing
 import os
 import subprocess
 
@@ -28,3 +29,10 @@ def run(command, **options):
         timeout=600,
         **options,
     )
+
+
+def prepared():
+    """Processes come from one that has imported what takes seconds, and never had a thread or anything else of ours."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["aefast.train", "aefast.models", "torch._dynamo"])
+    return context

@@ -34,9 +34,7 @@ def run(tmp_path):
         nonlocal count
         count += 1
         arguments = (2, tmp_path / f"meeting-{count}", directory, resume, signals or {}, options)
-        # Each comes from a process that has imported what takes long, and never had a thread.
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["aefast.train", "aefast.models", "torch._dynamo"])
+        context = processes.prepared()
         started = [
             context.Process(target=training_workers.train, args=(rank, *arguments)) for rank in range(2)
         ]
