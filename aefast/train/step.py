@@ -234,6 +234,8 @@ class CapturedStep:
 
     def _gradients(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         """The gradients of the mean over the batch; the means of the terms."""
+        if self.accumulate == 1:
+            return self._backward(batch, None)
         count = len(batch[0])
         parts = list(zip(*(one.chunk(self.accumulate) for one in batch), strict=True))
         means: dict[str, torch.Tensor] = {}
@@ -241,13 +243,13 @@ class CapturedStep:
             # Between processes only the sum of all parts is exchanged.
             is_last = number == len(parts) - 1
             with contextlib.nullcontext() if is_last else self._without_exchange():
-                terms = self._backward(part, None if len(parts) == 1 else len(part[0]) / count)
+                terms = self._backward(part, len(part[0]) / count)
             for name, term in terms.items():
                 means[name] = means[name] + term if name in means else term
         return means
 
     def _backward(self, part: tuple[torch.Tensor, ...], share: float | None) -> dict[str, torch.Tensor]:
-        """Gradients of a part of a batch, whose loss counts as its share; the terms, counted so too."""
+        """Gradients of a batch, or of a part whose loss counts as its share; the terms, counted so too."""
         with self._products():
             with _autocast(self.device, self._type):
                 loss = self._loss(self.model, *part)
