@@ -48,7 +48,7 @@ def eager(x, seed, noise):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_samples(dtype):
-    for index, sample in enumerate(op.samples(torch.device("cpu"), dtype)):
+    for index, sample in numerics.in_turn(op.samples(torch.device("cpu"), dtype), dtype):
         numerics.check(op.OP, "triton", sample, dtype, expand_grad=index % 2 == 0)
 
 
@@ -133,7 +133,8 @@ def test_squares(side, dtype, monkeypatch):
         noise = Noise("masking", 0.0, 0.0, 2**31, side)
         # One square holds the image, whatever its side; the reference makes all of it.
         expected = eager(x, 11, dataclasses.replace(noise, block=min(side, 200)))
-        for tile in (1024, 4096):
+        # In other dtypes the places are the same.
+        for tile in (1024, 4096) if dtype == torch.float32 else (4096,):
             monkeypatch.setattr(kernels, "SQUARES_TILE", tile)
             assert torch.equal(ours(x, 11, noise), expected)
 

@@ -48,7 +48,7 @@ def all_squared(x, y):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_samples(dtype, large_tiles):
-    for index, sample in enumerate(op.samples(torch.device("cpu"), dtype)):
+    for index, sample in numerics.in_turn(op.samples(torch.device("cpu"), dtype), dtype):
         numerics.check(DISTANCE, "triton", sample, dtype, expand_grad=index % 2 == 0)
         with aefast.backend("triton"):
             _, found = AF.nearest(**sample)

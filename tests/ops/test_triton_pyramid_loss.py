@@ -87,10 +87,12 @@ def test_samples(dtype):
 )
 def test_every_number_of_levels(dtype, layout):
     input, target = pair(2, 3, 37, 68, dtype=dtype, layout=layout)
-    for levels in range(1, 7):
-        pyramid = "average" if levels % 2 == (dtype == torch.float64) else op.PYRAMIDS[levels % 3]
+    forms = {
+        ("average" if levels % 2 == (dtype == torch.float64) else op.PYRAMIDS[levels % 3], levels)
+        for levels in range(1, 7)
+    }
+    for pyramid, levels in sorted({*forms, ("average", 6)}):
         check(input, target, pyramid, "power", 2.0, FACTORS[:levels])
-    check(input, target, "average", "power", 2.0, FACTORS[:6])
 
 
 @pytest.mark.parametrize("pyramid", op.PYRAMIDS)
