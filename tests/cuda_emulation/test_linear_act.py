@@ -1,6 +1,7 @@
 """The pointwise CUDA kernels of the dense layer, emulated, against float64."""
 
 import ctypes
+import itertools
 import re
 from pathlib import Path
 
@@ -250,18 +251,30 @@ def test_gradient_of_no_rows_is_zero(kernels):
 BARRIER = re.compile(r"^ *__syncthreads\(\);\n", re.MULTILINE)
 
 
-@pytest.mark.parametrize("kernel", ["activation_gradient_kernel", "column_sum_kernel"])
-def test_a_missing_barrier_is_caught(compile_emulated, tmp_path, kernel):
-    source = KERNELS.read_text()
-    head, name, body = source.partition(f"{kernel}(")
-    broken, removed = BARRIER.subn("", body, count=1)
-    assert name and removed == 1 and body[: BARRIER.search(body).start()].count("__global__") == 0
-    assert len(BARRIER.findall(source)) == 2, "a barrier that this test does not remove"
-    (tmp_path / KERNELS.name).write_text(head + name + broken)
+def test_a_missing_barrier_is_caught(compile_emulated, tmp_path):
+    # One copy, in which the test takes away one barrier after the other.
+    numbers = itertools.count(1)
+    changed = BARRIER.sub(
+        lambda barrier: f"  if (missing_barrier != {next(numbers)}) {barrier[0].lstrip()}",
+        KERNELS.read_text(),
+    )
+    for number, kernel in ((1, "activation_gradient_kernel"), (2, "column_sum_kernel")):
+        body = changed[changed.index(f"{kernel}(") : changed.index(f"missing_barrier != {number}")]
+        assert "__global__" not in body
+    assert next(numbers) == 3, "a barrier that this test does not remove"
+    declared = '#pragma once\nextern "C" {\nint missing_barrier = 0;\n}\n'
+    (tmp_path / KERNELS.name).write_text(changed.replace("#pragma once\n", declared, 1))
     driver = HERE / "linear_act_driver.cpp"
     kernels = Kernels(compile_emulated(driver, "-DEMULATE_FLOAT32_ONLY", first_include=tmp_path))
+    missing = ctypes.c_int.in_dll(kernels.library, "missing_barrier")
 
     grad, saved = random((70, 40), torch.float32, seed=1), random((70, 40), torch.float32, seed=2)
     expected = (grad.double() * (saved > 0)).sum(0).float()
-    sums = [kernels.gradient("relu", grad, saved, seed=seed)[1] for seed in range(4)]
-    assert not any(torch.allclose(bias, expected) for bias in sums)
+
+    def sums():
+        return [kernels.gradient("relu", grad, saved, seed=seed)[1] for seed in range(4)]
+
+    assert all(torch.allclose(bias, expected) for bias in sums())
+    for number in (1, 2):
+        missing.value = number
+        assert not any(torch.allclose(bias, expected) for bias in sums()), number

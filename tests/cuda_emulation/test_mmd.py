@@ -346,63 +346,83 @@ class Kernels:
         return results
 
 
-@pytest.mark.parametrize("kernel, D", [("rbf", 3), ("rbf", 16), ("energy", 16)])
-def test_results_do_not_depend_on_order(compile_emulated, ops, launched, kernel, D):
-    kernels = Kernels(compile_emulated(HERE / "mmd_driver.cpp", "-DEMULATE_FLOAT32_ONLY"))
-    x, y, spec = draw(150, D), draw(40, D, seed=1), spec_of(kernel)
-    first = launched(x, y, spec, (0.5, 1.0, -2.0, 0.25))
-    for machine_seed in range(3):
-        assert is_same(kernels.mmd(x, y, spec, (0.5, 1.0, -2.0, 0.25), machine_seed), first)
-
-
-@pytest.mark.parametrize("D", [3, 16])
-def test_gradients_in_several_launches(compile_emulated, tmp_path, launched, D):
-    """The columns' sums of so many points would not fit one: here each launch has four tiles of six."""
-    few, changed = re.subn(r"kColumnBytes = int64_t\{1\} << 27", "kColumnBytes = 1", KERNELS.read_text())
-    assert changed == 1
-    (tmp_path / KERNELS.name).write_text(few)
-    driver = HERE / "mmd_driver.cpp"
-    kernels = Kernels(compile_emulated(driver, "-DEMULATE_FLOAT32_ONLY", first_include=tmp_path))
-    x, y, spec = draw(2100 if D == 3 else 1100, D), draw(40, D, seed=1), spec_of("rbf")
-    weights = op.weights_of("biased", spec, len(x), len(y))
-    check_close(kernels.mmd(x, y, spec, weights), exact(x, y, spec, weights), spec)
-
-
 BARRIER = re.compile(r"^ *__sync(?:threads|warp)\(\);\n", re.MULTILINE)
 
 
-def test_a_missing_barrier_is_caught(compile_emulated, tmp_path):
-    """Each of them alone, but for those with a remark behind them, in whose place the emulation's products do."""
-    source = KERNELS.read_text()
+def line_of(barrier):
+    return barrier.string[: barrier.start()].count("\n") + 1
+
+
+def barriers():
     # That of values_kernel is at the head of a kernel that the driver does not launch.
+    source = KERNELS.read_text()
+    return list(BARRIER.finditer(source[: source.index(" values_kernel(")]))
+
+
+@pytest.fixture(scope="module")
+def altered(compile_emulated, tmp_path_factory):
+    """The launchers of one copy of the kernels, in which a test takes away the barrier of a line, and says of how many
+    bytes the columns' sums may be."""
+    source = KERNELS.read_text()
     before = source.index(" values_kernel(")
-    lines = [source[: one.start()].count("\n") + 1 for one in BARRIER.finditer(source[:before])]
-    assert len(lines) == 9
 
     def unless_missing(barrier):
-        return f"  if (missing_barrier != {barrier.string[: barrier.start()].count(chr(10)) + 1}) {barrier[0].lstrip()}"
+        return f"  if (missing_barrier != {line_of(barrier)}) {barrier[0].lstrip()}"
 
-    # One copy, in which the test takes away the barrier of a line.
     changed = BARRIER.sub(unless_missing, source[:before]) + source[before:]
-    declared = 'extern "C" {\nint missing_barrier = 0;\n}\n'
-    (tmp_path / KERNELS.name).write_text(changed.replace("#pragma once\n", f"#pragma once\n{declared}", 1))
-    driver = HERE / "mmd_driver.cpp"
-    kernels = Kernels(compile_emulated(driver, "-DEMULATE_FLOAT32_ONLY", first_include=tmp_path))
-    missing = ctypes.c_int.in_dll(kernels.library, "missing_barrier")
+    bytes_of_columns = "int64_t{1} << 27"
+    changed, found = re.subn(rf", kColumnBytes = {re.escape(bytes_of_columns)};", ";", changed)
+    assert found == 1
+    declared = f"int missing_barrier = 0;\nint64_t kColumnBytes = {bytes_of_columns};\n"
+    declared = f'#pragma once\n#include <cstdint>\nextern "C" {{\n{declared}}}\n'
+    folder = tmp_path_factory.mktemp("altered")
+    (folder / KERNELS.name).write_text(changed.replace("#pragma once\n", declared, 1))
+    return Kernels(compile_emulated(HERE / "mmd_driver.cpp", "-DEMULATE_FLOAT32_ONLY", first_include=folder))
 
-    def is_right(D, n, m, machine_seed):
-        x, y, spec = draw(n, D), draw(m, D, seed=1), spec_of("rbf", 2.0)
-        weights = op.weights_of("biased", spec, n, m)
-        found, expected = kernels.mmd(x, y, spec, weights, machine_seed), exact(x, y, spec, weights)
-        return all(
-            torch.allclose(ours.double(), true, rtol=0, atol=1e-4 * true.abs().max().item())
-            for ours, true in zip(found, expected, strict=True)
-        )
 
+@pytest.fixture
+def missing(altered):
+    """The line whose barrier is away, of which there is none unless a test says so."""
+    line = ctypes.c_int.in_dll(altered.library, "missing_barrier")
+    yield line
+    line.value = 0
+
+
+@pytest.mark.parametrize("kernel, D", [("rbf", 3), ("rbf", 16), ("energy", 16)])
+def test_results_do_not_depend_on_order(altered, launched, kernel, D):
+    x, y, spec = draw(150, D), draw(40, D, seed=1), spec_of(kernel)
+    first = launched(x, y, spec, (0.5, 1.0, -2.0, 0.25))
+    for machine_seed in range(3):
+        assert is_same(altered.mmd(x, y, spec, (0.5, 1.0, -2.0, 0.25), machine_seed), first)
+
+
+@pytest.mark.parametrize("D", [3, 16])
+def test_gradients_in_several_launches(altered, monkeypatch, D):
+    """The columns' sums of so many points would not fit one: here each launch has four tiles of six."""
+    monkeypatch.setattr(ctypes.c_int64.in_dll(altered.library, "kColumnBytes"), "value", 1)
+    x, y, spec = draw(2100 if D == 3 else 1100, D), draw(40, D, seed=1), spec_of("rbf")
+    weights = op.weights_of("biased", spec, len(x), len(y))
+    check_close(altered.mmd(x, y, spec, weights), exact(x, y, spec, weights), spec)
+
+
+def test_a_missing_barrier_is_caught(altered, missing):
+    """Each of them alone, but for those with a remark behind them, in whose place the emulation's products do."""
+    lines = [line_of(one) for one in barriers()]
+    assert len(lines) == 9
     # Several tiles, and of 16 dimensions splits of one stage of columns and of several. Most barriers are missed at
     # once, whatever the order of the warps.
-    sizes = (2, 530, 40), (16, 5, 270), (16, 20, 1010)
-    assert all(is_right(*one, machine_seed=0) for one in sizes)
+    cases, spec = [], spec_of("rbf", 2.0)
+    for D, n, m in ((2, 530, 40), (16, 5, 270), (16, 20, 1010)):
+        arguments = draw(n, D), draw(m, D, seed=1), spec, op.weights_of("biased", spec, n, m)
+        cases.append((arguments, exact(*arguments)))
+
+    def is_right(arguments, expected, machine_seed):
+        return all(
+            torch.allclose(ours.double(), true, rtol=0, atol=1e-4 * true.abs().max().item())
+            for ours, true in zip(altered.mmd(*arguments, machine_seed), expected, strict=True)
+        )
+
+    assert all(is_right(*case, machine_seed=0) for case in cases)
     for line in lines:
         missing.value = line
-        assert not all(is_right(*one, machine_seed) for one in sizes for machine_seed in range(2)), line
+        assert not all(is_right(*case, machine_seed) for case in cases for machine_seed in range(2)), line
