@@ -27,8 +27,9 @@ demo: setup
 # Kernels, models, training and packaging on the CPU; then what needs a process or a compiler of its own.
 test: setup test-cpu test-interpret test-compiled
 
-# The lanes run on one thread each, so that two processes share the cores; tests of threads ask for more by themselves.
-PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2
+# The lanes run on one thread each, so that processes share the cores; tests of threads ask for more by themselves. Two
+# processes leave a quarter of two cores idle, while one of them waits for programs that its test has started.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 3
 
 # A file's tests stay in one process, since some share what takes long to make.
 test-cpu: setup
