@@ -22,6 +22,8 @@ ROWS, COLS = 512, 512
 @pytest.fixture(autouse=True)
 def cpu_library():
     numerics.require_backend("cpu", "linear_act", "cpu", torch.float32)
+    if torch.__version__ < "2.11":
+        pytest.skip("this torch makes no tensors of the library's memory")
 
 
 @pytest.fixture
