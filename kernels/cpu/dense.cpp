@@ -159,20 +159,30 @@ void multiply_in_parts(Matrix a, Matrix b, Matrix out, int64_t workers) {
   pointwise().sum_rows(out.scalar, sums.data, out.data, kParts, out.rows * out.cols);
 }
 
-// out = a b by the BLAS, or by product_kernels() on several threads, each with columns of out of its own.
+// out = a b by the BLAS, or by product_kernels() on several threads, each with columns of out of its own, or with rows
+// where the columns are too few.
 void multiply(Matrix a, Matrix b, Matrix out, Engine engine) {
   if (engine == Engine::blas || !is_own(a) || !is_own(b)) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(borrow(out).get(), borrow(a).get(), borrow(b).get()));
     return;
   }
   // Few rows of many terms: b is all there is to read, and parts of it are whole rows.
-  constexpr int64_t kColumns = 32, kMostRowsOfParts = 4, kLeastTermsOfParts = 256;
+  constexpr int64_t kColumns = 32, kLeastRows = 16, kMostRowsOfParts = 4, kLeastTermsOfParts = 256;
   const auto workers_of = [&](int64_t tasks) {
     return std::min({threads(), tasks, static_cast<int64_t>(flops_of(a, b) / kLeastFlopsOfThread)});
   };
   if (b.col_stride == 1 && out.rows <= kMostRowsOfParts && a.cols >= kLeastTermsOfParts && out.is_row_major())
     return multiply_in_parts(a, b, out, std::max<int64_t>(1, workers_of(threads())));
   const int64_t tasks = (out.cols + kColumns - 1) / kColumns, workers = workers_of(tasks);
+  const int64_t by_rows = workers_of(out.rows / kLeastRows);
+  if (by_rows > workers) {
+    // Parts differ by one row at most: one of a few rows would be summed in another order than the others.
+    torch::stable::parallel_for(0, by_rows, 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * out.rows / by_rows, count = end * out.rows / by_rows - first;
+      multiply_here(a.row_block(first, count), b, out.row_block(first, count), engine);
+    });
+    return;
+  }
   if (workers <= 1) return multiply_here(a, b, out, engine);
   const int64_t width = (tasks + workers - 1) / workers * kColumns;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {

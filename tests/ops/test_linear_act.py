@@ -283,14 +283,18 @@ def test_bfloat16_products(poisoned_memory, activation):
         torch.ops.aefast_cpu.use_bfloat16_products(had)
 
 
+# Of many rows, and of few rows or columns, which threads share in another way.
+@pytest.mark.parametrize(
+    ("rows", "inputs", "features"), [(6007, 64, 96), (33, 512, 24), (65, 512, 24), (115, 784, 7)]
+)
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
-def test_small_layers_do_not_depend_on_threads(activation):
+def test_small_layers_do_not_depend_on_threads(activation, rows, inputs, features):
     """Neither the output nor a gradient; larger products are the BLAS's business."""
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
     generator = torch.Generator().manual_seed(4)
-    x = torch.randn(6007, 64, generator=generator, requires_grad=True)
-    weight = torch.randn(96, 64, generator=generator, requires_grad=True)
-    bias = torch.randn(96, generator=generator, requires_grad=True)
+    x = torch.randn(rows, inputs, generator=generator, requires_grad=True)
+    weight = torch.randn(features, inputs, generator=generator, requires_grad=True)
+    bias = torch.randn(features, generator=generator, requires_grad=True)
     threads = torch.get_num_threads()
 
     def once(count):
