@@ -356,7 +356,8 @@ AEFAST_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // Those that are packed at a time: whole steps, and as many each time as can be, since each time costs the sums' way.
 template <int kParts>
 AEFAST_HD int64_t terms_together(int64_t inner) {
-  const int64_t steps = (inner + kTermsOfStep - 1) / kTermsOfStep, times = (steps + kMostSteps<kParts> - 1) / kMostSteps<kParts>;
+  const int64_t steps = (inner + kTermsOfStep - 1) / kTermsOfStep;
+  const int64_t times = (steps + kMostSteps<kParts> - 1) / kMostSteps<kParts>;
   return (steps + times - 1) / times * kTermsOfStep;
 }
 
