@@ -167,7 +167,7 @@ void multiply(Matrix a, Matrix b, Matrix out, Engine engine) {
     return;
   }
   // Few rows of many terms: b is all there is to read, and parts of it are whole rows.
-  constexpr int64_t kColumns = 32, kLeastRows = 16, kMostRowsOfParts = 4, kLeastTermsOfParts = 256;
+  constexpr int64_t kColumns = 32, kLeastRows = 64, kMostRowsOfParts = 4, kLeastTermsOfParts = 256;
   const auto workers_of = [&](int64_t tasks) {
     return std::min({threads(), tasks, static_cast<int64_t>(flops_of(a, b) / kLeastFlopsOfThread)});
   };
@@ -176,7 +176,7 @@ void multiply(Matrix a, Matrix b, Matrix out, Engine engine) {
   const int64_t tasks = (out.cols + kColumns - 1) / kColumns, workers = workers_of(tasks);
   const int64_t by_rows = workers_of(out.rows / kLeastRows);
   if (by_rows > workers) {
-    // Parts differ by one row at most: one of a few rows would be summed in another order than the others.
+    // Parts differ by one row at most: products of fewer rows than kLeastRows are summed in another order.
     torch::stable::parallel_for(0, by_rows, 1, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * out.rows / by_rows, count = end * out.rows / by_rows - first;
       multiply_here(a.row_block(first, count), b, out.row_block(first, count), engine);

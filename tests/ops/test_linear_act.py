@@ -285,7 +285,8 @@ def test_bfloat16_products(poisoned_memory, activation):
 
 # Of many rows, and of few rows or columns, which threads share in another way.
 @pytest.mark.parametrize(
-    ("rows", "inputs", "features"), [(6007, 64, 96), (33, 512, 24), (65, 512, 24), (115, 784, 7)]
+    ("rows", "inputs", "features"),
+    [(6007, 64, 96), (33, 512, 24), (65, 512, 24), (129, 512, 24), (300, 784, 7)],
 )
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
 def test_small_layers_do_not_depend_on_threads(activation, rows, inputs, features):
