@@ -5,8 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
+#include <charconv>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <vector>
 
@@ -32,10 +34,15 @@ constexpr uint64_t kMostAge = 512;
 constexpr size_t kDefaultMegabytes = 512;
 
 size_t default_limit() {
-  const char* const megabytes = std::getenv("AEFAST_CPU_CACHE_MB");
-  char* end = nullptr;
-  const unsigned long long given = megabytes ? std::strtoull(megabytes, &end, 10) : 0;
-  return (end != megabytes && end && *end == '\0' ? given : kDefaultMegabytes) << 20;
+  const char* const text = std::getenv("AEFAST_CPU_CACHE_MB");
+  if (!text || !*text) return kDefaultMegabytes << 20;
+  constexpr size_t kMost = SIZE_MAX >> 21;
+  size_t megabytes = 0;
+  const char* const end = text + std::strlen(text);
+  const auto [stopped, error] = std::from_chars(text, end, megabytes);
+  STD_TORCH_CHECK(error == std::errc() && stopped == end && megabytes <= kMost,
+                  "AEFAST_CPU_CACHE_MB must be a whole number of megabytes, 0 or more, got '", text, "'");
+  return megabytes << 20;
 }
 
 // Nobody waits for it: who finds it taken does without. So a process that was forked while it was taken still runs.

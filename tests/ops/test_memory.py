@@ -181,11 +181,18 @@ def run(script, **environment):
         return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize(("megabytes", "limit"), [(None, 512), ("0", 0), ("7", 7), ("lots", 512)])
+@pytest.mark.parametrize(("megabytes", "limit"), [(None, 512), ("0", 0), ("7", 7)])
 def test_the_limit_of_the_environment(megabytes, limit):
     environment = {} if megabytes is None else {"AEFAST_CPU_CACHE_MB": megabytes}
     found = run("output(); print(torch.ops.aefast_cpu.keep_memory(0))", **environment)
     assert found.stdout == f"{limit << 20}\n", found.stderr
+
+
+@pytest.mark.parametrize("megabytes", ["lots", "-1"])
+def test_a_limit_that_is_no_number(megabytes):
+    found = run("output()", AEFAST_CPU_CACHE_MB=megabytes)
+    message = "AEFAST_CPU_CACHE_MB must be a whole number of megabytes, 0 or more, got"
+    assert found.returncode != 0 and f"{message} '{megabytes}'" in found.stderr
 
 
 def test_tensors_that_outlive_the_program():
