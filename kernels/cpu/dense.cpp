@@ -276,12 +276,20 @@ struct Work {
   }
 };
 
-// How rows are divided: so many parts of so many rows each, the last of fewer; and by what they are multiplied if not by
-// the matrix unit.
+// How rows are divided: so many parts of so many rows each, the last of what is left; and by what they are multiplied if
+// not by the matrix unit.
 struct Division {
   int64_t parts, rows;
   bool use_blas;
 };
+
+// Products of few rows are summed in another order. A last part that has so few, beside others that have more, joins the
+// one before, so that no bit depends on how many threads there are.
+int64_t parts_of(int64_t rows, int64_t part_rows) {
+  constexpr int64_t kLeastRowsOfLast = 32;
+  const int64_t parts = blocks_of(rows, part_rows);
+  return parts > 1 && rows - (parts - 1) * part_rows < kLeastRowsOfLast ? parts - 1 : parts;
+}
 
 // Parts are a multiple of the threads, so that all finish together, and of whole blocks. A part's matrices should
 // stay in the cache until the pointwise pass, and yet be long enough for the full rate of a product. With fewer
@@ -304,7 +312,7 @@ Division divide(int64_t rows, const Work& work, int64_t block, bool convert) {
   const int64_t least_parts = (rows + most - 1) / most;
   const int64_t parts = (least_parts + threads() - 1) / threads() * threads();
   const int64_t part_rows = blocks_of((rows + parts - 1) / parts, block) * block;
-  return {(rows + part_rows - 1) / part_rows, part_rows, use_blas};
+  return {parts_of(rows, part_rows), part_rows, use_blas};
 }
 
 // body(row_begin, row_count) over the parts, in parallel if there are several.
@@ -312,8 +320,10 @@ template <typename Body>
 void for_row_parts(int64_t rows, const Division& division, const Body& body) {
   if (division.parts == 1) return body(int64_t{0}, rows);
   torch::stable::parallel_for(0, division.parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part)
-      body(part * division.rows, std::min(division.rows, rows - part * division.rows));
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t first = part * division.rows;
+      body(first, part + 1 < division.parts ? division.rows : rows - first);
+    }
   });
 }
 
@@ -394,7 +404,7 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
     constexpr int64_t kLeastRows = 32;
     if (workers <= 1 || out.rows < kLeastRows * workers) return multiply(a, x, out, engine);
     const int64_t part = blocks_of((out.rows + workers - 1) / workers, kLeastRows) * kLeastRows;
-    return for_row_parts(out.rows, {blocks_of(out.rows, part), part, false}, [&](int64_t begin, int64_t count) {
+    return for_row_parts(out.rows, {parts_of(out.rows, part), part, false}, [&](int64_t begin, int64_t count) {
       multiply(a.row_block(begin, count), x, out.row_block(begin, count), engine);
     });
   }

@@ -227,8 +227,11 @@ void many_rows(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_r
   const bool pack_a = packs_tiles(a_col, rows, inner);
   const bool is_writing = b_col == 1 && inner <= kMostTermsOfWriting &&
                           rows * cols * static_cast<int64_t>(sizeof(T)) >= kLeastBytesOfWriting;
-  const bool pack_b = b_col != 1 || (!is_writing && inner >= kLeastTermsToPack && rows > 4 * kTileRows && cols > 2 * kLanes);
-  const int64_t most_terms = pack_b ? kTerms : kTermsInPlace;
+  // What is summed at a time is the same for all the parts of a product, of whatever columns; a part of few has the rows
+  // of b near each other, and reads as many in place.
+  const bool is_long = rows >= 4 * kTileRows;
+  const bool pack_b = b_col != 1 || (!is_writing && is_long && inner >= kLeastTermsToPack && cols > 2 * kLanes);
+  const int64_t most_terms = pack_b || is_long ? kTerms : kTermsInPlace;
   const int64_t most_rows = is_writing ? kTileRows : kBlockRows;
   for (int64_t first = 0; first < rows; first += most_rows) {
     const int64_t block = rows - first < most_rows ? rows - first : most_rows;

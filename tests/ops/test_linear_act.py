@@ -283,10 +283,19 @@ def test_bfloat16_products(poisoned_memory, activation):
         torch.ops.aefast_cpu.use_bfloat16_products(had)
 
 
-# Of many rows, and of few rows or columns, which threads share in another way.
+# Of many rows; of few rows or columns, which threads share in another way; and of parts that are narrow or leave few rows.
 @pytest.mark.parametrize(
     ("rows", "inputs", "features"),
-    [(6007, 64, 96), (33, 512, 24), (65, 512, 24), (129, 512, 24), (300, 784, 7)],
+    [
+        (6007, 64, 96),
+        (33, 512, 24),
+        (65, 512, 24),
+        (129, 512, 24),
+        (300, 784, 7),
+        (100, 64, 512),
+        (260, 24, 300),
+        (600, 100, 65),
+    ],
 )
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
 def test_small_layers_do_not_depend_on_threads(activation, rows, inputs, features):
