@@ -78,7 +78,8 @@ class Trial:
     ``truth`` are its results in float64, and ``found[name]`` those of each variant in ``timed``, whose calls go through
     ``sets`` sets of inputs. ``missing`` says why something does not take part. ``has_flips``: whether rounding to half
     precision puts pre-activations on the other side of a kink, so that single gradients differ by their whole size and
-    only their norm can be held to anything. ``run_seconds`` is that of `timing.interleaved`.
+    only their norm can be held to anything. ``run_seconds`` is that of `timing.interleaved`. ``tolerance``, where it is
+    given, is what every variant may differ from the truth by, relative to it, in place of what rounding explains.
     """
 
     truth: list[Tensor]
@@ -89,6 +90,7 @@ class Trial:
     cost: Cost
     has_flips: bool = False
     run_seconds: float = 0.0
+    tolerance: float | None = None
 
 
 def collect(runs: Mapping[str, Callable[[], Any]], missing: dict[str, str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from aefast.bench import document
 from aefast.bench.cli import SHORT
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-MODE_NAMES = {"fwd": "forward", "fwdbwd": "forward + backward", "step": "training step"}
+MODE_NAMES = {"fwd": "forward", "fwdbwd": "forward + backward", "step": "training step", "epoch": "epoch"}
 
 
 def table(results: dict[str, Any]) -> str:

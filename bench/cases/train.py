@@ -224,7 +224,21 @@ def _case(
 
 
 def _pythae_vae(model_class: type[nn.Module], config: object, model: Model) -> Learner:
-    """Of pythae's VAE or a model derived from it, with the weights of `model`, of one hidden layer."""
+    """Of `pythae_twin`."""
+    theirs, ordered = pythae_twin(model_class, config, model)
+
+    def arranged(gradients: list[Tensor]) -> list[Tensor]:
+        joined = torch.cat(gradients[2:4]), torch.cat(gradients[4:6])
+        return [*gradients[:2], *joined, *gradients[6:]]
+
+    return Learner.of_loss(ordered, lambda data: theirs({"data": data}).loss, arranged)
+
+
+def pythae_twin(
+    model_class: type[nn.Module], config: object, model: Model
+) -> tuple[nn.Module, list[nn.Parameter]]:
+    """pythae's VAE or a model derived from it, with the weights of `model`, of one hidden layer; and its parameters in
+    that order, but that the two heads' weights and then their biases lie between encoder and decoder."""
     from pythae.models.nn.default_architectures import Decoder_AE_MLP, Encoder_VAE_MLP
 
     given = [parameter.detach() for parameter in model.parameters()]
@@ -250,12 +264,7 @@ def _pythae_vae(model_class: type[nn.Module], config: object, model: Model) -> L
         for pair, source in zip((ordered[2:4], ordered[4:6]), given[2:4], strict=True):
             for target, half in zip(pair, source.chunk(2), strict=True):
                 target.copy_(half)
-
-    def arranged(gradients: list[Tensor]) -> list[Tensor]:
-        joined = torch.cat(gradients[2:4]), torch.cat(gradients[4:6])
-        return [*gradients[:2], *joined, *gradients[6:]]
-
-    return Learner.of_loss(ordered, lambda data: theirs({"data": data}).loss, arranged)
+    return theirs, ordered
 
 
 def dense_cost(batch: int, inputs: int, hidden: int, latent: int, dtype: torch.dtype, exps: int) -> Cost:

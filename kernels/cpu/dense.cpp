@@ -8,9 +8,11 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 
+#include "dispatch.h"
 #include "memory.h"
 #include "penalty.h"
 #include "product.h"
@@ -84,8 +86,14 @@ class Workspace {
   size_t size_ = 0;
 };
 
-// Up to so many operations torch's BLAS spends much of its time beside them, and above it is at its full rate.
-constexpr double kMostFlopsOfOwn = 5e8;
+// Whether torch's BLAS, at its full rate, is no slower than product_kernels().
+std::atomic<bool> has_fast_blas{!has_wider_vectors_than_blas()};
+
+// Up to so many operations the BLAS spends much of its time beside them, and above it is at its full rate.
+double most_flops_of_own() {
+  return has_fast_blas.load(std::memory_order_relaxed) ? 5e8 : std::numeric_limits<double>::infinity();
+}
+
 // With so small a weight it never gains: parts of the batch go through product_kernels(), however many there are.
 constexpr int64_t kMostElementsOfOwn = 1 << 15;
 // A product of so many operations is worth a second thread.
@@ -98,7 +106,7 @@ double flops_of(Matrix a, Matrix b) { return 2.0 * a.rows * a.cols * b.cols; }
 // Those of the layer's product, or as many as are left to product_kernels() if it is theirs anyway.
 double layer_flops(int64_t rows, Matrix weight) {
   const double flops = 2.0 * rows * weight.rows * weight.cols;
-  return weight.rows * weight.cols <= kMostElementsOfOwn ? std::min(flops, kMostFlopsOfOwn) : flops;
+  return weight.rows * weight.cols <= kMostElementsOfOwn ? std::min(flops, most_flops_of_own()) : flops;
 }
 
 int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
@@ -297,7 +305,7 @@ int64_t parts_of(int64_t rows, int64_t part_rows) {
 Division divide(int64_t rows, const Work& work, int64_t block, bool convert) {
   constexpr int64_t kLeastRowsOfThread = 64, kRows = 256, kLeastRowsOfBlas = 512, kMostRowsOfBlas = 2048;
   constexpr int64_t kElementsOfBlas = 1 << 20, kRowsOfMatrixUnit = 512;
-  const bool use_blas = work.flops > kMostFlopsOfOwn;
+  const bool use_blas = work.flops > most_flops_of_own();
   int64_t least = kLeastRowsOfThread, most = kRows;
   if (work.is_packed) {
     // A weight is packed once for each part; where threads share columns, the rows are for each thread.
@@ -392,7 +400,7 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
   if (type == out.scalar) {
     const Matrix a = g.transposed();
     const double flops = flops_of(a, x);
-    const Engine engine = engine_of(type, out.rows, a.cols, out.cols, flops > kMostFlopsOfOwn);
+    const Engine engine = engine_of(type, out.rows, a.cols, out.cols, flops > most_flops_of_own());
     if (engine == Engine::blas) return multiply(a, x, out, engine);
     const int64_t workers = std::min(threads(), static_cast<int64_t>(flops / kLeastFlopsOfThread));
     // The parts' sums should stay in the cache, and be written less often than the operands are read.
@@ -575,6 +583,8 @@ void backward_in_groups(const BackwardPass& pass, int64_t groups, int64_t block,
 bool has_bfloat16_products() { return has_bfloat16.load(std::memory_order_relaxed); }
 
 bool use_bfloat16_products(bool use) { return has_bfloat16.exchange(use); }
+
+bool use_large_blas_products(bool use) { return has_fast_blas.exchange(use); }
 
 bool round_products(bool round) { return may_round.exchange(round); }
 

@@ -1,8 +1,8 @@
 // A stack of dense layers, forward and backward, over plain row-major or strided matrices.
 //
-// The matrix products are torch's own (the BLAS it was built with); what is added here is that each thread
-// takes its own rows through all layers, so that the pointwise passes find each product still in the cache
-// and the threads meet once a stack instead of twice a layer.
+// Matrix products are those of product.h or torch's own (the BLAS that it was built with), whichever is the faster; what is
+// added here is that each thread takes its own rows through all layers, so that the pointwise passes find each product
+// still in the cache and the threads meet once a stack instead of twice a layer.
 #pragma once
 
 #include <functional>
@@ -18,6 +18,10 @@ namespace aefast::cpu {
 // the processor has instructions for them.
 bool use_bfloat16_products(bool use);
 bool has_bfloat16_products();
+
+// Whether large products of float32 and float64 are left to the BLAS; returns what held before. For tests: at first they
+// are unless the kernels' vectors are the wider ones.
+bool use_large_blas_products(bool use);
 
 // Whether products of float32 may be formed from operands rounded to bfloat16, and summed in float32, where that is
 // faster; returns what held before.

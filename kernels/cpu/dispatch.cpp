@@ -1,7 +1,9 @@
 #include "dispatch.h"
 
-#if defined(AEFAST_MATRIX_UNIT)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(AEFAST_MATRIX_UNIT)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -35,6 +37,11 @@ AEFAST_DECLARE(baseline)
 #if defined(__x86_64__)
 AEFAST_DECLARE(avx2)
 AEFAST_DECLARE(avx512)
+#endif
+#if defined(AEFAST_VECTOR_BFLOAT16)
+namespace avx512bf16 {
+extern const ProductKernels product_kernels;
+}
 #endif
 #if defined(AEFAST_MATRIX_UNIT)
 namespace amx {
@@ -87,6 +94,9 @@ const std::vector<Kernels>& instruction_sets() {
 #if defined(AEFAST_MATRIX_UNIT)
       AEFAST_KERNELS("amx", avx512, amx, has_matrix_unit()),
 #endif
+#if defined(AEFAST_VECTOR_BFLOAT16)
+      AEFAST_KERNELS("avx512bf16", avx512, avx512bf16, has_avx512() && __builtin_cpu_supports("avx512bf16")),
+#endif
 #if defined(__x86_64__)
       AEFAST_KERNELS("avx512", avx512, avx512, has_avx512()),
       AEFAST_KERNELS("avx2", avx2, avx2, has_avx2()),
@@ -130,6 +140,18 @@ std::vector<std::string> supported_instruction_sets() {
   for (const Kernels& set : instruction_sets())
     if (set.supported) names.push_back(set.name);
   return names;
+}
+
+bool has_wider_vectors_than_blas() {
+#if defined(__x86_64__)
+  constexpr unsigned kZen5 = 26;
+  unsigned a, b, c, d;
+  if (!__builtin_cpu_is("amd") || !has_avx512() || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+  const unsigned family = ((a >> 8) & 0xf) + ((a >> 20) & 0xff);
+  return family >= kZen5;
+#else
+  return false;
+#endif
 }
 
 bool use_instruction_set(const std::string& name) {

@@ -12,6 +12,10 @@ std::string instruction_set();
 // Those that this processor has, the best first; the first is used.
 std::vector<std::string> supported_instruction_sets();
 
+// Whether the kernels' vectors are wider than those of MKL, which torch's builds have for BLAS: on AMD's processors MKL
+// keeps to 256 bits, of which those up to Zen 4 compute as many operations in a second as of 512.
+bool has_wider_vectors_than_blas();
+
 // From now on that one, in every thread; false if this processor lacks it. For tests.
 bool use_instruction_set(const std::string& name);
 

@@ -57,6 +57,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aefast_cpu, m) {
   m.def("poison_outputs(bool poison) -> ()");
   m.def("keep_memory(int bytes) -> int");
   m.def("use_bfloat16_products(bool use) -> bool");
+  m.def("use_large_blas_products(bool use) -> bool");
   m.def("round_products(bool round) -> bool");
 }
 
@@ -72,6 +73,7 @@ STABLE_TORCH_LIBRARY_IMPL(aefast_cpu, CompositeExplicitAutograd, m) {
   m.impl("poison_outputs", TORCH_BOX(&poison_outputs));
   m.impl("keep_memory", TORCH_BOX(&keep_memory));
   m.impl("use_bfloat16_products", TORCH_BOX(&use_bfloat16_products));
+  m.impl("use_large_blas_products", TORCH_BOX(&use_large_blas_products));
   m.impl("round_products", TORCH_BOX(&round_products));
 }
 

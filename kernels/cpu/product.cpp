@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "vector.h"
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 #include "matrix_unit.h"
 #endif
 
@@ -330,11 +330,17 @@ void product_of(ProductOperand left, ProductOperand right, T* out, int64_t out_r
 
 void product(Scalar scalar, [[maybe_unused]] Unit unit, ProductOperand a, ProductOperand b, void* out,
              int64_t out_stride, int64_t rows, int64_t inner, int64_t cols, bool add, void* workspace) {
-#if defined(__AMX_BF16__)
-  if (unit != Unit::vectors) {
-    const auto multiply = unit == Unit::matrix ? matrix_unit::multiply<matrix_unit::kExactParts> : matrix_unit::multiply<1>;
-    if (multiply(a, b, static_cast<float*>(out), out_stride, rows, inner, cols, add, workspace)) return;
+#if defined(__AVX512BF16__)
+  float* const sums = static_cast<float*>(out);
+  if (unit == Unit::matrix_rounding) {
+    matrix_unit::multiply<1>(a, b, sums, out_stride, rows, inner, cols, add, workspace);
+    return;
   }
+#endif
+#if defined(__AMX_BF16__)
+  if (unit == Unit::matrix &&
+      matrix_unit::multiply<matrix_unit::kExactParts>(a, b, sums, out_stride, rows, inner, cols, add, workspace))
+    return;
 #endif
   if (scalar == Scalar::float64)
     product_of(a, b, static_cast<double*>(out), out_stride, rows, inner, cols, add, static_cast<double*>(workspace));
@@ -348,8 +354,10 @@ size_t workspace_bytes(Scalar scalar, [[maybe_unused]] Unit unit, ProductOperand
   if (packs_tiles(a.col_stride, rows, inner))
     bytes = static_cast<size_t>((rows < kBlockRows ? rows : kBlockRows) * (inner < kTerms ? inner : kTerms) *
                                 size_of(scalar));
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
   if (unit == Unit::matrix_rounding) return matrix_unit::workspace_bytes<1>(rows, inner, cols);
+#endif
+#if defined(__AMX_BF16__)
   // The unit leaves to vectors what is not in its range.
   const size_t packed =
       unit == Unit::matrix ? matrix_unit::workspace_bytes<matrix_unit::kExactParts>(rows, inner, cols) : 0;
@@ -360,7 +368,10 @@ size_t workspace_bytes(Scalar scalar, [[maybe_unused]] Unit unit, ProductOperand
 
 bool suits([[maybe_unused]] Unit unit, [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t inner,
            [[maybe_unused]] int64_t cols) {
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
+#if !defined(__AMX_BF16__)
+  if (unit == Unit::matrix) return false;
+#endif
   // Packing takes the time of some 40 rows and columns, or 20 in one part, and a tile 32 terms.
   constexpr int64_t kLeastTerms = 32;
   const int64_t lines_of_packing = unit == Unit::matrix ? 40 : 20;

@@ -73,7 +73,7 @@ def test_every_op_is_measured_in_every_mode(op):
 
 
 def test_every_op_has_cases():
-    assert {*_registry.OPS, "train", "patch"} == set(CASES)
+    assert {*_registry.OPS, "train", "patch", "epochs"} == set(CASES)
 
 
 def test_ids_are_unique_and_quick_cases_are_among_all():

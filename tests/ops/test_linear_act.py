@@ -283,7 +283,25 @@ def test_bfloat16_products(poisoned_memory, activation):
         torch.ops.aefast_cpu.use_bfloat16_products(had)
 
 
-# Of many rows; of few rows or columns, which threads share in another way; and of parts that are narrow or leave few rows.
+@pytest.fixture
+def use_blas(request):
+    """Whether large products are left to the BLAS, whichever is the faster on this processor."""
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
+    before = torch.ops.aefast_cpu.use_large_blas_products(request.param)
+    yield request.param
+    torch.ops.aefast_cpu.use_large_blas_products(before)
+
+
+@pytest.mark.parametrize("use_blas", [False, True], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "inputs", "features"), [(701, 1030, 515), (400, 900, 800)])
+def test_large_products(poisoned_memory, instruction_set, use_blas, dtype, rows, inputs, features):
+    """Of more than 5e8 operations, from where on the BLAS takes them if it is as fast."""
+    x, weight, bias = operands(rows, inputs, features, dtype)
+    numerics.check(OP, "cpu", {"x": x, "weight": weight, "bias": bias, "activation": "gelu"}, dtype)
+
+
+# Of many rows; of few rows or columns, which threads share in another way; of parts that are narrow or leave few rows.
 @pytest.mark.parametrize(
     ("rows", "inputs", "features"),
     [
@@ -299,8 +317,17 @@ def test_bfloat16_products(poisoned_memory, activation):
 )
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
 def test_small_layers_do_not_depend_on_threads(activation, rows, inputs, features):
-    """Neither the output nor a gradient; larger products are the BLAS's business."""
+    """Neither the output nor a gradient; larger products may be the BLAS's business."""
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
+    assert_threads_do_not_matter(activation, rows, inputs, features)
+
+
+@pytest.mark.parametrize("use_blas", [False], indirect=True)
+def test_large_layers_do_not_depend_on_threads_without_the_blas(use_blas):
+    assert_threads_do_not_matter("gelu", 1100, 700, 400)
+
+
+def assert_threads_do_not_matter(activation, rows, inputs, features):
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(rows, inputs, generator=generator, requires_grad=True)
     weight = torch.randn(features, inputs, generator=generator, requires_grad=True)

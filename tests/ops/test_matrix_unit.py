@@ -1,4 +1,5 @@
-"""Products of float32 by the processor's matrix unit, which dense layers take where they are large enough."""
+"""Products of float32 by instructions for bfloat16, which dense layers take where they are large enough: the matrix
+unit's, and for operands that may be rounded the vectors', too."""
 
 import itertools
 
@@ -12,17 +13,21 @@ from aefast.ops import linear_act, mlp
 from support import numerics
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def matrix_unit():
     """Within it, the CPU library uses the unit, which tests that turn it off turn on again."""
-    reason = _library.load("cpu")
-    if reason:
-        pytest.skip(reason)
-    supported = torch.ops.aefast_cpu.supported_instruction_sets()
+    supported = supported_sets()
     if "amx" not in supported:
         pytest.skip("this processor has no matrix unit, or the compiler did not know it")
     yield
     torch.ops.aefast_cpu.use_instruction_set(supported[0])
+
+
+def supported_sets():
+    reason = _library.load("cpu")
+    if reason:
+        pytest.skip(reason)
+    return torch.ops.aefast_cpu.supported_instruction_sets()
 
 
 @pytest.fixture
@@ -61,6 +66,7 @@ def bits(tensor):
     return tensor.view(torch.int32)
 
 
+@pytest.mark.usefixtures("matrix_unit")
 def test_is_used():
     """It rounds otherwise than vectors do; without that the tests here would not test it."""
     x, weight = matrix(100, 64), matrix(90, 64)
@@ -75,6 +81,7 @@ def test_is_used():
     list(itertools.product(["plain", "transposed", "sliced"], ["plain", "transposed"])),
     ids="-".join,
 )
+@pytest.mark.usefixtures("matrix_unit")
 def test_sums_of_every_length(poisoned_memory, inputs, layouts):
     numerics.check(linear_act.OP, "cpu", layer(97, inputs, 90, layouts), torch.float32)
 
@@ -84,10 +91,12 @@ def test_sums_of_every_length(poisoned_memory, inputs, layouts):
     ("rows", "features"),
     [(96, 96), (112, 80), (113, 81), (127, 95), (128, 97), (129, 113), (81, 255), (600, 129), (130, 1100)],
 )
+@pytest.mark.usefixtures("matrix_unit")
 def test_edges_of_tiles(poisoned_memory, rows, features):
     numerics.check(linear_act.OP, "cpu", layer(rows, 200, features, activation="tanh"), torch.float32)
 
 
+@pytest.mark.usefixtures("matrix_unit")
 def test_is_as_exact_as_float32():
     """Three parts of 8 bits hold a float32 to the last of its 24: less would be 2^-16 off."""
     x, weight = matrix(256, 512), matrix(256, 512, seed=1)
@@ -112,6 +121,7 @@ def test_is_as_exact_as_float32():
         (1e25, 1e15),
     ],
 )
+@pytest.mark.usefixtures("matrix_unit")
 def test_numbers_beyond_its_range_are_left_to_vectors(one_thread, x_value, weight_value):
     x, weight = matrix(100, 70), matrix(90, 70, seed=1)
     x[11, 5], weight[7, 5] = x_value, weight_value
@@ -123,6 +133,7 @@ def test_numbers_beyond_its_range_are_left_to_vectors(one_thread, x_value, weigh
 @pytest.mark.parametrize(
     ("x_scale", "weight_scale"), [(1e-30, 1.0), (1.0, 1e-39), (1e-14, 1e-14), (1e-40, 1e30)]
 )
+@pytest.mark.usefixtures("matrix_unit")
 def test_numbers_whose_parts_would_be_subnormal_are_left_to_vectors(one_thread, x_scale, weight_scale):
     x, weight = matrix(100, 70) * x_scale, matrix(90, 70, seed=1) * weight_scale
     assert torch.equal(product(x, weight, "amx"), product(x, weight, "avx512"))
@@ -131,6 +142,7 @@ def test_numbers_whose_parts_would_be_subnormal_are_left_to_vectors(one_thread, 
 @pytest.mark.parametrize(
     ("x_scale", "weight_scale"), [(1e-20, 1e5), (1e-10, 1e-10), (1e30, 1e-20), (0.0, 1.0)]
 )
+@pytest.mark.usefixtures("matrix_unit")
 def test_scales_within_its_range(x_scale, weight_scale):
     x, weight = matrix(100, 70) * x_scale, matrix(90, 70, seed=1) * weight_scale
     exact = x.double() @ weight.double().t()
@@ -140,6 +152,7 @@ def test_scales_within_its_range(x_scale, weight_scale):
 
 
 @pytest.mark.parametrize("rows", [4099, 2048])
+@pytest.mark.usefixtures("matrix_unit")
 def test_sums_of_long_batches(poisoned_memory, rows):
     """Weight gradients that groups of rows add up, and one of long sums."""
     for inputs, features in ((96, 90), (260, 200)):
@@ -152,6 +165,7 @@ def test_sums_of_long_batches(poisoned_memory, rows):
         numerics.check(mlp.OP, "cpu", sample, torch.float32)
 
 
+@pytest.mark.usefixtures("matrix_unit")
 def test_infinities_in_sums_that_are_added_to():
     x, weight = matrix(4096, 96), matrix(90, 96, seed=1)
     x[3000, 50] = float("inf")
@@ -169,6 +183,7 @@ def test_infinities_in_sums_that_are_added_to():
 
 
 @pytest.mark.parametrize(("rows", "inputs", "features"), [(300, 200, 150), (2100, 784, 512), (4099, 96, 90)])
+@pytest.mark.usefixtures("matrix_unit")
 def test_does_not_depend_on_threads(rows, inputs, features):
     sample = layer(rows, inputs, features, activation="gelu")
     upstream = [matrix(rows, features, seed=5)]
@@ -189,14 +204,19 @@ def test_does_not_depend_on_threads(rows, inputs, features):
 # Products from operands rounded to bfloat16.
 
 
-@pytest.fixture
-def rounding():
-    """Within it torch's setting for products of float32 is bfloat16."""
+@pytest.fixture(params=["avx512bf16", "amx"])
+def rounding(request):
+    """Within it torch's setting for products of float32 is bfloat16, which the instructions of that set form."""
+    supported = supported_sets()
+    if request.param not in supported:
+        pytest.skip(f"this processor has no {request.param}, or the compiler did not know it")
+    torch.ops.aefast_cpu.use_instruction_set(request.param)
     setting = torch.backends.mkldnn.matmul
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     yield
     setting.fp32_precision = before
+    torch.ops.aefast_cpu.use_instruction_set(supported[0])
 
 
 def linear(x, weight):
@@ -246,6 +266,8 @@ def test_rounded_gradients(poisoned_memory, rounding):
 
 def test_follows_torchs_setting():
     """In a forward and in a backward, called at once, through the dispatcher and in a compiled graph."""
+    if not {"avx512bf16", "amx"} & set(supported_sets()):
+        pytest.skip("this processor has no instructions for bfloat16, or the compiler did not know them")
     x, weight = matrix(100, 64).requires_grad_(), matrix(90, 64, seed=1).requires_grad_()
     grad = matrix(100, 90, seed=2)
     setting = torch.backends.mkldnn.matmul
