@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -27,6 +27,8 @@ DTYPE_NAMES = {
 }
 # Pre-activations, of the order of 1, are uncertain by less; a sum of 4096 float32 products is by some 3e-6.
 KINK_WIDTH = 1e-5
+# Inputs of so few numbers are drawn several times for the check: one draw says little of the errors of either side.
+SMALL, DRAWS_OF_SMALL = 4096, 8
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
@@ -141,6 +143,16 @@ def _gradient_of(output: Tensor) -> Tensor:
     return torch.ones_like(output) if output.dim() == 0 else torch.randn_like(output)
 
 
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+
+def _joined(draws: Iterable[list[Tensor]]) -> list[Tensor]:
+    """Each result of all draws as one tensor."""
+    draws = list(draws)
+    return draws[0] if len(draws) == 1 else [torch.stack(same) for same in zip(*draws, strict=True)]
+
+
 def _as_list(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else list(out)
 
@@ -177,17 +189,24 @@ class OpCase(Case):
     def trial(self, mode: str) -> Trial:
         inputs = self.make()
         run = _RUN[mode]
-        exact_inputs = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
         with torch.no_grad():
             upstream = [_gradient_of(one) for one in _as_list(self.eager(*inputs))]
-        # Outputs at a kink get no gradient in the check.
-        checked = upstream
-        if self.kinks is not None:
-            with torch.no_grad():
-                masked = self.kinks(*exact_inputs)
-            checked = [one.masked_fill(masked, 0.0) for one in upstream]
+
+        def fresh() -> tuple[list[Tensor], list[Tensor]]:
+            return self.make(), [_gradient_of(one) for one in upstream]
+
+        draws = [(inputs, upstream)]
+        if sum(tensor.numel() for tensor in inputs) <= SMALL:
+            draws += [fresh() for _ in range(DRAWS_OF_SMALL - 1)]
+        exact = [[_exact(tensor) for tensor in drawn] for drawn, _ in draws]
+        checked = [
+            self._without_kinks(one, gradients) for one, (_, gradients) in zip(exact, draws, strict=True)
+        ]
         checked_aefast, checked_eager = self.given_noise() if self.given_noise else (self.aefast, None)
-        truth = run(checked_eager or self.eager, exact_inputs, [one.double() for one in checked])
+        truth = _joined(
+            run(checked_eager or self.eager, one, [gradient.double() for gradient in gradients])
+            for one, gradients in zip(exact, checked, strict=True)
+        )
 
         rivals, missing = self._loaded_rivals(mode)
         ours = variants.backends(self.op, self.device, self.dtype)
@@ -205,13 +224,12 @@ class OpCase(Case):
 
         def results(name: str) -> list[Tensor]:
             with contexts[name]():
-                return run(checks[name], inputs, checked)
+                return _joined(
+                    run(checks[name], drawn, gradients)
+                    for (drawn, _), gradients in zip(draws, checked, strict=True)
+                )
 
         found = collect({name: lambda name=name: results(name) for name in functions}, missing)
-
-        def fresh() -> tuple[list[Tensor], list[Tensor]]:
-            return self.make(), [_gradient_of(one) for one in upstream]
-
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *upstream))
         count = max(len(found), timing.input_sets(nbytes))
         sets = [(inputs, upstream), *(fresh() for _ in range(count - 1))]
@@ -223,6 +241,14 @@ class OpCase(Case):
         cost = OPS[self.op].cost(mode == "fwdbwd", **self.arguments(*inputs))
         has_flips = self.kinks is not None and torch.finfo(self.dtype).eps > 1e-6
         return Trial(truth, found, {name: timed(name) for name in found}, count, missing, cost, has_flips)
+
+    def _without_kinks(self, exact: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
+        """`upstream` for the check, in which outputs at a kink, of the inputs `exact`, get no gradient."""
+        if self.kinks is None:
+            return upstream
+        with torch.no_grad():
+            masked = self.kinks(*exact)
+        return [one.masked_fill(masked, 0.0) for one in upstream]
 
 
 @dataclass(frozen=True)
