@@ -204,6 +204,7 @@ def _draw(plot: Callable[[Any, dict[str, Any]], None], results: dict[str, Any], 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # Inches; what has many rows makes it higher.
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     plot(figure, results)
@@ -216,6 +217,7 @@ def _speedup_plot(figure: Any, results: dict[str, Any]) -> None:
     for case in _timed(results):
         if _median(case, "eager") >= 0.05:
             groups.setdefault((case["op"], case["kind"], case["mode"]), []).append(case)
+    figure.set_figheight(max(5.5, 1.2 + 0.2 * len(groups)))
     others = _other_names(results)
     named = set()
     for row, cases in enumerate(groups.values()):
@@ -232,8 +234,8 @@ def _speedup_plot(figure: Any, results: dict[str, Any]) -> None:
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}×")
-    axes.set_yticks(range(len(groups)), [f"{op} {kind}, {mode}" for op, kind, mode in groups])
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(groups)), [f"{op} {kind}".rstrip() + f", {mode}" for op, kind, mode in groups])
+    axes.set_ylim(len(groups), -1)
     axes.set_xlabel("speed-up of aefast (bar: median), calls of which eager takes 50 µs or more")
     if named:
         axes.legend(loc="lower right")
@@ -241,51 +243,60 @@ def _speedup_plot(figure: Any, results: dict[str, Any]) -> None:
 
 
 def _scaling_plot(figure: Any, results: dict[str, Any]) -> None:
-    timed = [case for case in _timed(results) if "batch" in case["sizes"]]
-    batches: dict[str, set[int]] = {}
-    for case in timed:
-        batches.setdefault(case["op"], set()).add(case["sizes"]["batch"])
-    ops = [op for op, found in batches.items() if len(found) > 1]
-    grid = figure.subplots(1, max(1, len(ops)), squeeze=False)[0]
-    for axes, op in zip(grid, ops, strict=False):
-        cases = [case for case in timed if case["op"] == op]
-        # Its last mode, and of that the shape that was run at most batches, the larger of two.
-        mode = cases[-1]["mode"]
-        series: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-        for case in cases:
-            if case["mode"] == mode:
-                rest = tuple((key, size) for key, size in case["sizes"].items() if key != "batch")
-                series.setdefault((case["kind"], case["dtype"], rest), []).append(case)
-        chosen = max(series.values(), key=lambda found: (len(found), math.prod(found[0]["sizes"].values())))
-        chosen.sort(key=lambda case: case["sizes"]["batch"])
-        names = ["eager", "aefast", *_other_names(results)]
-        for name, colour in zip(names, (EAGER_COLOUR, AEFAST_COLOUR, *VARIANT_COLOURS), strict=False):
+    columns = 4
+    by_op: dict[str, list[dict[str, Any]]] = {}
+    for case in _timed(results):
+        if "batch" in case["sizes"]:
+            by_op.setdefault(case["op"], []).append(case)
+    series = map(_over_batches, by_op.values())
+    panels = [chosen for chosen in series if len({case["sizes"]["batch"] for case in chosen}) > 1]
+    rows = max(1, -(-len(panels) // columns))
+    figure.set_size_inches(3.2 * columns, 0.6 + 2.8 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    names = ["eager", "aefast", *_other_names(results)]
+    colours = dict(zip(names, (EAGER_COLOUR, AEFAST_COLOUR, *VARIANT_COLOURS), strict=False))
+    lines = {}
+    for axes, chosen in zip(grid, panels, strict=False):
+        for name, colour in colours.items():
             present = [case for case in chosen if name in case["variants"]]
+            batches, times = (
+                [case["sizes"]["batch"] for case in present],
+                [_median(case, name) for case in present],
+            )
             if present:
-                axes.plot(
-                    [case["sizes"]["batch"] for case in present],
-                    [_median(case, name) for case in present],
-                    "o-",
-                    color=colour,
-                    label=name,
-                )
-        axes.plot(
+                (lines[name],) = axes.plot(batches, times, "o-", markersize=4, color=colour)
+        batches, floors = (
             [case["sizes"]["batch"] for case in chosen],
             [case["floor_ms"] for case in chosen],
-            ":",
-            color="black",
-            label="floor",
         )
+        (lines["floor"],) = axes.plot(batches, floors, ":", color="black")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xlabel("batch")
-        axes.set_ylabel("milliseconds")
+        axes.tick_params(which="both", labelsize=7)
         first = chosen[0]
         sizes = " → ".join(str(size) for key, size in first["sizes"].items() if key != "batch")
         axes.set_title(
-            f"{op} {first['kind']} {sizes}\n{first['dtype']}, {readme.MODE_NAMES[mode]}", fontsize=9
+            f"{first['op']} {first['kind']}\n{sizes}, {first['dtype']}, {readme.MODE_NAMES[first['mode']]}",
+            fontsize=8,
         )
-        axes.legend(fontsize=8)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.supxlabel("batch", fontsize=9)
+    figure.supylabel("milliseconds", fontsize=9)
+    if lines:
+        figure.legend(lines.values(), lines, loc="outside upper center", ncols=len(lines), fontsize=8)
+
+
+def _over_batches(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of an op's cases those in its last mode of the shape that was run at most batches, the larger of two."""
+    mode = cases[-1]["mode"]
+    series: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for case in cases:
+        if case["mode"] == mode:
+            rest = tuple((key, size) for key, size in case["sizes"].items() if key != "batch")
+            series.setdefault((case["kind"], case["dtype"], rest), []).append(case)
+    chosen = max(series.values(), key=lambda found: (len(found), math.prod(found[0]["sizes"].values())))
+    return sorted(chosen, key=lambda case: case["sizes"]["batch"])
 
 
 def _roofline_plot(figure: Any, results: dict[str, Any]) -> None:

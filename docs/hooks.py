@@ -54,20 +54,20 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def speed(op: str, where: str) -> str:
-    """The rows about an op in the README's tables, one table for each device that it was measured on.
+    """The rows about an op in the README's table.
 
     Raises:
         PluginError: nothing in bench/results is about it.
     """
-    tables = []
+    documents = []
     for path in sorted(RESULTS.glob("*.json")):
         results = document.load_results(path)
         cases = [case for case in results["cases"] if case["op"] == op]
         if cases:
-            tables.append(readme.table({**results, "cases": cases}))
-    if not tables:
+            documents.append({**results, "cases": cases})
+    if not documents:
         raise PluginError(f"{where}: speed: {op}: no results of it in {RESULTS}")
-    return "\n\n".join(tables)
+    return readme.joint_table(documents)
 
 
 def linked(markdown: str, uri: str) -> str:

@@ -21,7 +21,7 @@ def made(speedup: float = 1.0, failure: str | None = None, spread: float = 0.0, 
     result = Result(
         id="op/x-fwd",
         op="op",
-        kind="gelu",
+        kind=given.pop("kind", "gelu"),
         dtype="fp32",
         mode="fwd",
         sizes={"batch": 8, "inputs": 4, "features": 2},
@@ -148,6 +148,18 @@ def test_readme_table():
     row, _, failing = readme.table(results).splitlines()[-3:]
     assert row == "| `op` | gelu | fp32 | forward | 2 | 3.00× | 4.00× | 2.00× |"
     assert failing == "Wrong, and therefore not timed: op/x-fwd."
+
+
+def test_joint_table_has_a_column_for_each_device():
+    one, other = made(2.0), made(5.0, kind="relu")
+    one["cases"] += made(4.0)["cases"]
+    header, _, *rows = readme.joint_table([one, other]).splitlines()[2:]
+    name = one["device"]["name"]
+    assert header == f"| op | kind | dtype | mode | {name} | {name} |"
+    assert rows == [
+        "| `op` | gelu | fp32 | forward | 3.00× (2.00 to 4.00) |  |",
+        "| `op` | relu | fp32 | forward |  | 5.00× |",
+    ]
 
 
 def test_device_name_says_threads_and_instructions():
