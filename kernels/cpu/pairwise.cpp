@@ -284,6 +284,42 @@ AEFAST_HD void add_column_products(const A* w, const A* x, const A* y, int64_t c
   for (; k < width; k += kWidth<A>) add_column_products<kDifferences, A, 1>(w, x, y, count, width, k, products);
 }
 
+// Both, where a point is one vector and no differences are summed: each weight is read once for the two. Bit for bit
+// what they are one by one.
+template <typename A>
+AEFAST_HD void add_both_products(const A* w, const A* x, const A* y, int64_t count, A* gradient, A* products,
+                                 A* column_sums) {
+  constexpr int64_t width = kWidth<A>;
+  Vector<A> points[kRows], of_rows[kRows] = {};
+  for (int64_t row = 0; row < kRows; ++row) points[row] = read<Vector<A>>(x + row * width);
+  for (int64_t j = 0; j < count; ++j) {
+    const auto point = read<Vector<A>>(y + j * width);
+    Vector<A> sum = {};
+    for (int64_t row = 0; row < kRows; ++row) {
+      const Vector<A> weight = broadcast(w[row * kPoints + j]);
+      of_rows[row] += weight * point;
+      sum += weight * points[row];
+    }
+    write(products + j * width, read<Vector<A>>(products + j * width) + sum);
+  }
+  Vector<A> sums[kRows] = {};
+  for (int64_t col = 0; col < kPoints; col += kWidth<A>) {
+    auto column = read<Vector<A>>(column_sums + col);
+    for (int64_t row = 0; row < kRows; ++row) {
+      const auto weights = read<Vector<A>>(w + row * kPoints + col);
+      sums[row] += weights;
+      column += weights;
+    }
+    write(column_sums + col, column);
+  }
+  for (int64_t row = 0; row < kRows; ++row) {
+    A sum = 0;
+    for (int64_t lane = 0; lane < kWidth<A>; ++lane) sum += sums[row][lane];
+    A* const to = gradient + row * width;
+    write(to, read<Vector<A>>(to) + (broadcast(sum) * points[row] - of_rows[row]));
+  }
+}
+
 template <Kind kKind, typename A>
 double sum_tile(const Function<A>& function, const Tile& tile) {
   constexpr bool kDifferences = pairwise::sums_differences(kKind);
@@ -310,6 +346,11 @@ double sum_tile(const Function<A>& function, const Tile& tile) {
         total += evaluate_row<kKind>(function, w + row * kPoints, first + row < tile.count_i ? tile.count_j : 0,
                                      first + row + tile.excluded);
     }
+    if constexpr (!kDifferences)
+      if (x_gradient && y_gradient && width == kWidth<A>) {
+        add_both_products(w, rows, y, tile.count_j, x_gradient + first * width, products, column_sums);
+        continue;
+      }
     if (x_gradient) add_row_gradients<kDifferences>(w, rows, y, tile.count_j, width, x_gradient + first * width);
     if (y_gradient) add_column_products<kDifferences>(w, rows, y, tile.count_j, width, products, column_sums);
   }
