@@ -134,7 +134,7 @@ def test_torchrun(tmp_path):
         "cpu",
     ]
     finished = processes.run([*command, "train", *options], env=processes.environment(OMP_NUM_THREADS=1))
-    # A process that is done has been seen to abort as it exits, 3 times in 80 runs beside other load, with this message
+    # A process that is done has been seen to abort as it exits, 3 times in 70 runs beside other load, with this message
     # of a thread that was not joined. aefast's libraries start none; whose it is, is not known.
     if finished.returncode and "terminate called without an active exception" in finished.stdout:
         options += ["--overwrite"]
