@@ -21,38 +21,74 @@ namespace {
 using pairwise::Function;
 using pairwise::Kind;
 
+// Players of a team in a tournament of many. Blocks of two such teams fit into half a megabyte.
+constexpr int64_t kMostOfTeam = 8;
+
 // The sum of body(i, j) over all pairs i <= j of `players`, in an order that threads do not change. No two calls at a time
 // have a player in common, and the calls that have one come in a fixed order.
+//
+// Players make up teams. On day 0 a team plays against itself. Then the last team stays where it is while the others move
+// on in a circle, day by day, and each meets whom it is opposite, nobody if their number is odd. A match takes as many
+// rounds as a team has players, and a player has a game in each.
 template <typename Body>
 double tournament(int64_t players, const Body& body) {
-  if (players == 0) return 0.0;
-  // In round 0 all play against themselves. Then player `last` stays where it is while the others move on in a circle,
-  // and each plays against whom it meets; with an odd number of players `last` is nobody.
-  const int64_t last = players - 1 + players % 2, tables = (last + 1) / 2, games = players + last * tables;
+  int64_t size = 1;
+  while (size < kMostOfTeam && players >= 2 * kMostOfTeam * size) size *= 2;
+  const int64_t teams = (players + size - 1) / size, last = teams - 1 + teams % 2, matches_of_day = (last + 1) / 2;
+  const int64_t of_match = size * size, of_day_0 = teams * of_match, of_day = matches_of_day * of_match;
+  const int64_t games = of_day_0 + last * of_day;
   std::vector<double> results(games);
-  std::vector<std::atomic<int32_t>> played(last + 1);
+  std::vector<std::atomic<int32_t>> played((last + 1) * size);
   for (auto& rounds : played) rounds.store(0, std::memory_order_relaxed);
+
+  // Who meets at a table when the one numbered `stays` has stayed there while the others moved on `turns` times.
+  const auto opponents = [](int64_t stays, int64_t turns, int64_t table) {
+    const int64_t one = table == 0 ? stays : (turns + table) % stays, other = (turns + stays - table) % stays;
+    return std::pair(std::min(one, other), std::max(one, other));
+  };
+  const auto play = [&](int64_t day, int64_t match, int64_t round, int64_t table) {
+    int64_t i, j;
+    if (day > 0) {
+      const auto [one, other] = opponents(last, day - 1, match);
+      i = one * size + table;
+      j = other * size + (table + round) % size;
+    } else if (round == 0) {
+      i = j = match * size + table;
+    } else if (table < size / 2) {
+      const auto [one, other] = opponents(size - 1, round - 1, table);
+      i = match * size + one;
+      j = match * size + other;
+    } else {
+      return;
+    }
+    const int32_t before = static_cast<int32_t>(day * size + round);
+    for (const int64_t player : {i, j})
+      while (player < players && played[player].load(std::memory_order_acquire) < before) std::this_thread::yield();
+    const int64_t first = day == 0 ? 0 : of_day_0 + (day - 1) * of_day;
+    if (j < players) results[first + (match * size + round) * size + table] = body(i, j);
+    for (const int64_t player : {i, j}) played[player].store(before + 1, std::memory_order_release);
+  };
+
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  // A thread that plays a whole match finds two teams in its cache over and over. Where there are too few matches for all
+  // threads they share them, round by round.
+  const bool is_match_by_match = 2 * threads <= matches_of_day;
+  const int64_t at_once = is_match_by_match ? of_match : 1;
   std::atomic<int64_t> next{0};
+  // Games are begun in an order in which those that are waited for are under way.
   const auto work = [&] {
-    for (int64_t game = next++; game < games; game = next++) {
-      int64_t i = game, j = game;
-      int32_t round = 0;
-      if (game >= players) {
-        const int64_t turn = (game - players) / tables, table = (game - players) % tables;
-        const int64_t one = table == 0 ? last : (turn + table) % last, other = (turn + last - table) % last;
-        i = std::min(one, other);
-        j = std::max(one, other);
-        round = static_cast<int32_t>(turn) + 1;
+    for (int64_t game = at_once * next++; game < games; game = at_once * next++) {
+      const int64_t day = game < of_day_0 ? 0 : 1 + (game - of_day_0) / of_day;
+      const int64_t at = day == 0 ? game : (game - of_day_0) % of_day, matches = day == 0 ? teams : matches_of_day;
+      if (is_match_by_match) {
+        for (int64_t one = 0; one < of_match; ++one) play(day, at / of_match, one / size, one % size);
+      } else {
+        const int64_t table = at % (matches * size);
+        play(day, table / size, at / (matches * size), table % size);
       }
-      // Games are begun in order, so that those waited for are under way.
-      for (const int64_t player : {i, j})
-        while (player < players && played[player].load(std::memory_order_acquire) < round) std::this_thread::yield();
-      if (j < players) results[game] = body(i, j);
-      for (const int64_t player : {i, j}) played[player].store(round + 1, std::memory_order_release);
     }
   };
-  const int64_t threads = std::min<int64_t>(static_cast<int64_t>(torch::stable::get_num_threads()), tables);
-  if (threads <= 1)
+  if (threads <= 1 || players <= 1)
     work();
   else
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
@@ -184,7 +220,7 @@ Kind kind_of(const std::string& name, double alpha) {
 // How often a kernel has to be squared to be the one of that rate, if an error that doubles with each time stays small;
 // 0 if it has to be computed anew.
 int32_t squarings_of(double from, double to, int32_t so_far) {
-  for (int32_t count = 1; so_far + count <= 4; ++count)
+  for (int32_t count = 1; so_far + count <= pairwise::kMostSquarings; ++count)
     if (std::abs(to / from - std::ldexp(1.0, count)) < 1e-12 * std::ldexp(1.0, count)) return count;
   return 0;
 }

@@ -122,6 +122,15 @@ AEFAST_HD void squared_distances(const A* rows, const A* columns, int64_t dimens
     }
 }
 
+// NaN stays what it is.
+template <typename A>
+AEFAST_HD Vector<A> at_least_zero(Vector<A> x) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) return _mm512_maskz_max_ps(0xffff, Vector<A>{}, x);
+#endif
+  return x < 0 ? Vector<A>{} : x;
+}
+
 // The same from products, `norms` being those of the rows.
 template <typename A>
 AEFAST_HD void distances_from_products(const A* rows, const A* norms, const A* columns, int64_t dimensions, A* u) {
@@ -143,9 +152,7 @@ AEFAST_HD void distances_from_products(const A* rows, const A* norms, const A* c
     }
     for (int64_t row = 0; row < kRows; ++row)
       for (int part = 0; part < 2; ++part) {
-        // NaN is not less than 0, and stays.
-        const Vector<A> sum = sums[row][part];
-        write(u + row * kPoints + col + part * kWidth<A>, sum < 0 ? Vector<A>{} : sum);
+        write(u + row * kPoints + col + part * kWidth<A>, at_least_zero<A>(sums[row][part]));
       }
   }
 }
@@ -160,17 +167,57 @@ AEFAST_HD void tile_distances(const Tile& tile, int64_t first, A* u) {
     squared_distances(rows, columns, tile.dimensions, u);
 }
 
-// Sums values at `count` squared distances; slopes take their place.
-template <Kind kKind, typename A>
-AEFAST_HD double evaluate_all(const Function<A>& function, A* u, int64_t count) {
-  using C = Lanes<A>;
-  C sum(A(0));
-  for (int64_t at = 0; at < count; at += kLanes<A>) {
-    C value, slope;
-    pairwise::evaluate<kKind>(function, read_lanes(u + at), value, slope);
-    sum = sum + value;
-    write_lanes(u + at, slope);
+// Whether a mixture of rbf is one that the compiler knows: of five kernels, each the one before squared kSquarings times,
+// unless it takes an exponential again. Those are rates that double, as the default ones do, and bandwidths that do.
+constexpr int kKnown = 5;
+template <int kSquarings>
+constexpr int squarings_of(int k) {
+  return k % (pairwise::kMostSquarings / kSquarings + 1) == 0 ? 0 : kSquarings;
+}
+template <int kSquarings, typename A>
+bool is_known(const Function<A>& function) {
+  if (function.count != kKnown) return false;
+  for (int k = 0; k < kKnown; ++k)
+    if (function.squarings[k] != squarings_of<kSquarings>(k)) return false;
+  return true;
+}
+
+// pairwise::evaluate() of such a mixture, in which no loop is left.
+template <int kSquarings, int kCount, typename C, typename A>
+AEFAST_HD void evaluate_known(const Function<A>& function, const C (&u)[kCount], C (&value)[kCount], C (&slope)[kCount]) {
+  C power[kCount];
+#pragma GCC unroll 8
+  for (int k = 0; k < kKnown; ++k) {
+    const C weight(function.weight[k]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      if (squarings_of<kSquarings>(k) == 0) power[i] = exp2_nonpositive(C(-function.rate[k]) * u[i]);
+      for (int step = 0; step < squarings_of<kSquarings>(k); ++step) power[i] = power[i] * power[i];
+      value[i] = k == 0 ? power[i] : value[i] + power[i];
+      slope[i] = k == 0 ? weight * power[i] : slope[i] + weight * power[i];
+    }
   }
+}
+
+// Vectors of squared distances that are evaluated at a time. An exponential's chain of instructions is long, and several
+// of them, as far as registers go, keep the units busy; the other kernels do that by themselves.
+template <Kind kKind>
+constexpr int kAtOnce = kKind != Kind::rbf ? 1 : kVectorBytes == 64 ? 4 : 2;
+
+// Values at kCount vectors of squared distances; slopes take their place. kSquarings is that of a known mixture, or 0.
+template <Kind kKind, int kSquarings, typename A, int kCount>
+AEFAST_HD void evaluate_next(const Function<A>& function, A* u, Lanes<A> (&value)[kCount]) {
+  Lanes<A> distance[kCount], slope[kCount];
+  for (int i = 0; i < kCount; ++i) distance[i] = read_lanes(u + i * kLanes<A>);
+  if constexpr (kSquarings > 0)
+    evaluate_known<kSquarings>(function, distance, value, slope);
+  else
+    pairwise::evaluate<kKind>(function, distance, value, slope);
+  for (int i = 0; i < kCount; ++i) write_lanes(u + i * kLanes<A>, slope[i]);
+}
+
+template <typename A>
+AEFAST_HD double sum_of_lanes(Lanes<A> sum) {
   A lanes[kLanes<A>];
   write_lanes(lanes, sum);
   double total = 0.0;
@@ -178,23 +225,49 @@ AEFAST_HD double evaluate_all(const Function<A>& function, A* u, int64_t count) 
   return total;
 }
 
-// The same of a row, in which there are no pairs from `end` on nor at `excluded`, which may lie anywhere: values and
-// slopes there are 0.
-template <Kind kKind, typename A>
-AEFAST_HD double evaluate_row(const Function<A>& function, A* u, int64_t end, int64_t excluded) {
-  using C = Lanes<A>;
-  A values[kPoints];
-  for (int64_t col = 0; col < kPoints; col += kLanes<A>) {
-    C value, slope;
-    pairwise::evaluate<kKind>(function, read_lanes(u + col), value, slope);
-    write_lanes(values + col, value);
-    write_lanes(u + col, slope);
+// Sums values at squared distances u (kRows, kPoints); slopes take their place.
+template <Kind kKind, int kSquarings, typename A>
+AEFAST_HD double evaluate_rows(const Function<A>& function, A* u) {
+  constexpr int kCount = kAtOnce<kKind>;
+  Lanes<A> sum(A(0)), value[kCount];
+  for (int64_t at = 0; at < kRows * kPoints; at += kCount * kLanes<A>) {
+    evaluate_next<kKind, kSquarings>(function, u + at, value);
+    for (int i = 0; i < kCount; ++i) sum = sum + value[i];
   }
-  for (int64_t col = end; col < kPoints; ++col) u[col] = 0;
-  if (excluded >= 0 && excluded < end) u[excluded] = values[excluded] = 0;
-  double total = 0.0;
-  for (int64_t col = 0; col < end; ++col) total += static_cast<double>(values[col]);
-  return total;
+  return sum_of_lanes<A>(sum);
+}
+
+// The same of the tile's rows from `first` on where some of these are no pairs of it: values and slopes there are 0.
+template <Kind kKind, int kSquarings, typename A>
+AEFAST_HD double evaluate_pairs(const Function<A>& function, const Tile& tile, int64_t first, A* u) {
+  constexpr int kCount = kAtOnce<kKind>;
+  alignas(64) A values[kRows * kPoints];
+  Lanes<A> sum(A(0)), value[kCount];
+  for (int64_t at = 0; at < kRows * kPoints; at += kCount * kLanes<A>) {
+    evaluate_next<kKind, kSquarings>(function, u + at, value);
+    for (int i = 0; i < kCount; ++i) write_lanes(values + at + i * kLanes<A>, value[i]);
+  }
+  for (int64_t row = 0; row < kRows; ++row) {
+    const auto clear = [&](int64_t col) { u[row * kPoints + col] = values[row * kPoints + col] = 0; };
+    for (int64_t col = first + row < tile.count_i ? tile.count_j : 0; col < kPoints; ++col) clear(col);
+    const int64_t excluded = first + row + tile.excluded;
+    if (excluded >= 0 && excluded < kPoints) clear(excluded);
+  }
+  for (int64_t at = 0; at < kRows * kPoints; at += kLanes<A>) sum = sum + read_lanes(values + at);
+  return sum_of_lanes<A>(sum);
+}
+
+// The sum of a vector's elements, by halves.
+template <typename A, int kBytes = kVectorBytes>
+AEFAST_HD A sum_of(Vector<A, kBytes> x) {
+  if constexpr (kBytes == sizeof(A)) {
+    return x[0];
+  } else {
+    A elements[kBytes / sizeof(A)];
+    write(elements, x);
+    using Half = Vector<A, kBytes / 2>;
+    return sum_of<A, kBytes / 2>(read<Half>(elements) + read<Half>(elements + kBytes / 2 / sizeof(A)));
+  }
 }
 
 // gradient[row] += Σ_j w[row][j] (x[row] - y[j]), for kRows rows, of kVectors vectors from k on; `sums` are Σ_j w[row][j].
@@ -230,7 +303,7 @@ AEFAST_HD void add_row_gradients(const A* w, const A* x, const A* y, int64_t cou
     for (int64_t row = 0; row < kRows; ++row) {
       Vector<A> sum = {};
       for (int64_t col = 0; col < kPoints; col += kWidth<A>) sum += read<Vector<A>>(w + row * kPoints + col);
-      for (int64_t lane = 0; lane < kWidth<A>; ++lane) sums[row] += sum[lane];
+      sums[row] = sum_of<A>(sum);
     }
   int64_t k = 0;
   for (; k + 2 * kWidth<A> <= width; k += 2 * kWidth<A>)
@@ -290,20 +363,10 @@ template <typename A>
 AEFAST_HD void add_both_products(const A* w, const A* x, const A* y, int64_t count, A* gradient, A* products,
                                  A* column_sums) {
   constexpr int64_t width = kWidth<A>;
-  Vector<A> points[kRows], of_rows[kRows] = {};
+  Vector<A> points[kRows], of_rows[kRows] = {}, sums[kRows] = {};
   for (int64_t row = 0; row < kRows; ++row) points[row] = read<Vector<A>>(x + row * width);
-  for (int64_t j = 0; j < count; ++j) {
-    const auto point = read<Vector<A>>(y + j * width);
-    Vector<A> sum = {};
-    for (int64_t row = 0; row < kRows; ++row) {
-      const Vector<A> weight = broadcast(w[row * kPoints + j]);
-      of_rows[row] += weight * point;
-      sum += weight * points[row];
-    }
-    write(products + j * width, read<Vector<A>>(products + j * width) + sum);
-  }
-  Vector<A> sums[kRows] = {};
-  for (int64_t col = 0; col < kPoints; col += kWidth<A>) {
+  for (int64_t col = 0; col < count; col += width) {
+    // Additions beside the multiplications, which are what takes its time.
     auto column = read<Vector<A>>(column_sums + col);
     for (int64_t row = 0; row < kRows; ++row) {
       const auto weights = read<Vector<A>>(w + row * kPoints + col);
@@ -311,16 +374,24 @@ AEFAST_HD void add_both_products(const A* w, const A* x, const A* y, int64_t cou
       column += weights;
     }
     write(column_sums + col, column);
+    for (int64_t j = col; j < col + width && j < count; ++j) {
+      const auto point = read<Vector<A>>(y + j * width);
+      Vector<A> sum = {};
+      for (int64_t row = 0; row < kRows; ++row) {
+        const Vector<A> weight = broadcast(w[row * kPoints + j]);
+        of_rows[row] += weight * point;
+        sum += weight * points[row];
+      }
+      write(products + j * width, read<Vector<A>>(products + j * width) + sum);
+    }
   }
   for (int64_t row = 0; row < kRows; ++row) {
-    A sum = 0;
-    for (int64_t lane = 0; lane < kWidth<A>; ++lane) sum += sums[row][lane];
     A* const to = gradient + row * width;
-    write(to, read<Vector<A>>(to) + (broadcast(sum) * points[row] - of_rows[row]));
+    write(to, read<Vector<A>>(to) + (broadcast(sum_of<A>(sums[row])) * points[row] - of_rows[row]));
   }
 }
 
-template <Kind kKind, typename A>
+template <Kind kKind, int kSquarings, typename A>
 double sum_tile(const Function<A>& function, const Tile& tile) {
   constexpr bool kDifferences = pairwise::sums_differences(kKind);
   const WithoutSubnormals mode;
@@ -339,13 +410,8 @@ double sum_tile(const Function<A>& function, const Tile& tile) {
     tile_distances(tile, first, w);
     const bool is_whole = tile.count_j == kPoints && first + kRows <= tile.count_i &&
                           (first + tile.excluded + kRows <= 0 || first + tile.excluded >= kPoints);
-    if (is_whole) {
-      total += evaluate_all<kKind>(function, w, kRows * kPoints);
-    } else {
-      for (int64_t row = 0; row < kRows; ++row)
-        total += evaluate_row<kKind>(function, w + row * kPoints, first + row < tile.count_i ? tile.count_j : 0,
-                                     first + row + tile.excluded);
-    }
+    total += is_whole ? evaluate_rows<kKind, kSquarings>(function, w)
+                      : evaluate_pairs<kKind, kSquarings>(function, tile, first, w);
     if constexpr (!kDifferences)
       if (x_gradient && y_gradient && width == kWidth<A>) {
         add_both_products(w, rows, y, tile.count_j, x_gradient + first * width, products, column_sums);
@@ -367,14 +433,15 @@ double sum_tile(const Function<A>& function, const Tile& tile) {
 
 template <Kind kKind, typename A>
 void tile_values(const Function<A>& function, const Tile& tile, A* out, int64_t stride) {
+  constexpr int kCount = kAtOnce<kKind>;
   const WithoutSubnormals mode;
   alignas(64) A u[kRows * kPoints];
   for (int64_t first = 0; first < tile.count_i; first += kRows) {
     tile_distances(tile, first, u);
-    for (int64_t at = 0; at < kRows * kPoints; at += kLanes<A>) {
-      Lanes<A> value, slope;
-      pairwise::evaluate<kKind>(function, read_lanes(u + at), value, slope);
-      write_lanes(u + at, value);
+    for (int64_t at = 0; at < kRows * kPoints; at += kCount * kLanes<A>) {
+      Lanes<A> value[kCount];
+      evaluate_next<kKind, 0>(function, u + at, value);
+      for (int i = 0; i < kCount; ++i) write_lanes(u + at + i * kLanes<A>, value[i]);
     }
     for (int64_t row = first; row < tile.count_i && row < first + kRows; ++row)
       std::memcpy(out + row * stride, u + (row - first) * kPoints, tile.count_j * sizeof(A));
@@ -396,8 +463,13 @@ auto with_kind(Kind kind, const Body& body) {
 double sum(bool is_double, Kind kind, const void* function, const Tile& tile) {
   return with_kind(kind, [&](auto known) {
     constexpr Kind kKind = decltype(known)::value;
-    return is_double ? sum_tile<kKind>(*static_cast<const Function<double>*>(function), tile)
-                     : sum_tile<kKind>(*static_cast<const Function<float>*>(function), tile);
+    if (is_double) return sum_tile<kKind, 0>(*static_cast<const Function<double>*>(function), tile);
+    const auto& of_floats = *static_cast<const Function<float>*>(function);
+    if constexpr (kKind == Kind::rbf) {
+      if (is_known<1>(of_floats)) return sum_tile<kKind, 1>(of_floats, tile);
+      if (is_known<2>(of_floats)) return sum_tile<kKind, 2>(of_floats, tile);
+    }
+    return sum_tile<kKind, 0>(of_floats, tile);
   });
 }
 

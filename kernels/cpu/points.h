@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "matrix.h"
+#include "memory.h"
 #include "pairwise.h"
 #include "parallel.h"
 
@@ -16,14 +17,29 @@ inline Points points_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), scalar_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
 }
 
-// Memory that begins with a cache line.
+// Uninitialised memory that begins with a cache line.
 class Buffer {
  public:
-  explicit Buffer(int64_t bytes) : data_(new char[bytes + 64]) {}
-  char* get() const { return data_.get() + (64 - reinterpret_cast<uintptr_t>(data_.get()) % 64) % 64; }
+  explicit Buffer(int64_t bytes) : block_(take_block(static_cast<size_t>(bytes))) {
+    if (block_) {
+      data_ = static_cast<char*>(data_of(block_));
+    } else {
+      own_.reset(new char[bytes + 64]);
+      data_ = own_.get() + (64 - reinterpret_cast<uintptr_t>(own_.get()) % 64) % 64;
+    }
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() {
+    if (block_) give_back(block_);
+  }
+
+  char* get() const { return data_; }
 
  private:
-  std::unique_ptr<char[]> data_;
+  Block* block_;
+  std::unique_ptr<char[]> own_;
+  char* data_;
 };
 
 }  // namespace aefast::cpu

@@ -30,56 +30,78 @@ struct Function {
   A alpha;
 };
 
-// The value at u >= 0, and the slope as `weight` has it; where √u has no derivative, at 0, the slope is 0.
-template <Kind kKind, typename C, typename A>
-AEFAST_HD void evaluate(const Function<A>& function, C u, C& value, C& slope) {
+// Squarings in a row, each of which doubles the error, before a kernel of rbf takes an exponential again.
+constexpr int kMostSquarings = 4;
+
+// The values at several u >= 0, whose chains of instructions run side by side, and the slopes as `weight` has them; where
+// √u has no derivative, at 0, the slope is 0.
+template <Kind kKind, int kCount, typename C, typename A>
+AEFAST_HD void evaluate(const Function<A>& function, const C (&u)[kCount], C (&value)[kCount], C (&slope)[kCount]) {
   using elementary::exp2_nonpositive;
   using elementary::is_zero;
   using elementary::log;
   using elementary::reciprocal;
   using elementary::reciprocal_root;
   using elementary::select;
+  for (int i = 0; i < kCount; ++i) value[i] = slope[i] = C(A(0));
   if constexpr (kKind == Kind::rbf) {
-    C power(A(0));
-    value = slope = C(A(0));
+    C power[kCount];
+    for (int i = 0; i < kCount; ++i) power[i] = C(A(0));
     for (int64_t k = 0; k < function.count; ++k) {
-      if (function.squarings[k] == 0) power = exp2_nonpositive(C(-function.rate[k]) * u);
-      for (int32_t step = 0; step < function.squarings[k]; ++step) power = power * power;
-      value = value + power;
-      slope = slope + C(function.weight[k]) * power;
-    }
-  } else if constexpr (kKind == Kind::imq) {
-    value = slope = C(A(0));
-    for (int64_t k = 0; k < function.count; ++k) {
-      const C one = reciprocal(C(function.rate[k]) * u + C(A(1)));
-      value = value + one;
-      slope = slope + C(function.weight[k]) * (one * one);
-    }
-  } else if constexpr (kKind == Kind::rational_quadratic) {
-    value = slope = C(A(0));
-    for (int64_t k = 0; k < function.count; ++k) {
-      const C base = C(function.rate[k]) * u + C(A(1));
-      const C power = exp2_nonpositive(C(-function.alpha * A(1.4426950408889634)) * log(base));
-      value = value + power;
-      slope = slope + C(function.weight[k]) * (power * reciprocal(base));
-    }
-  } else {
-    // Beside 0 the root of any number will do.
-    const C inverse = reciprocal_root(u + C(A(1e-37)));
-    const C root = u * inverse;
-    if constexpr (kKind == Kind::energy) {
-      value = C(-function.rate[0]) * root;
-      slope = C(function.weight[0]);
-    } else {
-      value = slope = C(A(0));
-      for (int64_t k = 0; k < function.count; ++k) {
-        const C power = exp2_nonpositive(C(-function.rate[k]) * root);
-        value = value + power;
-        slope = slope + C(function.weight[k]) * power;
+      if (function.squarings[k] == 0)
+        for (int i = 0; i < kCount; ++i) power[i] = exp2_nonpositive(C(-function.rate[k]) * u[i]);
+      for (int32_t step = 0; step < function.squarings[k]; ++step)
+        for (int i = 0; i < kCount; ++i) power[i] = power[i] * power[i];
+      for (int i = 0; i < kCount; ++i) {
+        value[i] = value[i] + power[i];
+        slope[i] = slope[i] + C(function.weight[k]) * power[i];
       }
     }
-    slope = select(is_zero(u), C(A(0)), slope * inverse);
+  } else if constexpr (kKind == Kind::imq) {
+    for (int64_t k = 0; k < function.count; ++k)
+      for (int i = 0; i < kCount; ++i) {
+        const C one = reciprocal(C(function.rate[k]) * u[i] + C(A(1)));
+        value[i] = value[i] + one;
+        slope[i] = slope[i] + C(function.weight[k]) * (one * one);
+      }
+  } else if constexpr (kKind == Kind::rational_quadratic) {
+    for (int64_t k = 0; k < function.count; ++k)
+      for (int i = 0; i < kCount; ++i) {
+        const C base = C(function.rate[k]) * u[i] + C(A(1));
+        const C power = exp2_nonpositive(C(-function.alpha * A(1.4426950408889634)) * log(base));
+        value[i] = value[i] + power;
+        slope[i] = slope[i] + C(function.weight[k]) * (power * reciprocal(base));
+      }
+  } else {
+    C inverse[kCount], root[kCount];
+    for (int i = 0; i < kCount; ++i) {
+      // Beside 0 the root of any number will do.
+      inverse[i] = reciprocal_root(u[i] + C(A(1e-37)));
+      root[i] = u[i] * inverse[i];
+      if constexpr (kKind == Kind::energy) {
+        value[i] = C(-function.rate[0]) * root[i];
+        slope[i] = C(function.weight[0]);
+      }
+    }
+    if constexpr (kKind == Kind::laplacian)
+      for (int64_t k = 0; k < function.count; ++k)
+        for (int i = 0; i < kCount; ++i) {
+          const C power = exp2_nonpositive(C(-function.rate[k]) * root[i]);
+          value[i] = value[i] + power;
+          slope[i] = slope[i] + C(function.weight[k]) * power;
+        }
+    for (int i = 0; i < kCount; ++i) slope[i] = select(is_zero(u[i]), C(A(0)), slope[i] * inverse[i]);
   }
+}
+
+// Of one u.
+template <Kind kKind, typename C, typename A>
+AEFAST_HD void evaluate(const Function<A>& function, C u, C& value, C& slope) {
+  const C at[1] = {u};
+  C values[1], slopes[1];
+  evaluate<kKind>(function, at, values, slopes);
+  value = values[0];
+  slope = slopes[0];
 }
 
 }  // namespace aefast::pairwise

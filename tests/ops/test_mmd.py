@@ -15,6 +15,8 @@ from support import numerics
 
 CPU = torch.device("cpu")
 FIVE = (0.5, 1.0, 2.0, 4.0, 8.0)
+# Of rates that double, as the default bandwidths are.
+OCTAVES = tuple(2.0 ** (k / 2) for k in range(-2, 3))
 
 
 def draw(*shape, seed=1, dtype=torch.float64):
@@ -159,7 +161,8 @@ def test_matches_the_formulas_on_many_points(d, kernel, counts):
 def test_each_instruction_set(poisoned_memory, instruction_set, kernel):
     x, y = draw(140, 5, dtype=torch.float32), draw(70, 5, seed=2, dtype=torch.float32) + 0.5
     for alpha in (1.0, 0.7):
-        check(x, y, kernel, FIVE, "unbiased", alpha=alpha)
+        for bandwidths in (FIVE, OCTAVES):
+            check(x, y, kernel, bandwidths, "unbiased", alpha=alpha)
         check(x, y, kernel, (0.3, 1.1, 2.7), "biased", alpha=alpha)
 
 
@@ -220,6 +223,32 @@ def test_energy_distance_is_that_of_its_definition():
     x, y = draw(30, 4), draw(20, 4, seed=2) + 1
     expected = 2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()
     torch.testing.assert_close(AF.mmd(x, y, kernel="energy", estimator="biased"), expected)
+
+
+# Blocks are of 128 points, and teams of one, two, four or eight blocks; they are an even or odd number, and one of them
+# may be incomplete.
+@pytest.mark.parametrize("counts", [(700, 300), (1000, 950), (2000, 1200), (3000, 2000), (4400, 3900)])
+def test_does_not_depend_on_threads(counts):
+    numerics.require_backend("cpu", "mmd", "cpu", torch.float32)
+    x, y = (draw(count, 2, seed=count, dtype=torch.float32) for count in counts)
+    threads = torch.get_num_threads()
+
+    def once(count):
+        torch.set_num_threads(count)
+        try:
+            return found(x, y, bandwidth=1.0, estimator="biased")
+        finally:
+            torch.set_num_threads(threads)
+
+    first = once(1)
+    for ours, true in zip(first, exact(x, y, "rbf", (1.0,), "biased"), strict=True):
+        # Gradients are sums of thousands of terms of both signs.
+        torch.testing.assert_close(
+            ours.double(), true, rtol=0, atol=max(1e-7, 1e-5 * true.abs().max().item())
+        )
+    for count in (2, 2, 3, 5, 16):
+        for ours, theirs in zip(once(count), first, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_only_the_gradient_asked_for():
