@@ -69,7 +69,8 @@ double tournament(int64_t players, const Body& body) {
     for (const int64_t player : {i, j}) played[player].store(before + 1, std::memory_order_release);
   };
 
-  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t threads =
+      std::min<int64_t>(static_cast<int64_t>(torch::stable::get_num_threads()), (players + 1) / 2);
   // A thread that plays a whole match finds two teams in its cache over and over. Where there are too few matches for all
   // threads they share them, round by round.
   const bool is_match_by_match = 2 * threads <= matches_of_day;
@@ -88,7 +89,7 @@ double tournament(int64_t players, const Body& body) {
       }
     }
   };
-  if (threads <= 1 || players <= 1)
+  if (threads <= 1)
     work();
   else
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
