@@ -167,13 +167,21 @@ AEFAST_HD void tile_distances(const Tile& tile, int64_t first, A* u) {
     squared_distances(rows, columns, tile.dimensions, u);
 }
 
-// Whether a mixture of rbf is one that the compiler knows: of five kernels, each the one before squared kSquarings times,
-// unless it takes an exponential again. Those are rates that double, as the default ones do, and bandwidths that do.
+// A mixture of rbf that the compiler knows: of five kernels, each is the one before squared kSquarings times, unless it
+// takes an exponential again. Those are rates that double, as the default ones do, and bandwidths that do.
 constexpr int kKnown = 5;
+
+// One kernel in so many takes an exponential, from the first on.
+template <int kSquarings>
+constexpr int kPeriod = pairwise::kMostSquarings / kSquarings + 1;
+template <int kSquarings>
+constexpr int kExponentials = (kKnown + kPeriod<kSquarings> - 1) / kPeriod<kSquarings>;
+
 template <int kSquarings>
 constexpr int squarings_of(int k) {
-  return k % (pairwise::kMostSquarings / kSquarings + 1) == 0 ? 0 : kSquarings;
+  return k % kPeriod<kSquarings> == 0 ? 0 : kSquarings;
 }
+
 template <int kSquarings, typename A>
 bool is_known(const Function<A>& function) {
   if (function.count != kKnown) return false;
@@ -182,19 +190,30 @@ bool is_known(const Function<A>& function) {
   return true;
 }
 
-// pairwise::evaluate() of such a mixture, in which no loop is left.
-template <int kSquarings, int kCount, typename C, typename A>
-AEFAST_HD void evaluate_known(const Function<A>& function, const C (&u)[kCount], C (&value)[kCount], C (&slope)[kCount]) {
-  C power[kCount];
+template <int kSquarings, typename C, typename A>
+AEFAST_HD C known_exponential(const Function<A>& function, int number, C u) {
+  return exp2_nonpositive(C(-function.rate[number * kPeriod<kSquarings>]) * u);
+}
+
+// pairwise::evaluate() of a known mixture whose exponentials are in `power`; no loop is left. Meanwhile it makes those of
+// the vectors of squared distances at `u`, whose chains of instructions wait for none of these.
+template <int kSquarings, int kNumbers, int kCount, typename C, typename A>
+AEFAST_HD void evaluate_known(const Function<A>& function, C (&power)[kNumbers][kCount], C (&value)[kCount],
+                              C (&slope)[kCount], const A* u, C (&next)[kNumbers][kCount]) {
+  constexpr int kJobs = kNumbers * kCount, kPlaces = kKnown * kCount;
 #pragma GCC unroll 8
   for (int k = 0; k < kKnown; ++k) {
     const C weight(function.weight[k]);
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) {
-      if (squarings_of<kSquarings>(k) == 0) power[i] = exp2_nonpositive(C(-function.rate[k]) * u[i]);
-      for (int step = 0; step < squarings_of<kSquarings>(k); ++step) power[i] = power[i] * power[i];
-      value[i] = k == 0 ? power[i] : value[i] + power[i];
-      slope[i] = k == 0 ? weight * power[i] : slope[i] + weight * power[i];
+      C& one = power[k / kPeriod<kSquarings>][i];
+      for (int step = 0; step < squarings_of<kSquarings>(k); ++step) one = one * one;
+      value[i] = k == 0 ? one : value[i] + one;
+      slope[i] = k == 0 ? weight * one : slope[i] + weight * one;
+      // Spread evenly over the places that this one is of.
+      const int place = k * kCount + i, job = place * kJobs / kPlaces, number = job / kCount, other = job % kCount;
+      if (job < (place + 1) * kJobs / kPlaces)
+        next[number][other] = known_exponential<kSquarings>(function, number, read_lanes(u + other * kLanes<A>));
     }
   }
 }
@@ -203,17 +222,42 @@ AEFAST_HD void evaluate_known(const Function<A>& function, const C (&u)[kCount],
 // of them, as far as registers go, keep the units busy; the other kernels do that by themselves.
 template <Kind kKind>
 constexpr int kAtOnce = kKind != Kind::rbf ? 1 : kVectorBytes == 64 ? 4 : 2;
+constexpr int kKnownAtOnce = 2;
 
-// Values at kCount vectors of squared distances; slopes take their place. kSquarings is that of a known mixture, or 0.
-template <Kind kKind, int kSquarings, typename A, int kCount>
-AEFAST_HD void evaluate_next(const Function<A>& function, A* u, Lanes<A> (&value)[kCount]) {
-  Lanes<A> distance[kCount], slope[kCount];
-  for (int i = 0; i < kCount; ++i) distance[i] = read_lanes(u + i * kLanes<A>);
-  if constexpr (kSquarings > 0)
-    evaluate_known<kSquarings>(function, distance, value, slope);
-  else
-    pairwise::evaluate<kKind>(function, distance, value, slope);
-  for (int i = 0; i < kCount; ++i) write_lanes(u + i * kLanes<A>, slope[i]);
+// Values at squared distances u (kRows, kPoints), of which each vector is given to take(at, value); slopes take the place
+// of the distances. kSquarings is that of a known mixture, or 0.
+template <Kind kKind, int kSquarings, typename A, typename Take>
+AEFAST_HD void evaluate_rows(const Function<A>& function, A* u, const Take& take) {
+  using C = Lanes<A>;
+  constexpr int64_t kAll = kRows * kPoints;
+  if constexpr (kSquarings > 0) {
+    constexpr int kNumbers = kExponentials<kSquarings>, kCount = kKnownAtOnce;
+    C power[kNumbers][kCount], next[kNumbers][kCount], value[kCount], slope[kCount];
+    for (int number = 0; number < kNumbers; ++number)
+      for (int i = 0; i < kCount; ++i)
+        power[number][i] = known_exponential<kSquarings>(function, number, read_lanes(u + i * kLanes<A>));
+    for (int64_t at = 0; at < kAll; at += kCount * kLanes<A>) {
+      // After the last come the first again, for nothing.
+      const int64_t after = at + kCount * kLanes<A> < kAll ? at + kCount * kLanes<A> : 0;
+      evaluate_known<kSquarings>(function, power, value, slope, u + after, next);
+      for (int i = 0; i < kCount; ++i) {
+        take(at + i * kLanes<A>, value[i]);
+        write_lanes(u + at + i * kLanes<A>, slope[i]);
+        for (int number = 0; number < kNumbers; ++number) power[number][i] = next[number][i];
+      }
+    }
+  } else {
+    constexpr int kCount = kAtOnce<kKind>;
+    for (int64_t at = 0; at < kAll; at += kCount * kLanes<A>) {
+      C distance[kCount], value[kCount], slope[kCount];
+      for (int i = 0; i < kCount; ++i) distance[i] = read_lanes(u + at + i * kLanes<A>);
+      pairwise::evaluate<kKind>(function, distance, value, slope);
+      for (int i = 0; i < kCount; ++i) {
+        take(at + i * kLanes<A>, value[i]);
+        write_lanes(u + at + i * kLanes<A>, slope[i]);
+      }
+    }
+  }
 }
 
 template <typename A>
@@ -227,32 +271,24 @@ AEFAST_HD double sum_of_lanes(Lanes<A> sum) {
 
 // Sums values at squared distances u (kRows, kPoints); slopes take their place.
 template <Kind kKind, int kSquarings, typename A>
-AEFAST_HD double evaluate_rows(const Function<A>& function, A* u) {
-  constexpr int kCount = kAtOnce<kKind>;
-  Lanes<A> sum(A(0)), value[kCount];
-  for (int64_t at = 0; at < kRows * kPoints; at += kCount * kLanes<A>) {
-    evaluate_next<kKind, kSquarings>(function, u + at, value);
-    for (int i = 0; i < kCount; ++i) sum = sum + value[i];
-  }
+AEFAST_HD double sum_rows(const Function<A>& function, A* u) {
+  Lanes<A> sum(A(0));
+  evaluate_rows<kKind, kSquarings>(function, u, [&](int64_t, Lanes<A> value) { sum = sum + value; });
   return sum_of_lanes<A>(sum);
 }
 
 // The same of the tile's rows from `first` on where some of these are no pairs of it: values and slopes there are 0.
 template <Kind kKind, int kSquarings, typename A>
-AEFAST_HD double evaluate_pairs(const Function<A>& function, const Tile& tile, int64_t first, A* u) {
-  constexpr int kCount = kAtOnce<kKind>;
+AEFAST_HD double sum_pairs(const Function<A>& function, const Tile& tile, int64_t first, A* u) {
   alignas(64) A values[kRows * kPoints];
-  Lanes<A> sum(A(0)), value[kCount];
-  for (int64_t at = 0; at < kRows * kPoints; at += kCount * kLanes<A>) {
-    evaluate_next<kKind, kSquarings>(function, u + at, value);
-    for (int i = 0; i < kCount; ++i) write_lanes(values + at + i * kLanes<A>, value[i]);
-  }
+  evaluate_rows<kKind, kSquarings>(function, u, [&](int64_t at, Lanes<A> value) { write_lanes(values + at, value); });
   for (int64_t row = 0; row < kRows; ++row) {
     const auto clear = [&](int64_t col) { u[row * kPoints + col] = values[row * kPoints + col] = 0; };
     for (int64_t col = first + row < tile.count_i ? tile.count_j : 0; col < kPoints; ++col) clear(col);
     const int64_t excluded = first + row + tile.excluded;
     if (excluded >= 0 && excluded < kPoints) clear(excluded);
   }
+  Lanes<A> sum(A(0));
   for (int64_t at = 0; at < kRows * kPoints; at += kLanes<A>) sum = sum + read_lanes(values + at);
   return sum_of_lanes<A>(sum);
 }
@@ -410,8 +446,7 @@ double sum_tile(const Function<A>& function, const Tile& tile) {
     tile_distances(tile, first, w);
     const bool is_whole = tile.count_j == kPoints && first + kRows <= tile.count_i &&
                           (first + tile.excluded + kRows <= 0 || first + tile.excluded >= kPoints);
-    total += is_whole ? evaluate_rows<kKind, kSquarings>(function, w)
-                      : evaluate_pairs<kKind, kSquarings>(function, tile, first, w);
+    total += is_whole ? sum_rows<kKind, kSquarings>(function, w) : sum_pairs<kKind, kSquarings>(function, tile, first, w);
     if constexpr (!kDifferences)
       if (x_gradient && y_gradient && width == kWidth<A>) {
         add_both_products(w, rows, y, tile.count_j, x_gradient + first * width, products, column_sums);
@@ -433,18 +468,13 @@ double sum_tile(const Function<A>& function, const Tile& tile) {
 
 template <Kind kKind, typename A>
 void tile_values(const Function<A>& function, const Tile& tile, A* out, int64_t stride) {
-  constexpr int kCount = kAtOnce<kKind>;
   const WithoutSubnormals mode;
-  alignas(64) A u[kRows * kPoints];
+  alignas(64) A u[kRows * kPoints], values[kRows * kPoints];
   for (int64_t first = 0; first < tile.count_i; first += kRows) {
     tile_distances(tile, first, u);
-    for (int64_t at = 0; at < kRows * kPoints; at += kCount * kLanes<A>) {
-      Lanes<A> value[kCount];
-      evaluate_next<kKind, 0>(function, u + at, value);
-      for (int i = 0; i < kCount; ++i) write_lanes(u + at + i * kLanes<A>, value[i]);
-    }
+    evaluate_rows<kKind, 0>(function, u, [&](int64_t at, Lanes<A> value) { write_lanes(values + at, value); });
     for (int64_t row = first; row < tile.count_i && row < first + kRows; ++row)
-      std::memcpy(out + row * stride, u + (row - first) * kPoints, tile.count_j * sizeof(A));
+      std::memcpy(out + row * stride, values + (row - first) * kPoints, tile.count_j * sizeof(A));
   }
 }
 
