@@ -189,6 +189,16 @@ def test_squared_bandwidths_are_as_exact_as_others():
         check(x, y, "rbf", bandwidths, "unbiased")
 
 
+@pytest.mark.parametrize("bandwidths", [FIVE, OCTAVES], ids=["five", "octaves"])
+def test_errors_of_powers_average_out(instruction_set, bandwidths):
+    """Squaring again and again multiplies errors. Those of single values, 10⁻⁶, average out in the sums; what all
+    values near a distance have in common would not."""
+    scaled = tuple(4 * b for b in bandwidths)
+    x, y = draw(800, 64, dtype=torch.float32), 1.25 * draw(800, 64, seed=2, dtype=torch.float32)
+    value = found(x, y, bandwidth=scaled)[0].item()
+    assert value == pytest.approx(exact(x, y, "rbf", scaled, "unbiased")[0].item(), rel=4e-7)
+
+
 def test_far_points_and_narrow_bandwidths_are_zero(instruction_set):
     x, y = draw(130, 3, dtype=torch.float32), draw(130, 3, seed=2, dtype=torch.float32) + 1e6
     for kernel in ("rbf", "laplacian"):
