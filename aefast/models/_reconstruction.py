@@ -88,10 +88,10 @@ class LossConfig(DenseConfig):
         with _registry.backend("eager"):
             self.decoder_loss("sum")(empty, empty)
 
-    def decoder_loss(self, reduction: str, kind: str | None = None) -> DecoderLoss:
-        """The loss that the options name, or that of a likelihood, called `kind`."""
+    def decoder_loss(self, reduction: str, kind: str | None = None, **options: float) -> DecoderLoss:
+        """The loss that the options name, or that of a likelihood, called `kind`, with `options` of its own."""
         if self.loss is None:
-            return DecoderLoss(kind, {}, None, reduction)
+            return DecoderLoss(kind, options, None, reduction)
         names = ("loss_p", "loss_eps", "loss_delta")
         given = {name.removeprefix("loss_"): getattr(self, name) for name in names}
         if self.loss == "pyramid":

@@ -16,7 +16,7 @@ import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.models._base import ModelOutput, check_choice, register
 from aefast.models._reconstruction import LossConfig
-from aefast.models.vae import VAE, EagerVAE, VAEConfig, kl_weight
+from aefast.models.vae import VAE, EagerVAE, VAEConfig, weighted_kl
 from aefast.nn import LinearAct, MMDLoss
 from aefast.ops import _arguments, _pairwise, _registry, mmd_to_normal
 
@@ -208,7 +208,7 @@ class InfoVAE(VAE):
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
         reconstruction, kl, made, latent, z = self._pass(x)
-        kl = kl_weight(self, kl) * kl
+        kl = weighted_kl(self, kl)
         mmd = self.config.mmd_weight * self.prior_mmd(z)
         terms = {"reconstruction": reconstruction, "kl": kl, "mmd": mmd}
         return ModelOutput(made, latent, reconstruction + kl + mmd, terms)
@@ -234,7 +234,7 @@ class InfoVAE(VAE):
         config = self.config
         z, kl, _, _ = twin.head(twin.encoder(x))
         value = self.decoder_loss.eager(twin.decoder(z), x)
-        loss = self._reconstruction_term(value, twin.log_variance) + kl_weight(twin, kl) * kl
+        loss = self._reconstruction_term(value, twin.log_variance) + weighted_kl(twin, kl)
         if _has_too_few(len(z), config.mmd_estimator):
             return loss
         if config.mmd_prior == "closed_form":

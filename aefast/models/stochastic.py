@@ -62,7 +62,8 @@ class StochasticAutoencoder(Model):
         self.encoder = make_encoder(self.config, device, dtype)
         self.noise = Corrupt("gaussian", std=1.0)
         self.decoder = make_decoder(self.config, device, dtype)
-        self.decoder_loss = self.config.decoder_loss("batchmean", "mse")
+        # -log p(x|h) without its constant.
+        self.decoder_loss = self.config.decoder_loss("batchmean", "mse", loss_weight=0.5)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """The means f(x) of p(h|x): x (B, ...) to (B, latent)."""
@@ -88,26 +89,22 @@ class StochasticAutoencoder(Model):
         mean = self.encoder(flat)
         latent = self.noise.corrupt(mean)
         if does_without(self, len(flat)):
-            loss = self._term(self.decoder_loss.of_latent(self.decoder, latent, flat))
+            loss = self.decoder_loss.of_latent(self.decoder, latent, flat)
             made = functools.partial(self._decoded, latent, x.shape)
             return ModelOutput(made, latent, loss, {"reconstruction": loss})
         output = self.decoder(latent)
-        loss = self._term(self.decoder_loss(output, flat))
+        loss = self.decoder_loss(output, flat)
         if not self.training:
             latent, output = mean, self.decoder(mean)
         made = self.decoder_loss.mean_of(output).reshape(x.shape)
         return ModelOutput(made, latent, loss, {"reconstruction": loss})
-
-    def _term(self, value: torch.Tensor) -> torch.Tensor:
-        """-log p(x|h) without its constant, of the squares of a batch; or the loss in its place."""
-        return 0.5 * value if self.config.loss is None else value
 
     def eager_twin(self) -> nn.Module:
         return _EagerStochastic(self).train(self.training)
 
     def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
         mean = twin.encoder(x)
-        return self._term(self.decoder_loss.eager(twin.decoder(mean + torch.randn_like(mean)), x))
+        return self.decoder_loss.eager(twin.decoder(mean + torch.randn_like(mean)), x)
 
 
 class _EagerStochastic(nn.Module):

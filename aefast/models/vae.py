@@ -130,7 +130,8 @@ class VAE(Model):
         steps = torch.zeros((), device=device, dtype=torch.int64) if config.kl_warmup_steps else None
         self.register_buffer("training_steps", steps)
         kind = "bce_with_logits" if config.likelihood == "bernoulli" else "mse"
-        self.decoder_loss = config.decoder_loss("batchmean", kind)
+        weight = {"loss_weight": 0.5} if config.likelihood == "mse" else {}
+        self.decoder_loss = config.decoder_loss("batchmean", kind, **weight)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """The posterior means of a batch: x (B, ...) to (B, latent)."""
@@ -169,7 +170,7 @@ class VAE(Model):
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
         reconstruction, kl, made, latent, _ = self._pass(x)
-        kl = kl_weight(self, kl) * kl
+        kl = weighted_kl(self, kl)
         return ModelOutput(made, latent, reconstruction + kl, {"reconstruction": reconstruction, "kl": kl})
 
     def _pass(self, x: torch.Tensor) -> tuple[Any, ...]:
@@ -213,14 +214,12 @@ class VAE(Model):
         place.
 
         Args:
-            value: `decoder_loss` of a batch.
+            value: `decoder_loss` of a batch, which for "mse" has the half in it.
             log_variance: log σ² of "gaussian".
         """
         config = self.config
-        if config.loss is not None or config.likelihood == "bernoulli":
+        if config.loss is not None or config.likelihood != "gaussian":
             return value
-        if config.likelihood == "mse":
-            return 0.5 * value
         constant = config.input_size * (log_variance + math.log(2 * math.pi))
         return 0.5 * (value * torch.exp(-log_variance) + constant)
 
@@ -235,7 +234,7 @@ class VAE(Model):
     def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
         z, kl, _, _ = twin.head(twin.encoder(x))
         value = self.decoder_loss.eager(twin.decoder(z), x)
-        return self._reconstruction_term(value, twin.log_variance) + kl_weight(twin, kl) * kl
+        return self._reconstruction_term(value, twin.log_variance) + weighted_kl(twin, kl)
 
 
 class EagerVAE(nn.Module):
@@ -260,14 +259,14 @@ class EagerVAE(nn.Module):
         return self.mean_of(self.decoder(z if self.training else mu))
 
 
-def kl_weight(module: VAE | EagerVAE, kl: torch.Tensor) -> torch.Tensor | float:
-    """The weight of the divergence in this forward pass, which counts if `module` is in training mode.
+def weighted_kl(module: VAE | EagerVAE, kl: torch.Tensor) -> torch.Tensor:
+    """The divergence times its weight in this forward pass, which counts if `module` is in training mode.
 
     The count stays on its device: nothing waits for it.
     """
     config = module.config
     if not module.training or not config.kl_warmup_steps:
-        return config.beta
+        return kl if config.beta == 1 else config.beta * kl
     is_compiling = torch.compiler.is_compiling()
     # Within a backward this is what a checkpoint computes again, of the pass that was counted last.
     is_repeated = not is_compiling and torch._C._current_graph_task_id() != -1
@@ -279,7 +278,7 @@ def kl_weight(module: VAE | EagerVAE, kl: torch.Tensor) -> torch.Tensor | float:
         share = share.amin()
     if not is_repeated:
         module.training_steps.add_(1)
-    return config.beta * share
+    return config.beta * share * kl
 
 
 def _check_probabilities(x: torch.Tensor) -> None:

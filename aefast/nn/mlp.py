@@ -129,6 +129,7 @@ class MLP(nn.Module):
         eps: float = 1e-3,
         delta: float = 1.0,
         reduction: str = "mean",
+        loss_weight: float = 1.0,
     ) -> torch.Tensor:
         """`aefast.functional.reconstruction_loss` of the output for x, which never exists as a whole.
 
@@ -140,8 +141,9 @@ class MLP(nn.Module):
             target: (\\*, features[-1]), what the output is compared with.
             kind, p, eps, delta: the loss.
             reduction: "mean", "sum" or "batchmean".
+            loss_weight: what the result is multiplied by.
         """
-        options = {"p": p, "eps": eps, "delta": delta, "reduction": reduction}
+        options = {"p": p, "eps": eps, "delta": delta, "reduction": reduction, "loss_weight": loss_weight}
         if not self._is_plain():
             return AF.reconstruction_loss(self(x), target, kind, **options)
         *hidden, last = self._modules.values()

@@ -20,6 +20,7 @@ class ReconstructionLoss(nn.Module):
         eps: of charbonnier, at least 0.
         delta: of huber, above 0.
         reduction: "mean", "sum", "batchmean" or "none".
+        loss_weight: at least 0, what the loss is multiplied by.
 
     Shape:
         input and target of any one shape; the loss is a scalar, or of that shape for "none".
@@ -36,10 +37,12 @@ class ReconstructionLoss(nn.Module):
         eps: float = 1e-3,
         delta: float = 1.0,
         reduction: str = "mean",
+        loss_weight: float = 1.0,
     ) -> None:
         super().__init__()
         _loss.loss_of("ReconstructionLoss", kind, p, eps, delta)
         _loss.check_reduction("ReconstructionLoss", reduction)
+        _loss.check_weight("ReconstructionLoss", loss_weight)
         if kind == "rmse" and reduction == "none":
             raise InputError(
                 "ReconstructionLoss: reduction must be mean, sum or batchmean for rmse, got 'none'"
@@ -49,6 +52,7 @@ class ReconstructionLoss(nn.Module):
         self.eps = eps
         self.delta = delta
         self.reduction = reduction
+        self.loss_weight = loss_weight
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return AF.reconstruction_loss(
@@ -59,11 +63,14 @@ class ReconstructionLoss(nn.Module):
             eps=self.eps,
             delta=self.delta,
             reduction=self.reduction,
+            loss_weight=self.loss_weight,
         )
 
     def eager(self) -> nn.Module:
         """The same in plain PyTorch."""
-        return EagerReconstructionLoss(self.kind, self.p, self.eps, self.delta, self.reduction)
+        return EagerReconstructionLoss(
+            self.kind, self.p, self.eps, self.delta, self.reduction, self.loss_weight
+        )
 
     def extra_repr(self) -> str:
         return _shown(self)
@@ -72,13 +79,16 @@ class ReconstructionLoss(nn.Module):
 class EagerReconstructionLoss(nn.Module):
     """`ReconstructionLoss` as it is written without it."""
 
-    def __init__(self, kind: str, p: float | None, eps: float, delta: float, reduction: str) -> None:
+    def __init__(
+        self, kind: str, p: float | None, eps: float, delta: float, reduction: str, loss_weight: float
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.p = p
         self.eps = eps
         self.delta = delta
         self.reduction = reduction
+        self.loss_weight = loss_weight
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         wide = _arguments.accumulator(input.dtype)
@@ -88,7 +98,8 @@ class EagerReconstructionLoss(nn.Module):
         value = self._reduced(input, target, reduction)
         if self.reduction == "batchmean":
             value = value / input.shape[0]
-        return value.sqrt() if self.kind == "rmse" else value
+        value = value.sqrt() if self.kind == "rmse" else value
+        return value if self.loss_weight == 1.0 else self.loss_weight * value
 
     def _reduced(self, input: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
         if self.kind in ("mse", "rmse"):
@@ -111,7 +122,8 @@ class EagerReconstructionLoss(nn.Module):
 
 
 def _shown(loss: ReconstructionLoss | EagerReconstructionLoss) -> str:
-    """The kind, the number it has, and the reduction."""
+    """The kind, the number it has, the reduction, and a weight."""
     name = {"lp": "p", "charbonnier": "eps", "huber": "delta"}.get(loss.kind)
     number = [] if name is None else [f"{name}={getattr(loss, name):g}"]
-    return ", ".join([loss.kind, *number, f"reduction={loss.reduction}"])
+    weight = [] if loss.loss_weight == 1.0 else [f"loss_weight={loss.loss_weight:g}"]
+    return ", ".join([loss.kind, *number, f"reduction={loss.reduction}", *weight])

@@ -58,6 +58,13 @@ def reduce(values: torch.Tensor, reduction: str) -> torch.Tensor:
     return values.sum() if reduction == "sum" else values
 
 
+def reduce_backward(grad: torch.Tensor | None, reduction: str, count: int) -> torch.Tensor | None:
+    """The gradient of each of `count` values, from that of what `reduce` makes of them."""
+    if grad is None or reduction == "none":
+        return grad
+    return (grad / count if reduction == "mean" else grad).expand(count)
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What elements of `dtype` are computed and summed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -129,12 +129,18 @@ def check_reduction(op: str, reduction: Any, reductions: tuple[str, ...] = REDUC
         raise InputError(f"{op}: reduction must be one of {', '.join(reductions)}, got {reduction!r}")
 
 
-def normalizer_of(reduction: str, shape: torch.Size) -> float:
-    """What the sum of all losses is multiplied by; NaN for a mean of nothing."""
+def check_weight(op: str, loss_weight: Any) -> None:
+    if type(loss_weight) is not float or loss_weight != 1.0:
+        _arguments.check_number("loss_weight", loss_weight, op, 0.0)
+
+
+def normalizer_of(loss: Loss, reduction: str, shape: torch.Size, loss_weight: float) -> float:
+    """What the sum of all losses is multiplied by, before a root; NaN for a mean of nothing."""
+    factor = loss_weight * loss_weight if loss.root else loss_weight
     if reduction == "sum":
-        return 1.0
+        return float(factor)
     count = shape[0] if reduction == "batchmean" else math.prod(shape)
-    return 1.0 / count if count > 0 else math.nan
+    return factor / count if count > 0 else math.nan
 
 
 def check_pair(op: str, input: Any, target: Any) -> None:

@@ -79,25 +79,28 @@ def _(grad_z, grad_kl, grad_moments, h, weight, moments, seed, low, high, needs,
 
 
 class _GaussianHead(torch.autograd.Function):
-    """`call` is (low, high, backend, launchers to call at once or None)."""
+    """`call` is (low, high, reduction of the divergence, backend, launchers to call at once or None)."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, seed, call):
-        low, high, backend, launchers = call
+        low, high, reduction, backend, launchers = call
         if launchers is not None:
-            outputs = launchers.gaussian_head(h, weight, bias, seed, low, high)
+            z, kl, moments = launchers.gaussian_head(h, weight, bias, seed, low, high)
         else:
             with below_autograd():
-                outputs = torch.ops.aefast.gaussian_head.default(h, weight, bias, seed, low, high, backend)
-        ctx.save_for_backward(h, weight, bias, outputs[2], seed)
+                z, kl, moments = torch.ops.aefast.gaussian_head.default(
+                    h, weight, bias, seed, low, high, backend
+                )
+        ctx.save_for_backward(h, weight, bias, moments, seed)
         ctx.set_materialize_grads(False)
         ctx.call = call
-        return outputs
+        return z, _arguments.reduce(kl, reduction), moments
 
     @staticmethod
     def backward(ctx, *grads):
-        low, high, backend, _ = ctx.call
+        low, high, reduction, backend, _ = ctx.call
         h, weight, bias, moments, seed = ctx.saved_tensors
+        grads = grads[0], _arguments.reduce_backward(grads[1], reduction, len(h)), grads[2]
         some = next((grad for grad in grads if grad is not None), None)
         if some is None:
             return None, None, None, None, None
@@ -133,7 +136,7 @@ def _(h, weight, bias, seed, low, high, backend):
     if _registry.is_transformed():
         return _reference(h, weight, bias, seed, low, high)
     if _needs_gradient(h, weight, bias):
-        return _GaussianHead.apply(h, weight, bias, seed, (low, high, backend, None))
+        return _GaussianHead.apply(h, weight, bias, seed, (low, high, "none", backend, None))
     with below_autograd():
         return torch.ops.aefast.gaussian_head.default(h, weight, bias, seed, low, high, backend)
 
@@ -182,19 +185,21 @@ def gaussian_head(
         return z, _arguments.reduce(kl, reduction), *moments.chunk(2, -1)
     if h.dim() != 2:
         h = h.reshape(math.prod(leading), h.shape[-1])
-    if _registry.is_direct(backend, h, weight, bias, seed):
-        launchers = _registry.kernels(backend, "gaussian_head")
-        if _needs_gradient(h, weight, bias):
-            z, kl, moments = _apply(h, weight, bias, seed, (low, high, backend, launchers))
-        else:
-            z, kl, moments = launchers.gaussian_head(h, weight, bias, seed, low, high)
+    is_direct = _registry.is_direct(backend, h, weight, bias, seed)
+    launchers = _registry.kernels(backend, "gaussian_head") if is_direct else None
+    if is_direct and _needs_gradient(h, weight, bias):
+        z, kl, moments = _apply(h, weight, bias, seed, (low, high, reduction, backend, launchers))
     else:
-        z, kl, moments = torch.ops.aefast.gaussian_head.default(h, weight, bias, seed, low, high, backend)
+        if is_direct:
+            z, kl, moments = launchers.gaussian_head(h, weight, bias, seed, low, high)
+        else:
+            z, kl, moments = torch.ops.aefast.gaussian_head.default(h, weight, bias, seed, low, high, backend)
+        kl = _arguments.reduce(kl, reduction)
     size = weight.shape[0] // 2
     if len(leading) != 1:
-        z, kl = z.reshape(*leading, size), kl.reshape(leading)
-        moments = moments.reshape(*leading, 2 * size)
-    return z, _arguments.reduce(kl, reduction), moments[..., :size], moments[..., size:]
+        z, moments = z.reshape(*leading, size), moments.reshape(*leading, 2 * size)
+        kl = kl.reshape(leading) if reduction == "none" else kl
+    return z, kl, moments[..., :size], moments[..., size:]
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -37,11 +37,13 @@ def reference(
     delta: float = 1.0,
     negative_slope: float = 0.01,
     alpha: float = 1.0,
+    loss_weight: float = 1.0,
 ) -> Tensor:
     """`linear_reconstruction_loss` in plain PyTorch."""
     loss = _loss.loss_of("linear_reconstruction_loss", kind, p, eps, delta)
     activation = specification(output_activation, float(negative_slope), float(alpha))
-    return _reference(h, weight, bias, target, activation, loss, _loss.normalizer_of(reduction, target.shape))
+    normalizer = _loss.normalizer_of(loss, reduction, target.shape, loss_weight)
+    return _reference(h, weight, bias, target, activation, loss, normalizer)
 
 
 def _reference(
@@ -247,6 +249,7 @@ def linear_reconstruction_loss(
     delta: float = 1.0,
     negative_slope: float = 0.01,
     alpha: float = 1.0,
+    loss_weight: float = 1.0,
 ) -> Tensor:
     """``reconstruction_loss(linear_act(h, weight, bias, output_activation), target, kind)`` without the reconstruction.
 
@@ -267,6 +270,7 @@ def linear_reconstruction_loss(
         reduction: "mean" over all elements; "sum"; "batchmean", the sum divided by the size of the first dimension.
         p, eps, delta: of the loss, as in `reconstruction_loss`.
         negative_slope, alpha: of the activation, as in `linear_act`.
+        loss_weight: at least 0, what the result is multiplied by.
 
     Returns:
         A scalar, in float32 for half precision. A mean of nothing is NaN.
@@ -279,6 +283,7 @@ def linear_reconstruction_loss(
     """
     loss = _loss.loss_of("linear_reconstruction_loss", kind, p, eps, delta)
     _loss.check_reduction("linear_reconstruction_loss", reduction, REDUCTIONS)
+    _loss.check_weight("linear_reconstruction_loss", loss_weight)
     _arguments.check_activation("output_activation", output_activation, "linear_reconstruction_loss")
     _arguments.check_activation_parameter(
         output_activation, negative_slope, alpha, "linear_reconstruction_loss"
@@ -287,7 +292,7 @@ def linear_reconstruction_loss(
     linear_act.check_layer(h, weight, bias, "linear_reconstruction_loss", "weight", "bias", "h")
     _check_target(target, h, weight)
     activation = specification(output_activation, float(negative_slope), float(alpha))
-    normalizer = _loss.normalizer_of(reduction, target.shape)
+    normalizer = _loss.normalizer_of(loss, reduction, target.shape, loss_weight)
     backend = _registry.choose("linear_reconstruction_loss", h, weight, bias, target)
     if backend == "eager" or _is_differentiated(target) or not loss.is_kept(h.dtype):
         output = linear_act.linear_act(
@@ -299,7 +304,12 @@ def linear_reconstruction_loss(
             if any(_is_outside(one).any() for one in probabilities):
                 raise _range_error(loss, target, output_activation)
         return reconstruction_loss.reconstruction_loss(
-            *(output.to(wide), target.to(wide), kind), p=p, eps=eps, delta=delta, reduction=reduction
+            *(output.to(wide), target.to(wide), kind),
+            p=p,
+            eps=eps,
+            delta=delta,
+            reduction=reduction,
+            loss_weight=loss_weight,
         )
     rows = math.prod(h.shape[:-1])
     operands = (h.reshape(rows, h.shape[-1]), weight, bias, target.reshape(rows, weight.shape[0]))
@@ -404,6 +414,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]
         yield layer(23, 13, 41, output_activation=activation, reduction="batchmean")
     yield layer(40, 6, 300, "huber", delta=0.5)
     yield layer(300, 6, 40, "charbonnier", output_activation="gelu", eps=0.1)
+    yield layer(19, 7, 23, "rmse", loss_weight=0.5)
     yield layer(1, 1, 1)
     yield layer(7, 3, 1, "huber")
     yield layer(1, 24, 130)

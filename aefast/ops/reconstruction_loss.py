@@ -23,12 +23,13 @@ def reference(
     eps: float = 1e-3,
     delta: float = 1.0,
     reduction: str = "mean",
+    loss_weight: float = 1.0,
 ) -> Tensor:
     """`reconstruction_loss` in plain PyTorch."""
     loss = _loss.loss_of("reconstruction_loss", kind, p, eps, delta)
     if reduction == "none":
-        return loss.elements(input, target)
-    return loss.total(input, target, _loss.normalizer_of(reduction, input.shape))
+        return loss_weight * loss.elements(input, target)
+    return loss.total(input, target, _loss.normalizer_of(loss, reduction, input.shape, loss_weight))
 
 
 # input and target without gaps, and in the same order of dimensions; kind and parameter as in Loss.
@@ -230,25 +231,22 @@ def _check_range(loss: Loss, input: Tensor, target: Tensor) -> None:
             )
 
 
-def _eager(input: Tensor, target: Tensor, loss: Loss, reduction: str) -> Tensor:
+def _eager(input: Tensor, target: Tensor, loss: Loss, normalizer: float | None) -> Tensor:
     if input.is_cpu and not _registry.is_watched():
         _check_range(loss, input, target)
-    if reduction == "none":
-        return loss.elements(input, target)
-    return loss.total(input, target, _loss.normalizer_of(reduction, input.shape))
+    return loss.elements(input, target) if normalizer is None else loss.total(input, target, normalizer)
 
 
-def _launch(input: Tensor, target: Tensor, loss: Loss, reduction: str, backend: str) -> Tensor:
+def _launch(input: Tensor, target: Tensor, loss: Loss, normalizer: float | None, backend: str) -> Tensor:
     is_direct = _registry.is_direct(backend, input, target)
     launchers = _registry.kernels(backend, "reconstruction_loss") if is_direct else None
-    if reduction == "none":
+    if normalizer is None:
         if launchers is not None and _is_differentiated(input, target):
             return _apply_elements(input, target, (loss, backend, launchers))
         arguments = (input, target, loss.kind, loss.parameter, is_direct)
         if launchers is not None:
             return launchers.reconstruction_loss_elements(*arguments)
         return torch.ops.aefast.reconstruction_loss_elements.default(*arguments, backend)
-    normalizer = _loss.normalizer_of(reduction, input.shape)
     if launchers is not None and _is_differentiated(input, target):
         return _apply_reduced(input, target, (loss, normalizer, backend, launchers))
     arguments = (input, target, loss.kind, loss.parameter, normalizer, loss.root, 1.0, False, is_direct)
@@ -266,6 +264,7 @@ def reconstruction_loss(
     eps: float = 1e-3,
     delta: float = 1.0,
     reduction: str = "mean",
+    loss_weight: float = 1.0,
 ) -> Tensor:
     """How far a reconstruction is from what it was made of.
 
@@ -298,6 +297,8 @@ def reconstruction_loss(
         delta: of huber, above 0, in units of input.
         reduction: "mean" over all elements; "sum"; "batchmean", the sum divided by the size of the first dimension, as
             the evidence lower bound has it; "none" for the loss of each element, which rmse has not.
+        loss_weight: at least 0, what the result is multiplied by. A product with the result would have the gradient
+            written once more.
 
     Returns:
         A scalar, or for "none" input's shape; in float32 for half precision. A mean of nothing is NaN.
@@ -310,6 +311,7 @@ def reconstruction_loss(
     """
     loss = _loss.loss_of("reconstruction_loss", kind, p, eps, delta)
     _loss.check_reduction("reconstruction_loss", reduction)
+    _loss.check_weight("reconstruction_loss", loss_weight)
     _loss.check_pair("reconstruction_loss", input, target)
     if input.dtype != target.dtype:
         input, target = _pairwise.without_autocast(input, target)
@@ -320,27 +322,30 @@ def reconstruction_loss(
         raise InputError(
             "reconstruction_loss: input must have at least one dimension for batchmean, got a scalar"
         )
+    is_reduced = reduction != "none"
+    normalizer = _loss.normalizer_of(loss, reduction, input.shape, loss_weight) if is_reduced else None
     backend = _registry.choose("reconstruction_loss", input, target)
     if backend == "eager":
-        value = _eager(input, target, loss, reduction)
+        value = _eager(input, target, loss, normalizer)
     else:
         input, target = _loss.in_one_layout(input, target)
         try:
-            value = _launch(input, target, loss, reduction, backend)
+            value = _launch(input, target, loss, normalizer, backend)
         except RuntimeError:
             # The kernel has come upon numbers that are no probabilities; it does not say which.
             if not input.is_cpu or _registry.is_watched():
                 raise
             _check_range(loss, input, target)
             raise
-    if reduction != "none":
+    if is_reduced:
         _loss.check_finite("reconstruction_loss", value, input=input, target=target)
-    return value
+        return value
+    return value if loss_weight == 1.0 else loss_weight * value
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Every kind and reduction over shapes and strides: empty, scalar, one, prime, more than a task; images in memory
-    order, operands in different layouts, with gaps and expanded; residuals of 0."""
+    order, operands in different layouts, with gaps and expanded; residuals of 0; weights."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -368,6 +373,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]
         if kind != "rmse":
             yield {**pair(kind, 7, 13), **options, "reduction": "none"}
             yield {**pair(kind), **options, "reduction": "none"}
+    for kind, reduction in (("rmse", "mean"), ("l1", "batchmean"), ("huber", "none")):
+        yield {**pair(kind, 7, 13), "reduction": reduction, "loss_weight": 2.5}
     for shape, reduction in (((0,), "sum"), ((4, 0), "batchmean"), ((0, 3), "none")):
         yield {**pair("mse", *shape), "reduction": reduction}
     images = pair("l1", 2, 3, 5, 4)

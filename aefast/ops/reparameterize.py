@@ -86,23 +86,26 @@ def _(grad_z, grad_kl, mu, logvar, seed, low, high, backend):
 
 
 class _Reparameterize(torch.autograd.Function):
-    """`call` is (low, high, backend, launchers to call at once or None)."""
+    """`call` is (low, high, reduction of the divergence, backend, launchers to call at once or None)."""
 
     @staticmethod
     def forward(ctx, mu, logvar, seed, call):
-        low, high, backend, launchers = call
+        low, high, reduction, backend, launchers = call
         ctx.save_for_backward(mu, logvar, seed)
         ctx.set_materialize_grads(False)
         ctx.call = call
         if launchers is not None:
-            return launchers.reparameterize(mu, logvar, seed, low, high)
-        with below_autograd():
-            return torch.ops.aefast.reparameterize.default(mu, logvar, seed, low, high, backend)
+            z, kl = launchers.reparameterize(mu, logvar, seed, low, high)
+        else:
+            with below_autograd():
+                z, kl = torch.ops.aefast.reparameterize.default(mu, logvar, seed, low, high, backend)
+        return z, _arguments.reduce(kl, reduction)
 
     @staticmethod
     def backward(ctx, grad_z, grad_kl):
-        low, high, backend, _ = ctx.call
+        low, high, reduction, backend, _ = ctx.call
         mu, logvar, seed = ctx.saved_tensors
+        grad_kl = _arguments.reduce_backward(grad_kl, reduction, len(mu))
         some = grad_z if grad_z is not None else grad_kl
         if some is None:
             return None, None, None, None
@@ -130,7 +133,7 @@ def _(mu, logvar, seed, low, high, backend):
     if _registry.is_transformed():
         return rows_reference(mu, logvar, seed, low, high)
     if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
-        return _Reparameterize.apply(mu, logvar, seed, (low, high, backend, None))
+        return _Reparameterize.apply(mu, logvar, seed, (low, high, "none", backend, None))
     with below_autograd():
         return torch.ops.aefast.reparameterize.default(mu, logvar, seed, low, high, backend)
 
@@ -186,17 +189,20 @@ def reparameterize(
     if mu.dim() != 2:
         rows = math.prod(shape[:-1])
         mu, logvar = mu.reshape(rows, shape[-1]), logvar.reshape(rows, shape[-1])
-    if _registry.is_direct(backend, mu, logvar, seed):
-        launchers = _registry.kernels(backend, "reparameterize")
-        if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
-            z, kl = _apply(mu, logvar, seed, (low, high, backend, launchers))
-        else:
-            z, kl = launchers.reparameterize(mu, logvar, seed, low, high)
+    is_direct = _registry.is_direct(backend, mu, logvar, seed)
+    launchers = _registry.kernels(backend, "reparameterize") if is_direct else None
+    if is_direct and torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
+        z, kl = _apply(mu, logvar, seed, (low, high, reduction, backend, launchers))
     else:
-        z, kl = torch.ops.aefast.reparameterize.default(mu, logvar, seed, low, high, backend)
+        if is_direct:
+            z, kl = launchers.reparameterize(mu, logvar, seed, low, high)
+        else:
+            z, kl = torch.ops.aefast.reparameterize.default(mu, logvar, seed, low, high, backend)
+        kl = _arguments.reduce(kl, reduction)
     if len(shape) != 2:
-        z, kl = z.reshape(shape), kl.reshape(shape[:-1])
-    return z, _arguments.reduce(kl, reduction)
+        z = z.reshape(shape)
+        kl = kl.reshape(shape[:-1]) if reduction == "none" else kl
+    return z, kl
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -98,11 +98,10 @@ def _infovae_forward(self: Any, inputs: Any, **kwargs: Any) -> Any:
 
 
 def _wae_loss(self: Any, recon_x: Tensor, x: Tensor, z: Tensor, z_prior: Tensor) -> tuple[Tensor, ...]:
-    value = _reconstruction(recon_x, x, "mse")
+    recon_loss = _reconstruction(recon_x, x, "mse", self.reconstruction_loss_scale)
     mmd = _mmd(self, z, z_prior)
-    if value is None or mmd is None:
+    if recon_loss is None or mmd is None:
         return self.aefast_original.loss_function(self, recon_x, x, z, z_prior)
-    recon_loss = self.reconstruction_loss_scale * value
     return recon_loss + self.model_config.reg_weight * mmd, recon_loss, mmd
 
 
@@ -156,14 +155,13 @@ def _passed(self: Any, inputs: Any) -> tuple[Any, ...]:
 
 def _negative_log_likelihood(self: Any, recon_x: Tensor, x: Tensor) -> Tensor | None:
     kind = self.model_config.reconstruction_loss
-    value = _reconstruction(recon_x, x, kind)
-    return value if value is None or kind == "bce" else 0.5 * value
+    return _reconstruction(recon_x, x, kind, 1.0 if kind == "bce" else 0.5)
 
 
-def _reconstruction(recon_x: Tensor, x: Tensor, kind: str) -> Tensor | None:
-    """Summed over the features and averaged over the batch; None where the fused loss does not serve."""
+def _reconstruction(recon_x: Tensor, x: Tensor, kind: str, weight: float = 1.0) -> Tensor | None:
+    """Summed over features, averaged over the batch, times `weight`; None where the fused loss does not serve."""
     rows = x.shape[0]
-    return fused_loss(recon_x.reshape(rows, -1), x.reshape(rows, -1), kind, "batchmean")
+    return fused_loss(recon_x.reshape(rows, -1), x.reshape(rows, -1), kind, "batchmean", loss_weight=weight)
 
 
 def _mmd(self: Any, z: Tensor, z_prior: Tensor) -> Tensor | None:

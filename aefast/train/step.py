@@ -15,6 +15,7 @@ from aefast.models import Model
 from aefast.models._base import check_choice
 from aefast.nn.linear_act import check_positive_int
 from aefast.train.schedule import Schedule
+from aefast.train.update import Update
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -105,6 +106,7 @@ class CapturedStep:
             raise InputError(f"ema_decay={ema_decay!r}: expected a number from 0 to below 1, or None")
         self.model = model
         self.optimizer = optimizer
+        self._update = Update(optimizer)
         self.accumulate = accumulate
         self.clip_norm = clip_norm
         self._loss = _loss_of_model if loss is None else loss
@@ -215,14 +217,14 @@ class CapturedStep:
                     group["lr"].copy_(rate * share)
                 else:
                     group["lr"] = rate * share.item()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._update.zero_grad()
         terms = self._gradients(batch)
         if self.clip_norm is not None:
             if self._scaler is not None:
                 self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self.clip_norm)
         if self._scaler is None:
-            self.optimizer.step()
+            self._update.step()
         else:
             self._scaler.step(self.optimizer)
             self._scaler.update()

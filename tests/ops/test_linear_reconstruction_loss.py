@@ -174,6 +174,7 @@ def test_empty():
             "output_activation must give numbers from 0 to 1 for bce",
         ),
         ({"output_activation": "swish"}, "output_activation must be one of identity, .* got 'swish'"),
+        ({"loss_weight": "2"}, "loss_weight must be a finite number of at least 0, got '2'"),
         ({"reduction": "none"}, "reduction must be one of mean, sum, batchmean, got 'none'"),
         ({"weight": draw(6, 5) * float("nan")}, "weight must be finite, got 30 elements that are not"),
     ],

@@ -152,6 +152,41 @@ def test_one_pass_hands_on_its_gradient():
     torch.testing.assert_close(leaf.grad, 2 * once)
 
 
+@pytest.mark.parametrize("reduction", _loss.REDUCTIONS)
+@pytest.mark.parametrize("kind", ["mse", "rmse", "bce"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("weight", [0, 0.5, 3])
+def test_weight_is_a_factor(kind, reduction, dtype, weight):
+    if kind == "rmse" and reduction == "none":
+        return
+    input, target = pair(kind, 8, 9, dtype=dtype)
+
+    def weighted(x, t):
+        return AF.reconstruction_loss(x, t, kind, reduction=reduction, loss_weight=weight)
+
+    def multiplied(x, t):
+        return weight * AF.reconstruction_loss(x, t, kind, reduction=reduction)
+
+    # A factor that goes into the normaliser is rounded there and not with the result.
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 0.0}
+    torch.testing.assert_close(
+        value_and_gradient(weighted, input, target),
+        value_and_gradient(multiplied, input, target),
+        **tolerance,
+    )
+
+
+def test_weighted_gradient_is_written_once():
+    numerics.require_backend("cpu", "reconstruction_loss", "cpu", torch.float32)
+    input, target = pair("mse", 64, 50, dtype=torch.float32)
+    leaf = input.clone().requires_grad_()
+    with aefast.backend("cpu"):
+        value = AF.reconstruction_loss(leaf, target, loss_weight=0.5)
+    kept = value.grad_fn.saved_tensors[2].data_ptr()
+    value.backward()
+    assert leaf.grad.data_ptr() == kept
+
+
 class _Ops(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -395,6 +430,10 @@ def draw():
         ({"kind": "charbonnier", "eps": -1e-3}, "eps must be a finite number of at least 0, got -0.001"),
         ({"kind": "huber", "delta": 0}, "delta must be above 0, got 0"),
         ({"kind": "huber", "delta": -1.0}, "delta must be a finite number of at least 0, got -1.0"),
+        ({"loss_weight": -0.5}, "loss_weight must be a finite number of at least 0, got -0.5"),
+        ({"loss_weight": math.nan}, "loss_weight must be a finite number of at least 0, got nan"),
+        ({"loss_weight": True}, "loss_weight must be a finite number of at least 0, got True"),
+        ({"loss_weight": torch.ones(2)}, r"loss_weight must be a finite number of at least 0, got tensor"),
         ({"reduction": "max"}, "reduction must be one of mean, sum, batchmean, none, got 'max'"),
         ({"reduction": None}, "reduction must be one of mean, sum, batchmean, none, got None"),
         (
@@ -420,7 +459,7 @@ def test_module_and_its_twin(kind, reduction):
         with pytest.raises(InputError, match="ReconstructionLoss: reduction must be mean, sum or batchmean"):
             ReconstructionLoss(kind, reduction=reduction)
         return
-    module = ReconstructionLoss(kind, reduction=reduction, **KINDS[kind])
+    module = ReconstructionLoss(kind, reduction=reduction, loss_weight=0.75, **KINDS[kind])
     twin = module.eager()
     input, target = pair(kind, 4, 9)
     torch.testing.assert_close(
@@ -436,6 +475,9 @@ def test_module_shows_its_options():
     assert ReconstructionLoss().extra_repr() == "mse, reduction=mean"
     assert ReconstructionLoss("huber", delta=0.5).extra_repr() == "huber, delta=0.5, reduction=mean"
     assert ReconstructionLoss("lp", p=3, reduction="sum").extra_repr() == "lp, p=3, reduction=sum"
+    assert ReconstructionLoss(loss_weight=0.5).extra_repr() == "mse, reduction=mean, loss_weight=0.5"
+    with pytest.raises(InputError, match="ReconstructionLoss: loss_weight must be"):
+        ReconstructionLoss(loss_weight=-1.0)
     with pytest.raises(InputError, match="ReconstructionLoss: eps must be"):
         ReconstructionLoss("charbonnier", eps=-1.0)
 

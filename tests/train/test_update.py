@@ -1,0 +1,174 @@
+"""The update that `CapturedStep` makes on the CPU, beside the optimizer's own step."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from aefast.train.update import Update
+
+STEPS = 4
+OPTIMIZERS = {
+    "adam": lambda groups: torch.optim.Adam(groups, lr=0.01, fused=True),
+    "adam, options": lambda groups: torch.optim.Adam(
+        groups, lr=0.01, betas=(0.8, 0.95), eps=1e-5, weight_decay=0.1, maximize=True, fused=True
+    ),
+    "adam, decoupled": lambda groups: torch.optim.Adam(
+        groups, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True, fused=True
+    ),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1, fused=True),
+    "amsgrad": lambda groups: torch.optim.Adam(groups, lr=0.01, amsgrad=True, fused=True),
+    "not fused": lambda groups: torch.optim.Adam(groups, lr=0.01),
+    "tensor lr": lambda groups: torch.optim.Adam(groups, lr=torch.tensor(0.01), fused=True),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
+}
+
+
+def parameters(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((33, 7), (7,), (), (0, 3), (5, 2))
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in shapes
+    ]
+
+
+def set_gradients(some, step):
+    """New ones at each step; the last parameter has one at every other."""
+    for index, one in enumerate(some):
+        generator = torch.Generator().manual_seed(100 * step + index)
+        gradient = torch.randn(one.shape, generator=generator, dtype=torch.float64)
+        one.grad = None if index == len(some) - 1 and step % 2 else gradient.to(one.dtype)
+
+
+def groups_of(some):
+    return [{"params": some[:2]}, {"params": some[2:], "lr": 0.03}]
+
+
+def fused(some):
+    return torch.optim.Adam(some, lr=0.01, fused=True)
+
+
+def trained(some, optimizer, update=None, first=0):
+    for step in range(first, first + STEPS):
+        set_gradients(some, step)
+        (optimizer if update is None else update).step()
+    return some
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_step_is_the_optimizers(name, dtype):
+    expected, found = parameters(dtype), parameters(dtype)
+    theirs, ours = (OPTIMIZERS[name](groups_of(some)) for some in (expected, found))
+    trained(expected, theirs)
+    trained(found, ours, Update(ours))
+    assert_same(found, expected)
+    assert_same(ours.state_dict(), theirs.state_dict())
+
+
+def test_calls_the_kernel_at_once(monkeypatch):
+    some = parameters()
+    optimizer = fused(some)
+    trained(some, optimizer)
+    before = [one.detach().clone() for one in some]
+
+    def fail(self):
+        raise AssertionError("the optimizer's own step was called")
+
+    monkeypatch.setattr(torch.optim.Adam, "step", fail)
+    trained(some, optimizer, Update(optimizer))
+    assert not torch.equal(some[0], before[0])
+
+
+def test_follows_what_is_loaded_and_changed():
+    expected, found = parameters(), parameters()
+    theirs, ours = fused(expected), fused(found)
+    update = Update(ours)
+    trained(expected, theirs)
+    trained(found, ours, update)
+    for optimizer in (theirs, ours):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.param_groups[0]["lr"] = 0.5
+    added = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    theirs.add_param_group({"params": [added[0]]})
+    ours.add_param_group({"params": [added[1]]})
+    trained([*expected, added[0]], theirs, first=STEPS)
+    trained([*found, added[1]], ours, update, first=STEPS)
+    assert_same([*found, added[1]], [*expected, added[0]])
+
+
+def test_hooks_run():
+    some = parameters()
+    optimizer = fused(some)
+    update = Update(optimizer)
+    trained(some, optimizer, update)
+    calls = []
+    registrations = [
+        (optimizer.register_step_pre_hook, "before"),
+        (optimizer.register_step_post_hook, "after"),
+        (register_optimizer_step_pre_hook, "before any"),
+        (register_optimizer_step_post_hook, "after any"),
+    ]
+    for register, name in registrations:
+        handle = register(lambda *_, name=name: calls.append(name))
+        trained(some, optimizer, update)
+        handle.remove()
+        trained(some, optimizer, update)
+    assert calls == [name for _, name in registrations for _ in range(STEPS)]
+
+
+def test_schedulers_see_the_step():
+    some = parameters()
+    optimizer = fused(some)
+    trained(some, optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    trained(some, optimizer, Update(optimizer))
+    # It warns where it has seen no step.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
+
+
+def test_an_own_step_is_called():
+    class Counting(torch.optim.Adam):
+        count = 0
+
+        def step(self, closure=None):
+            self.count += 1
+            return super().step(closure)
+
+        def zero_grad(self, set_to_none=True):
+            self.count += 100
+            super().zero_grad(set_to_none)
+
+    some = parameters()
+    optimizer = Counting(some, fused=True)
+    update = Update(optimizer)
+    trained(some, optimizer, update)
+    update.zero_grad()
+    assert optimizer.count == STEPS + 100
+
+
+def test_sparse_gradients_are_refused_as_by_the_optimizer():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = torch.optim.Adam(embedding.parameters(), fused=True)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        Update(optimizer).step()
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_zero_grad_forgets(name):
+    some = parameters()
+    optimizer = OPTIMIZERS[name](groups_of(some))
+    set_gradients(some, 0)
+    Update(optimizer).zero_grad()
+    assert all(one.grad is None for one in some)
