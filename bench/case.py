@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from aefast import _library
 from aefast.bench import timing, variants
 from aefast.bench.timing import Variant
 from aefast.bench.variants import COMPILED, Rival
@@ -34,6 +35,12 @@ SMALL, DRAWS_OF_SMALL = 4096, 8
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     """Those that cases are made in: half precision where there are matrix instructions for it."""
     return (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16 that the CPU's kernels use."""
+    is_missing = _library.load("cpu") is not None
+    return not is_missing and torch.ops.aefast_cpu.instruction_set() in ("avx512bf16", "amx")
 
 
 @dataclass(frozen=True)

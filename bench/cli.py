@@ -159,13 +159,13 @@ class _Run:
 
         import aefast
         from aefast.bench import ceilings
-        from aefast.bench.case import DTYPE_NAMES, dtypes
+        from aefast.bench.case import DTYPE_NAMES
 
         start = time.perf_counter()
         trials = [(case, mode) for case in cases for mode in case.modes]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with _terminable(), aefast.backend(self.backend), Progress(*columns, transient=True) as progress:
-            for dtype in dtypes(self.device):
+            for dtype in dict.fromkeys(case.dtype for case in cases):
                 self.ceilings[DTYPE_NAMES[dtype]] = ceilings.measure(self.device, dtype)
             task = progress.add_task("measuring", total=len(trials))
             for case, mode in trials:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import aefast.functional as AF
-from aefast.bench.case import KINK_WIDTH, OpCase, dtypes, training_inputs
+from aefast.bench.case import KINK_WIDTH, OpCase, dtypes, multiplies_bfloat16, training_inputs
 from aefast.bench.variants import Rival
 
 BATCHES = (1, 16, 128, 1024, 4096, 16384)
@@ -58,6 +58,11 @@ def cases(device: torch.device, quick: bool) -> Iterator[OpCase]:
                         else (batch, activation) in COMPILED
                     )
                     yield case(batch, inputs, features, activation, dtype, device, compiled)
+    if device.type == "cpu" and not quick and multiplies_bfloat16():
+        for inputs, features in QUICK_WIDTHS:
+            for batch in QUICK_BATCHES:
+                for activation in ("relu", "gelu"):
+                    yield case(batch, inputs, features, activation, torch.bfloat16, device)
 
 
 def case(

@@ -96,12 +96,19 @@ double most_flops_of_own() {
 
 // With so small a weight it never gains: parts of the batch go through product_kernels(), however many there are.
 constexpr int64_t kMostElementsOfOwn = 1 << 15;
+// In bfloat16 the BLAS is as fast from where on each of the three matrices is larger.
+constexpr int64_t kMostElementsOfBFloat16 = 1 << 16;
 // A product of so many operations is worth a second thread.
 constexpr double kLeastFlopsOfThread = 1.5e5;
 
 bool is_own(Scalar scalar) { return scalar == Scalar::float32 || scalar == Scalar::float64; }
 
 double flops_of(Matrix a, Matrix b) { return 2.0 * a.rows * a.cols * b.cols; }
+
+// The elements of the smallest of three matrices: the operands of (rows, inner) times (inner, cols), and the product.
+int64_t smallest_of_three(int64_t rows, int64_t inner, int64_t cols) {
+  return std::min({rows * inner, inner * cols, rows * cols});
+}
 
 // Those of the layer's product, or as many as are left to product_kernels() if it is theirs anyway.
 double layer_flops(int64_t rows, Matrix weight) {
@@ -110,9 +117,6 @@ double layer_flops(int64_t rows, Matrix weight) {
 }
 
 int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
-
-// Whether product_kernels() take such an operand.
-bool is_own(Matrix m) { return is_own(m.scalar) && (m.row_stride == 1 || m.col_stride == 1); }
 
 // Whether float32 products may be formed from operands rounded to bfloat16.
 std::atomic<bool> may_round{false};
@@ -127,22 +131,30 @@ Unit unit_of(Engine engine) {
   return engine == Engine::rounding_matrix_unit ? Unit::matrix_rounding : Unit::vectors;
 }
 
-// That for (rows, inner) times (inner, cols), in all parts that threads take of it, so that none of its bits depends on
-// which these are. `for_blas`: what the matrix unit does not suit is the BLAS's.
+// Whether product_kernels() take such an operand.
+bool is_own(Matrix m, Engine engine) {
+  const bool is_known = is_own(m.scalar) || (m.scalar == Scalar::bfloat16 && engine == Engine::rounding_matrix_unit);
+  return is_known && (m.row_stride == 1 || m.col_stride == 1);
+}
+
+// That for (rows, inner) times (inner, cols) of `scalar`, in all parts that threads take of it, so that none of its bits
+// depends on which these are. `for_blas`: what the matrix unit does not suit is the BLAS's.
 Engine engine_of(Scalar scalar, int64_t rows, int64_t inner, int64_t cols, bool for_blas) {
-  if (scalar == Scalar::float32) {
-    const Engine engine =
-        may_round.load(std::memory_order_relaxed) ? Engine::rounding_matrix_unit : Engine::matrix_unit;
+  const bool is_half = scalar == Scalar::bfloat16;
+  if (scalar == Scalar::float32 || (is_half && smallest_of_three(rows, inner, cols) <= kMostElementsOfBFloat16)) {
+    const bool rounds = is_half || may_round.load(std::memory_order_relaxed);
+    const Engine engine = rounds ? Engine::rounding_matrix_unit : Engine::matrix_unit;
     if (product_kernels().suits(unit_of(engine), rows, inner, cols)) return engine;
   }
-  return for_blas ? Engine::blas : Engine::vectors;
+  return for_blas || !is_own(scalar) ? Engine::blas : Engine::vectors;
 }
 
 // out = a b, or += with `add`, on one thread, by product_kernels(), which take both operands.
 void multiply_here(Matrix a, Matrix b, Matrix out, Engine engine, bool add = false) {
   // Kept, because a large block that is freed goes back to the system, and comes back page by page.
   static thread_local Workspace workspace;
-  const ProductOperand left{a.data, a.row_stride, a.col_stride}, right{b.data, b.row_stride, b.col_stride};
+  const ProductOperand left{a.data, a.scalar, a.row_stride, a.col_stride};
+  const ProductOperand right{b.data, b.scalar, b.row_stride, b.col_stride};
   const Unit unit = unit_of(engine);
   const size_t bytes = product_kernels().workspace_bytes(out.scalar, unit, left, out.rows, a.cols, out.cols);
   product_kernels().product(out.scalar, unit, left, right, out.data, out.row_stride, out.rows, a.cols, out.cols, add,
@@ -170,7 +182,7 @@ void multiply_in_parts(Matrix a, Matrix b, Matrix out, int64_t workers) {
 // out = a b by the BLAS, or by product_kernels() on several threads, each with columns of out of its own, or with rows
 // where the columns are too few.
 void multiply(Matrix a, Matrix b, Matrix out, Engine engine) {
-  if (engine == Engine::blas || !is_own(a) || !is_own(b)) {
+  if (engine == Engine::blas || !is_own(a, engine) || !is_own(b, engine)) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(borrow(out).get(), borrow(a).get(), borrow(b).get()));
     return;
   }
@@ -212,15 +224,22 @@ std::atomic<bool> has_bfloat16{__builtin_cpu_supports("avx512bf16") != 0};
 std::atomic<bool> has_bfloat16{false};
 #endif
 
-// The element type in which products are formed. Without matrix instructions for a half type torch's product of such
-// matrices is a scalar loop, some 100 times slower than in float32.
-Scalar product_type(Scalar scalar) {
-  if (scalar == Scalar::bfloat16 && !has_bfloat16.load(std::memory_order_relaxed)) return Scalar::float32;
+// In what the operands of (rows, inner) times (inner, cols) are, one of which or whose product is a weight of so many
+// elements. Without matrix instructions for a half type torch's product of such matrices is a scalar loop, some 100 times
+// slower than in float32; and with them a short one in bfloat16 costs more than to convert its operands, unless
+// product_kernels() take it.
+Scalar product_type(Scalar scalar, int64_t rows, int64_t inner, int64_t cols, int64_t weight_elements) {
   if (scalar == Scalar::float16) return Scalar::float32;
-  return scalar;
+  if (scalar != Scalar::bfloat16) return scalar;
+  const bool is_short =
+      weight_elements <= kMostElementsOfBFloat16 && engine_of(scalar, rows, inner, cols, true) == Engine::blas;
+  return has_bfloat16.load(std::memory_order_relaxed) && !is_short ? scalar : Scalar::float32;
 }
 
 Scalar accumulator_type(Scalar scalar) { return scalar == Scalar::float64 ? Scalar::float64 : Scalar::float32; }
+
+// In what a product of operands in `type` is written: by the BLAS in their type, rounded.
+Scalar written_type(Scalar type, Engine engine) { return engine == Engine::blas ? type : accumulator_type(type); }
 
 // Bias gradients are summed over blocks of rows, and then over the blocks in order: the result depends on the
 // shape alone, not on threads or parts. A block is long enough to be worth a call, and short enough for threads to
@@ -257,8 +276,10 @@ Matrix copied(Matrix in, Scalar scalar, Scratch& scratch) {
   return out;
 }
 
+// An operand of a product, in `scalar`; in half precision with a stride of 1, which the BLAS alone does without.
 Matrix converted(Matrix in, Scalar scalar, Scratch& scratch) {
-  return in.scalar == scalar ? in : copied(in, scalar, scratch);
+  const bool fits = is_own(scalar) || in.row_stride == 1 || in.col_stride == 1;
+  return in.scalar == scalar && fits ? in : copied(in, scalar, scratch);
 }
 
 Matrix row_major(Matrix in, Scratch& scratch) {
@@ -275,12 +296,12 @@ struct Work {
   double flops = 0.0;      // the most of a layer, all rows together
   bool is_packed = false;  // whether a large weight goes through the matrix unit
 
-  // `scalar` is that of the products.
-  void add(Scalar scalar, int64_t rows, Matrix weight) {
+  // The weight is in the type of the product.
+  void add(int64_t rows, Matrix weight) {
     widest = std::max({widest, weight.rows, weight.cols});
     flops = std::max(flops, layer_flops(rows, weight));
     is_packed |= weight.rows * weight.cols > kMostElementsOfOwn &&
-                 is_matrix_unit(engine_of(scalar, rows, weight.cols, weight.rows, false));
+                 is_matrix_unit(engine_of(weight.scalar, rows, weight.cols, weight.rows, false));
   }
 };
 
@@ -386,48 +407,68 @@ void data_gradient(const ActivationSpec& spec, Matrix g, Matrix weight, Matrix s
                    const ColumnSums& sums, int64_t begin, Engine engine) {
   if (below.rows == 0 || below.cols == 0) return;
   Scratch scratch;
-  const Scalar type = weight.scalar;
-  const Matrix product = type == below.scalar ? below : scratch.matrix(type, below.rows, below.cols);
+  const Scalar type = weight.scalar, written = written_type(type, engine);
+  const Matrix product = written == below.scalar ? below : scratch.matrix(written, below.rows, below.cols);
   multiply(converted(g, type, scratch), weight, product, engine);
-  if (spec.activation != Activation::identity || sums.wanted() || type != below.scalar)
+  if (spec.activation != Activation::identity || sums.wanted() || written != below.scalar)
     activation_gradient(spec, product, saved, below, sums, begin);
+}
+
+// out = a b of many terms, by product_kernels().
+void multiply_long(Matrix a, Matrix b, Matrix out, Engine engine) {
+  const int64_t workers = std::min(threads(), static_cast<int64_t>(flops_of(a, b) / kLeastFlopsOfThread));
+  // The parts' sums should stay in the cache, and be written less often than the operands are read.
+  constexpr int64_t kMostElementsOfParts = 1 << 16, kLeastTermsOfParts = 1024, kElementsOfTerm = 16;
+  if (out.rows * out.cols <= std::min(kMostElementsOfParts, kElementsOfTerm * a.cols) &&
+      a.cols >= kLeastTermsOfParts && is_own(a, Engine::vectors) && is_own(b, Engine::vectors))
+    return multiply_in_parts(a, b, out, std::max<int64_t>(1, workers));
+  // Threads share rows of out where there are enough: a thread that writes whole pages keeps them in its own cache.
+  constexpr int64_t kLeastRows = 32;
+  if (workers <= 1 || out.rows < kLeastRows * workers) return multiply(a, b, out, engine);
+  const int64_t part = blocks_of((out.rows + workers - 1) / workers, kLeastRows) * kLeastRows;
+  for_row_parts(out.rows, {parts_of(out.rows, part), part, false}, [&](int64_t begin, int64_t count) {
+    multiply(a.row_block(begin, count), b, out.row_block(begin, count), engine);
+  });
 }
 
 // out = g^T x, over all rows at once.
 void weight_gradient(Matrix g, Matrix x, Matrix out) {
   if (out.rows == 0 || out.cols == 0) return;
-  const Scalar type = product_type(out.scalar);
+  const Scalar type = product_type(out.scalar, out.rows, g.rows, out.cols, out.rows * out.cols);
   if (type == out.scalar) {
-    const Matrix a = g.transposed();
-    const double flops = flops_of(a, x);
-    const Engine engine = engine_of(type, out.rows, a.cols, out.cols, flops > most_flops_of_own());
-    if (engine == Engine::blas) return multiply(a, x, out, engine);
-    const int64_t workers = std::min(threads(), static_cast<int64_t>(flops / kLeastFlopsOfThread));
-    // The parts' sums should stay in the cache, and be written less often than the operands are read.
-    constexpr int64_t kMostElementsOfParts = 1 << 16, kLeastTermsOfParts = 1024, kElementsOfTerm = 16;
-    if (out.rows * out.cols <= std::min(kMostElementsOfParts, kElementsOfTerm * a.cols) &&
-        a.cols >= kLeastTermsOfParts && is_own(a) && is_own(x))
-      return multiply_in_parts(a, x, out, std::max<int64_t>(1, workers));
-    // Threads share rows of out where there are enough: a thread that writes whole pages keeps them in its own cache.
-    constexpr int64_t kLeastRows = 32;
-    if (workers <= 1 || out.rows < kLeastRows * workers) return multiply(a, x, out, engine);
-    const int64_t part = blocks_of((out.rows + workers - 1) / workers, kLeastRows) * kLeastRows;
-    return for_row_parts(out.rows, {parts_of(out.rows, part), part, false}, [&](int64_t begin, int64_t count) {
-      multiply(a.row_block(begin, count), x, out.row_block(begin, count), engine);
+    Scratch scratch;
+    const Matrix a = converted(g, type, scratch).transposed(), b = converted(x, type, scratch);
+    const Engine engine = engine_of(type, out.rows, a.cols, out.cols, flops_of(a, b) > most_flops_of_own());
+    if (engine == Engine::blas) return multiply(a, b, out, engine);
+    const Scalar written = written_type(type, engine);
+    const Matrix product = written == type ? out : scratch.matrix(written, out.rows, out.cols);
+    multiply_long(a, b, product, engine);
+    if (written == type) return;
+    return for_row_blocks(out.rows, out.cols, 64, [&](int64_t begin, int64_t count) {
+      pointwise().convert(written, type, product.row_block(begin, count).data, product.cols, 1,
+                          out.row_block(begin, count).data, count, out.cols);
     });
   }
-  constexpr int64_t kChunkRows = 512;
+  // So many rows are converted at a time that stay in the cache.
+  constexpr int64_t kLeastRows = 512, kElements = 1 << 18;
+  const int64_t most = std::max(kLeastRows, kElements / (out.rows + out.cols));
   Scratch result;
   const Matrix sum = result.matrix(type, out.rows, out.cols);
-  for (int64_t begin = 0; begin < g.rows || begin == 0; begin += kChunkRows) {
+  for (int64_t begin = 0; begin < g.rows || begin == 0; begin += most) {
     Scratch scratch;
-    const int64_t count = std::min(kChunkRows, g.rows - begin);
+    const int64_t count = std::min(most, g.rows - begin);
     const Matrix g_block = converted(g.row_block(begin, count), type, scratch).transposed();
     const Matrix x_block = converted(x.row_block(begin, count), type, scratch);
-    if (begin == 0)
-      multiply(g_block, x_block, sum, Engine::blas);
-    else
+    if (begin > 0) {
       multiply_add(g_block, x_block, sum, sum);
+      continue;
+    }
+    const double flops = flops_of(g_block, x_block);
+    const Engine engine = engine_of(type, out.rows, count, out.cols, flops > most_flops_of_own());
+    if (engine == Engine::blas)
+      multiply(g_block, x_block, sum, engine);
+    else
+      multiply_long(g_block, x_block, sum, engine);
   }
   pointwise().convert(type, out.scalar, sum.data, sum.cols, 1, out.data, out.rows, out.cols);
 }
@@ -437,22 +478,22 @@ void layer_forward(const LayerForward& layer, Matrix x, Matrix out, Matrix deriv
                    const ColumnSums& sums, bool of_magnitudes, int64_t begin) {
   if (out.rows == 0 || out.cols == 0) return;
   Scratch scratch;
-  const Scalar type = layer.weight.scalar;
-  const Matrix pre = type == out.scalar ? out : scratch.matrix(type, out.rows, out.cols);
+  const Scalar type = layer.weight.scalar, written = written_type(type, engine);
+  const Matrix pre = written == out.scalar ? out : scratch.matrix(written, out.rows, out.cols);
   const Matrix rows_of_x = converted(x, type, scratch), columns = layer.weight.transposed();
   // A product in half precision is rounded, so that the bias has to be in it before.
-  const bool has_bias = layer.bias.data && type != accumulator_type(type);
+  const bool has_bias = layer.bias.data && written != accumulator_type(written);
   if (has_bias)
     multiply_add(rows_of_x, columns, layer.bias, pre);
   else
     multiply(rows_of_x, columns, pre, engine);
   const void* const bias = has_bias ? nullptr : layer.bias.data;
-  const bool is_done = layer.spec.activation == Activation::identity && !bias && type == out.scalar;
+  const bool is_done = layer.spec.activation == Activation::identity && !bias && written == out.scalar;
   if (is_done && !sums.wanted()) return;
   // A block that is read once more is to stay in the first-level cache.
   const int64_t block = std::max<int64_t>(1, (sums.wanted() ? 1 << 12 : 1 << 14) / out.cols);
   const auto activate = [&](int64_t row, int64_t rows) {
-    pointwise().bias_activation(layer.spec, type, out.scalar, pre.row_block(row, rows).data, bias,
+    pointwise().bias_activation(layer.spec, written, out.scalar, pre.row_block(row, rows).data, bias,
                                 out.row_block(row, rows).data, derivative.row_block(row, rows).data, rows, out.cols);
   };
   if (!sums.wanted()) return for_row_blocks(out.rows, out.cols, block, activate);
@@ -604,17 +645,19 @@ void check_layer(const Tensor& weight, const OptionalTensor& bias, int64_t input
 
 void dense_forward(Matrix x, LayerForward* layers, size_t count, const OutputSums& sums) {
   Scratch scratch;
-  const Scalar type = product_type(x.scalar);
   Work work;
+  bool converts = false;
   for (size_t index = 0; index < count; ++index) {
     LayerForward& layer = layers[index];
-    layer.weight = converted(layer.weight, type, scratch);
+    const int64_t inner = layer.weight.cols, cols = layer.weight.rows;
+    layer.weight = converted(layer.weight, product_type(x.scalar, x.rows, inner, cols, inner * cols), scratch);
     layer.bias = unit_stride(layer.bias, scratch);
-    work.add(type, x.rows, layer.weight);
+    work.add(x.rows, layer.weight);
+    converts |= layer.weight.scalar != x.scalar;
   }
   const int64_t block = sums.out.data ? reduction_rows(x.rows, work.widest) : 1;
   const ColumnSums none, of_output(sums.out, x.rows, block, scratch);
-  const Division division = divide(x.rows, work, block, type != x.scalar);
+  const Division division = divide(x.rows, work, block, converts);
   for_row_parts(x.rows, division, [&](int64_t begin, int64_t rows) {
     Matrix input = x.row_block(begin, rows);
     // Outputs that nobody wants take turns in two buffers.
@@ -628,7 +671,8 @@ void dense_forward(Matrix x, LayerForward* layers, size_t count, const OutputSum
         if (!buffer.data) buffer = hidden.matrix(x.scalar, rows, work.widest);
         out = {buffer.data, x.scalar, rows, layer.weight.rows, layer.weight.rows, 1};
       }
-      const Engine engine = engine_of(type, x.rows, layer.weight.cols, layer.weight.rows, division.use_blas);
+      const Matrix& weight = layer.weight;
+      const Engine engine = engine_of(weight.scalar, x.rows, weight.cols, weight.rows, division.use_blas);
       layer_forward(layer, input, out, layer.derivative.row_block(begin, rows), engine,
                     index == count - 1 ? of_output : none, sums.of_magnitudes, begin);
       input = out;
@@ -640,23 +684,25 @@ void dense_forward(Matrix x, LayerForward* layers, size_t count, const OutputSum
 void for_products(Matrix x, Matrix weight, Matrix bias, const std::function<void(const ProductBlock&)>& body) {
   constexpr int64_t kColumns = 2048;
   Scratch scratch;
-  const Scalar type = product_type(x.scalar);
+  const int64_t widest = std::min(kColumns, weight.rows);
+  const Scalar type = product_type(x.scalar, x.rows, weight.cols, widest, weight.rows * weight.cols);
   weight = converted(weight, type, scratch);
   bias = unit_stride(bias, scratch);
-  const bool has_bias = bias.data && type != accumulator_type(type);
-  const int64_t widest = std::min(kColumns, weight.rows);
   Work work;
-  work.add(type, x.rows, weight);
+  work.add(x.rows, weight);
   work.widest = std::max(widest, weight.cols);
   const Division division = divide(x.rows, work, 1, type != x.scalar);
   const Engine engine = engine_of(type, x.rows, weight.cols, widest, division.use_blas);
+  const Scalar written = written_type(type, engine);
+  const bool has_bias = bias.data && written != accumulator_type(written);
   for_row_parts(x.rows, division, [&](int64_t begin, int64_t rows) {
     if (rows == 0) return;
     Scratch memory;
-    const Matrix input = converted(x.row_block(begin, rows), type, memory), block = memory.matrix(type, rows, widest);
+    const Matrix input = converted(x.row_block(begin, rows), type, memory);
+    const Matrix block = memory.matrix(written, rows, widest);
     for (int64_t first = 0; first < weight.rows; first += kColumns) {
       const int64_t count = std::min(kColumns, weight.rows - first);
-      const Matrix product{block.data, type, rows, count, count, 1};
+      const Matrix product{block.data, written, rows, count, count, 1};
       const Matrix columns = weight.row_block(first, count).transposed();
       const Matrix its_bias = bias.data ? bias.column_block(first, count) : bias;
       if (has_bias)
@@ -671,8 +717,8 @@ void for_products(Matrix x, Matrix weight, Matrix bias, const std::function<void
 void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_gradient, const OutputSlopes& added) {
   const size_t top = count - 1;
   const int64_t rows = grad.rows;
-  const Scalar type = product_type(grad.scalar);
   Work work;
+  bool converts = false;
   for (size_t index = 0; index < count; ++index)
     work.widest = std::max({work.widest, layers[index].weight.rows, layers[index].weight.cols});
   const int64_t block = reduction_rows(rows, work.widest);
@@ -692,14 +738,16 @@ void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_g
     layer.saved =
         layer.spec.activation == Activation::identity ? Matrix() : row_major(layer.saved, scratch);
     if (index > lowest || x_gradient.data) {
-      layer.weight = converted(layer.weight, type, scratch);
-      work.add(type, rows, layer.weight);
+      const int64_t inner = layer.weight.rows, cols = layer.weight.cols;
+      layer.weight = converted(layer.weight, product_type(grad.scalar, rows, inner, cols, inner * cols), scratch);
+      work.add(rows, layer.weight);
+      converts |= layer.weight.scalar != grad.scalar;
     }
   }
-  const Division division = divide(rows, work, block, type != grad.scalar);
+  const Division division = divide(rows, work, block, converts);
   pass.use_blas = division.use_blas;
 
-  const int64_t groups = type == grad.scalar ? groups_of(pass) : 0;
+  const int64_t groups = groups_of(pass);
   if (groups > 0) {
     backward_in_groups(pass, groups, block, work.widest);
   } else {

@@ -14,8 +14,8 @@
 
 namespace aefast::cpu {
 
-// Whether bfloat16 products are left to the BLAS as they are; returns what held before. For tests: at first they are if
-// the processor has instructions for them.
+// Whether operands of products stay in bfloat16, for the BLAS or product_kernels(); returns what held before. For tests:
+// at first they do if the processor has instructions for them.
 bool use_bfloat16_products(bool use);
 bool has_bfloat16_products();
 

@@ -7,8 +7,8 @@
 // and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", ARITH
 // 2019.) The unit is 16 times as fast as two float32 vector units, so that six products are still 2.7 times as fast.
 //
-// Where bfloat16's precision will do, the first part alone is taken, and one product. The vectors' instruction does that,
-// at twice the speed of float32; six products of them would be slower.
+// Where bfloat16's precision will do, and where operands are bfloat16, the first part alone is taken, and one product. The
+// vectors' instruction does that, at twice the speed of float32; six products of them would be slower.
 #pragma once
 
 #include <immintrin.h>
@@ -48,8 +48,17 @@ AEFAST_HD __mmask16 lanes(int64_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffffu : count <= 0 ? 0u : (1u << count) - 1);
 }
 
-// Splits two vectors of float32 into `kParts` of 32 bfloat16: all of the first vector's and then the second's, or one of
-// each by turns.
+AEFAST_HD __m512 load_16(const float* from) { return _mm512_loadu_ps(from); }
+AEFAST_HD __m256i load_16(const BFloat16* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+
+// Of which `count` are there, and the others 0.
+AEFAST_HD __m512 load_16(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(lanes(count), from); }
+AEFAST_HD __m256i load_16(const BFloat16* from, int64_t count) {
+  return _mm256_maskz_loadu_epi16(lanes(count), from);
+}
+
+// Splits two vectors of 16 numbers into `kParts` of 32 bfloat16: all of the first vector's and then the second's, or one
+// of each by turns.
 template <int kParts>
 struct Splitter;
 
@@ -101,11 +110,19 @@ struct Splitter<1> {
   }
 
   AEFAST_HD void operator()(__m512 first, __m512 second, __m512i parts[1]) const {
-    parts[0] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-    if (by_turns) parts[0] = _mm512_permutexvar_epi16(order, parts[0]);
+    parts[0] = in_order(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+  }
+
+  AEFAST_HD void operator()(__m256i first, __m256i second, __m512i parts[1]) const {
+    parts[0] = in_order(_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
   }
 
   AEFAST_HD uint32_t most() const { return 0; }
+
+ private:
+  AEFAST_HD __m512i in_order(__m512i both) const {
+    return by_turns ? _mm512_permutexvar_epi16(order, both) : both;
+  }
 };
 
 // The 16 x 16 words of `rows`, transposed.
@@ -139,37 +156,27 @@ AEFAST_HD void transpose_words(__m512i* rows) {
 // side, `stride` between outer indices, or outer indices side by side, `stride` between terms. What is beyond `outer`
 // is left to chance, as are the sums it goes into; what is beyond `terms` is 0. The next panel, or the next step, is
 // fetched ahead: its rows are too many and too short for the processor to see them coming.
-template <int kParts, bool kTermsSideBySide, bool kTransposed>
-AEFAST_HD void pack_tile(const float* from, int64_t stride, int64_t outer, int64_t terms, char* to,
+template <int kParts, bool kTermsSideBySide, bool kTransposed, typename T>
+AEFAST_HD void pack_tile(const T* from, int64_t stride, int64_t outer, int64_t terms, char* to,
                          Splitter<kParts>& split) {
   __m512i tile[kParts][16];
   const bool is_whole = outer == kTile && terms == kTermsOfStep;
 #pragma GCC unroll 16
   for (int row = 0; row < 16; ++row) {
-    __m512 first, second;
+    decltype(load_16(from)) first, second;
     if constexpr (kTermsSideBySide) {
-      const float* const at = from + row * stride;
+      const T* const at = from + row * stride;
       _mm_prefetch(at + kPanel * stride, _MM_HINT_T0);
-      _mm_prefetch(at + kPanel * stride + 16, _MM_HINT_T0);
-      if (is_whole) {
-        first = _mm512_loadu_ps(at);
-        second = _mm512_loadu_ps(at + 16);
-      } else {
-        const int64_t count = row < outer ? terms : 0;
-        first = _mm512_maskz_loadu_ps(lanes(count), at);
-        second = _mm512_maskz_loadu_ps(lanes(count - 16), at + 16);
-      }
+      if constexpr (sizeof(T) == 4) _mm_prefetch(at + kPanel * stride + 16, _MM_HINT_T0);
+      const int64_t count = row < outer ? terms : 0;
+      first = is_whole ? load_16(at) : load_16(at, count);
+      second = is_whole ? load_16(at + 16) : load_16(at + 16, count - 16);
     } else {
-      const float* const at = from + 2 * row * stride;
+      const T* const at = from + 2 * row * stride;
       _mm_prefetch(at + kTermsOfStep * stride, _MM_HINT_T0);
       _mm_prefetch(at + (kTermsOfStep + 1) * stride, _MM_HINT_T0);
-      if (is_whole) {
-        first = _mm512_loadu_ps(at);
-        second = _mm512_loadu_ps(at + stride);
-      } else {
-        first = _mm512_maskz_loadu_ps(2 * row < terms ? lanes(outer) : 0, at);
-        second = _mm512_maskz_loadu_ps(2 * row + 1 < terms ? lanes(outer) : 0, at + stride);
-      }
+      first = is_whole ? load_16(at) : load_16(at, 2 * row < terms ? outer : 0);
+      second = is_whole ? load_16(at + stride) : load_16(at + stride, 2 * row + 1 < terms ? outer : 0);
     }
     __m512i parts[kParts];
     split(first, second, parts);
@@ -192,8 +199,8 @@ AEFAST_HD void pack_tile(const float* from, int64_t stride, int64_t outer, int64
 
 // The panels of a matrix of `outer` indices and `terms` terms. Returns the bits of the greatest magnitude in it, where
 // there are several parts.
-template <int kParts, bool kTermsSideBySide, bool kTransposed>
-uint32_t pack(const float* from, int64_t stride, int64_t outer, int64_t terms, char* to) {
+template <int kParts, bool kTermsSideBySide, bool kTransposed, typename T>
+uint32_t pack(const T* from, int64_t stride, int64_t outer, int64_t terms, char* to) {
   Splitter<kParts> split(!kTermsSideBySide);
   for (int64_t panel = 0; panel < outer; panel += kPanel)
     for (int64_t term = 0; term < terms; term += kTermsOfStep, to += kStepBytes<kParts>)
@@ -205,18 +212,32 @@ uint32_t pack(const float* from, int64_t stride, int64_t outer, int64_t terms, c
   return split.most();
 }
 
-template <int kParts>
-AEFAST_HD uint32_t pack_left(ProductOperand a, int64_t row, int64_t term, int64_t rows, int64_t terms, char* to) {
-  const float* const from = static_cast<const float*>(a.data) + row * a.row_stride + term * a.col_stride;
+template <int kParts, typename T>
+AEFAST_HD uint32_t pack_left_of(ProductOperand a, int64_t row, int64_t term, int64_t rows, int64_t terms, char* to) {
+  const T* const from = static_cast<const T*>(a.data) + row * a.row_stride + term * a.col_stride;
   return a.col_stride == 1 ? pack<kParts, true, false>(from, a.row_stride, rows, terms, to)
                            : pack<kParts, false, true>(from, a.col_stride, rows, terms, to);
 }
 
-template <int kParts>
-AEFAST_HD uint32_t pack_right(ProductOperand b, int64_t term, int64_t col, int64_t terms, int64_t cols, char* to) {
-  const float* const from = static_cast<const float*>(b.data) + term * b.row_stride + col * b.col_stride;
+template <int kParts, typename T>
+AEFAST_HD uint32_t pack_right_of(ProductOperand b, int64_t term, int64_t col, int64_t terms, int64_t cols, char* to) {
+  const T* const from = static_cast<const T*>(b.data) + term * b.row_stride + col * b.col_stride;
   return b.row_stride == 1 ? pack<kParts, true, true>(from, b.col_stride, cols, terms, to)
                            : pack<kParts, false, false>(from, b.row_stride, cols, terms, to);
+}
+
+template <int kParts>
+AEFAST_HD uint32_t pack_left(ProductOperand a, int64_t row, int64_t term, int64_t rows, int64_t terms, char* to) {
+  if constexpr (kParts == 1)
+    if (a.scalar == Scalar::bfloat16) return pack_left_of<kParts, BFloat16>(a, row, term, rows, terms, to);
+  return pack_left_of<kParts, float>(a, row, term, rows, terms, to);
+}
+
+template <int kParts>
+AEFAST_HD uint32_t pack_right(ProductOperand b, int64_t term, int64_t col, int64_t terms, int64_t cols, char* to) {
+  if constexpr (kParts == 1)
+    if (b.scalar == Scalar::bfloat16) return pack_right_of<kParts, BFloat16>(b, term, col, terms, cols, to);
+  return pack_right_of<kParts, float>(b, term, col, terms, cols, to);
 }
 
 // --- products --------------------------------------------------------------------------------------------------

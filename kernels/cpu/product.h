@@ -12,17 +12,19 @@ namespace aefast::cpu {
 
 struct ProductOperand {
   const void* data;
+  Scalar scalar;
   int64_t row_stride, col_stride;  // in elements; one of them is 1
 };
 
-// By what a product is formed: by vectors; or, of float32, by the matrix unit, as exactly, or from operands rounded to
-// bfloat16 and summed in float32.
+// By what a product is formed: by vectors; or, of float32, by the matrix unit, as exactly; or from operands in bfloat16
+// or rounded to it, summed in float32.
 enum class Unit { vectors, matrix, matrix_rounding };
 
 struct ProductKernels {
   // out (rows, cols), rows `out_stride` apart, = a (rows, inner) b (inner, cols), or += with `add`, in float32 or
-  // float64, on one thread. `workspace` is aligned to 64. Sums are taken over `inner` in an order that depends on nothing
-  // but the shape and the strides; by the matrix unit, which takes float32, on nothing but `inner`.
+  // float64, on one thread. Operands are of that type; those of matrix_rounding may be bfloat16. `workspace` is aligned
+  // to 64. Sums are taken over `inner` in an order that depends on nothing but the shape and the strides; by the matrix
+  // unit, which sums in float32, on nothing but `inner`.
   void (*product)(Scalar scalar, Unit unit, ProductOperand a, ProductOperand b, void* out, int64_t out_stride,
                   int64_t rows, int64_t inner, int64_t cols, bool add, void* workspace);
   // The workspace that such a product needs.

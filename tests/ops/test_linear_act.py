@@ -271,11 +271,18 @@ def test_bfloat16_products(poisoned_memory, activation):
     try:
         for sample in OP.samples(CPU, torch.bfloat16):
             numerics.check(OP, "cpu", {**sample, "activation": activation}, torch.bfloat16)
-        for rows in (64, 1024, 1500):
+        # Short ones, which are converted; few rows of a large weight, and a large batch, which are the BLAS's.
+        for rows, inputs, features in (
+            (64, 16, 8),
+            (1024, 16, 8),
+            (1500, 16, 8),
+            (3, 260, 270),
+            (300, 300, 310),
+        ):
             sample = {
-                "x": torch.randn(rows, 16, generator=generator).bfloat16(),
-                "weight": (torch.randn(8, 16, generator=generator) * 0.3).bfloat16(),
-                "bias": None,
+                "x": torch.randn(rows, inputs, generator=generator).bfloat16(),
+                "weight": (torch.randn(features, inputs, generator=generator) * inputs**-0.5).bfloat16(),
+                "bias": None if features == 8 else torch.randn(features, generator=generator).bfloat16(),
                 "activation": activation,
             }
             numerics.check(OP, "cpu", sample, torch.bfloat16)

@@ -1,5 +1,5 @@
-"""Products of float32 by instructions for bfloat16, which dense layers take where they are large enough: the matrix
-unit's, and for operands that may be rounded the vectors', too."""
+"""Products by instructions for bfloat16, which dense layers take where they are large enough: of float32 by the matrix
+unit's; of operands that may be rounded, and of bfloat16, by the vectors', too."""
 
 import itertools
 
@@ -43,6 +43,8 @@ def matrix(rows, cols, layout="plain", seed=0):
     generator = torch.Generator().manual_seed(seed)
     if layout == "transposed":
         return torch.randn(cols, rows, generator=generator).t()
+    if layout == "spread":
+        return torch.randn(2 * rows, 2 * cols, generator=generator)[::2, ::2]
     if layout == "sliced":
         return torch.randn(2 * rows, cols + 3, generator=generator)[::2, 1 : cols + 1]
     return torch.randn(rows, cols, generator=generator)
@@ -262,6 +264,46 @@ def test_rounded_gradients(poisoned_memory, rounding):
     x, weight = x.detach(), weight.detach()
     check_sums(of_x, grad, weight)
     check_sums(of_weight, grad.t(), x)
+
+
+@pytest.mark.parametrize("inputs", [32, 33, 384, 385, 784, 2500])
+@pytest.mark.parametrize(
+    "layouts",
+    list(itertools.product(["plain", "transposed", "sliced", "spread"], ["plain", "transposed", "spread"])),
+    ids="-".join,
+)
+def test_bfloat16_is_what_float32_is_rounded_to(poisoned_memory, rounding, inputs, layouts):
+    """Sums of the same numbers, so that their bits are the same too."""
+    x, weight = (
+        matrix(rows, inputs, layout, seed).bfloat16()
+        for rows, layout, seed in ((97, layouts[0], 0), (90, layouts[1], 1))
+    )
+    grad = matrix(97, 90, seed=2).bfloat16()
+
+    def found(x, weight, grad):
+        leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        out = linear(*leaves)
+        return out, *torch.autograd.grad(out, leaves, grad)
+
+    for one, wide in zip(found(x, weight, grad), found(x.float(), weight.float(), grad.float()), strict=True):
+        assert torch.equal(one, wide.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("rows", "features"), [(96, 96), (113, 81), (127, 95), (129, 113), (41, 255), (600, 129), (130, 1100)]
+)
+def test_bfloat16_edges_of_tiles(poisoned_memory, rounding, rows, features):
+    x, weight = matrix(rows, 200).bfloat16(), matrix(features, 200, seed=1).bfloat16()
+    assert torch.equal(linear(x, weight), linear(x.float(), weight.float()).bfloat16())
+
+
+def test_bfloat16_bias_and_activation_come_before_rounding(poisoned_memory, rounding):
+    sample = {
+        name: value if name == "activation" else value.bfloat16()
+        for name, value in layer(300, 200, 150, activation="tanh").items()
+    }
+    wide = {name: value if name == "activation" else value.float() for name, value in sample.items()}
+    assert torch.equal(AF.linear_act(**sample), AF.linear_act(**wide).bfloat16())
 
 
 def test_follows_torchs_setting():
