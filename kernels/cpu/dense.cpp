@@ -295,13 +295,15 @@ struct Work {
   int64_t widest = 1;
   double flops = 0.0;      // the most of a layer, all rows together
   bool is_packed = false;  // whether a large weight goes through the matrix unit
+  bool is_half = false;    // whether the BLAS multiplies half precision, for which it rearranges a weight at each call
 
   // The weight is in the type of the product.
   void add(int64_t rows, Matrix weight) {
     widest = std::max({widest, weight.rows, weight.cols});
     flops = std::max(flops, layer_flops(rows, weight));
-    is_packed |= weight.rows * weight.cols > kMostElementsOfOwn &&
-                 is_matrix_unit(engine_of(weight.scalar, rows, weight.cols, weight.rows, false));
+    const Engine engine = engine_of(weight.scalar, rows, weight.cols, weight.rows, false);
+    is_packed |= weight.rows * weight.cols > kMostElementsOfOwn && is_matrix_unit(engine);
+    is_half |= engine == Engine::blas;
   }
 };
 
@@ -332,7 +334,7 @@ Division divide(int64_t rows, const Work& work, int64_t block, bool convert) {
     // A weight is packed once for each part; where threads share columns, the rows are for each thread.
     least = std::clamp(work.widest, kLeastRowsOfThread, kRowsOfMatrixUnit);
     most = kRowsOfMatrixUnit;
-  } else if (use_blas) {
+  } else if (use_blas || work.is_half) {
     least = kLeastRowsOfBlas;
     most = convert ? kLeastRowsOfBlas : std::clamp(kElementsOfBlas / work.widest, kLeastRowsOfBlas, kMostRowsOfBlas);
   }
