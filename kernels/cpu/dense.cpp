@@ -98,6 +98,13 @@ double most_flops_of_own() {
 constexpr int64_t kMostElementsOfOwn = 1 << 15;
 // In bfloat16 the BLAS is as fast from where on each of the three matrices is larger.
 constexpr int64_t kMostElementsOfBFloat16 = 1 << 16;
+// So many samples are multiplied with a weight in bfloat16 that is read where it is, four at a time, and twice from the
+// cache alone.
+int64_t most_rows_of_vectors(int64_t weight_elements) {
+  constexpr int64_t kElementsOfCache = 1 << 20;
+  return weight_elements <= kElementsOfCache ? kFewRows : 4;
+}
+
 // A product of so many operations is worth a second thread.
 constexpr double kLeastFlopsOfThread = 1.5e5;
 
@@ -118,6 +125,13 @@ double layer_flops(int64_t rows, Matrix weight) {
 
 int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
+// Whether the processor has matrix instructions for bfloat16.
+#if defined(__x86_64__)
+std::atomic<bool> has_bfloat16{__builtin_cpu_supports("avx512bf16") != 0};
+#else
+std::atomic<bool> has_bfloat16{false};
+#endif
+
 // Whether float32 products may be formed from operands rounded to bfloat16.
 std::atomic<bool> may_round{false};
 
@@ -133,15 +147,19 @@ Unit unit_of(Engine engine) {
 
 // Whether product_kernels() take such an operand.
 bool is_own(Matrix m, Engine engine) {
-  const bool is_known = is_own(m.scalar) || (m.scalar == Scalar::bfloat16 && engine == Engine::rounding_matrix_unit);
+  const bool is_known = is_own(m.scalar) || (m.scalar == Scalar::bfloat16 && engine != Engine::blas);
   return is_known && (m.row_stride == 1 || m.col_stride == 1);
 }
 
 // That for (rows, inner) times (inner, cols) of `scalar`, in all parts that threads take of it, so that none of its bits
-// depends on which these are. `for_blas`: what the matrix unit does not suit is the BLAS's.
-Engine engine_of(Scalar scalar, int64_t rows, int64_t inner, int64_t cols, bool for_blas) {
+// depends on which these are. `for_blas`: what the matrix unit does not suit is the BLAS's. `is_of_rows`: the rows are
+// samples; few of them, in float32, are multiplied by vectors with a weight in bfloat16.
+Engine engine_of(Scalar scalar, int64_t rows, int64_t inner, int64_t cols, bool for_blas, bool is_of_rows = true) {
   const bool is_half = scalar == Scalar::bfloat16;
-  if (scalar == Scalar::float32 || (is_half && smallest_of_three(rows, inner, cols) <= kMostElementsOfBFloat16)) {
+  if (is_half && is_of_rows && rows <= most_rows_of_vectors(inner * cols)) return Engine::vectors;
+  const bool is_panels = is_half && has_bfloat16.load(std::memory_order_relaxed) &&
+                         smallest_of_three(rows, inner, cols) <= kMostElementsOfBFloat16;
+  if (scalar == Scalar::float32 || is_panels) {
     const bool rounds = is_half || may_round.load(std::memory_order_relaxed);
     const Engine engine = rounds ? Engine::rounding_matrix_unit : Engine::matrix_unit;
     if (product_kernels().suits(unit_of(engine), rows, inner, cols)) return engine;
@@ -217,26 +235,23 @@ void multiply_add(Matrix a, Matrix b, Matrix start, Matrix out) {
                                                   borrow(b).get(), 1.0, 1.0));
 }
 
-// Whether the processor has matrix instructions for bfloat16.
-#if defined(__x86_64__)
-std::atomic<bool> has_bfloat16{__builtin_cpu_supports("avx512bf16") != 0};
-#else
-std::atomic<bool> has_bfloat16{false};
-#endif
-
 // In what the operands of (rows, inner) times (inner, cols) are, one of which or whose product is a weight of so many
 // elements. Without matrix instructions for a half type torch's product of such matrices is a scalar loop, some 100 times
 // slower than in float32; and with them a short one in bfloat16 costs more than to convert its operands, unless
 // product_kernels() take it.
-Scalar product_type(Scalar scalar, int64_t rows, int64_t inner, int64_t cols, int64_t weight_elements) {
+Scalar product_type(Scalar scalar, int64_t rows, int64_t inner, int64_t cols, int64_t weight_elements,
+                    bool is_of_rows = true) {
   if (scalar == Scalar::float16) return Scalar::float32;
-  if (scalar != Scalar::bfloat16) return scalar;
-  const bool is_short =
-      weight_elements <= kMostElementsOfBFloat16 && engine_of(scalar, rows, inner, cols, true) == Engine::blas;
+  if (scalar != Scalar::bfloat16 || engine_of(scalar, rows, inner, cols, true, is_of_rows) != Engine::blas)
+    return scalar;
+  const bool is_short = weight_elements <= kMostElementsOfBFloat16;
   return has_bfloat16.load(std::memory_order_relaxed) && !is_short ? scalar : Scalar::float32;
 }
 
 Scalar accumulator_type(Scalar scalar) { return scalar == Scalar::float64 ? Scalar::float64 : Scalar::float32; }
+
+// In what the left operand of a product is, of which the right one is in `type`.
+Scalar left_type(Scalar type, Engine engine) { return engine == Engine::vectors ? accumulator_type(type) : type; }
 
 // In what a product of operands in `type` is written: by the BLAS in their type, rounded.
 Scalar written_type(Scalar type, Engine engine) { return engine == Engine::blas ? type : accumulator_type(type); }
@@ -411,7 +426,7 @@ void data_gradient(const ActivationSpec& spec, Matrix g, Matrix weight, Matrix s
   Scratch scratch;
   const Scalar type = weight.scalar, written = written_type(type, engine);
   const Matrix product = written == below.scalar ? below : scratch.matrix(written, below.rows, below.cols);
-  multiply(converted(g, type, scratch), weight, product, engine);
+  multiply(converted(g, left_type(type, engine), scratch), weight, product, engine);
   if (spec.activation != Activation::identity || sums.wanted() || written != below.scalar)
     activation_gradient(spec, product, saved, below, sums, begin);
 }
@@ -422,7 +437,7 @@ void multiply_long(Matrix a, Matrix b, Matrix out, Engine engine) {
   // The parts' sums should stay in the cache, and be written less often than the operands are read.
   constexpr int64_t kMostElementsOfParts = 1 << 16, kLeastTermsOfParts = 1024, kElementsOfTerm = 16;
   if (out.rows * out.cols <= std::min(kMostElementsOfParts, kElementsOfTerm * a.cols) &&
-      a.cols >= kLeastTermsOfParts && is_own(a, Engine::vectors) && is_own(b, Engine::vectors))
+      a.cols >= kLeastTermsOfParts && a.scalar == out.scalar && is_own(a, engine) && is_own(b, engine))
     return multiply_in_parts(a, b, out, std::max<int64_t>(1, workers));
   // Threads share rows of out where there are enough: a thread that writes whole pages keeps them in its own cache.
   constexpr int64_t kLeastRows = 32;
@@ -436,11 +451,11 @@ void multiply_long(Matrix a, Matrix b, Matrix out, Engine engine) {
 // out = g^T x, over all rows at once.
 void weight_gradient(Matrix g, Matrix x, Matrix out) {
   if (out.rows == 0 || out.cols == 0) return;
-  const Scalar type = product_type(out.scalar, out.rows, g.rows, out.cols, out.rows * out.cols);
+  const Scalar type = product_type(out.scalar, out.rows, g.rows, out.cols, out.rows * out.cols, false);
   if (type == out.scalar) {
     Scratch scratch;
     const Matrix a = converted(g, type, scratch).transposed(), b = converted(x, type, scratch);
-    const Engine engine = engine_of(type, out.rows, a.cols, out.cols, flops_of(a, b) > most_flops_of_own());
+    const Engine engine = engine_of(type, out.rows, a.cols, out.cols, flops_of(a, b) > most_flops_of_own(), false);
     if (engine == Engine::blas) return multiply(a, b, out, engine);
     const Scalar written = written_type(type, engine);
     const Matrix product = written == type ? out : scratch.matrix(written, out.rows, out.cols);
@@ -482,7 +497,7 @@ void layer_forward(const LayerForward& layer, Matrix x, Matrix out, Matrix deriv
   Scratch scratch;
   const Scalar type = layer.weight.scalar, written = written_type(type, engine);
   const Matrix pre = written == out.scalar ? out : scratch.matrix(written, out.rows, out.cols);
-  const Matrix rows_of_x = converted(x, type, scratch), columns = layer.weight.transposed();
+  const Matrix rows_of_x = converted(x, left_type(type, engine), scratch), columns = layer.weight.transposed();
   // A product in half precision is rounded, so that the bias has to be in it before.
   const bool has_bias = layer.bias.data && written != accumulator_type(written);
   if (has_bias)
@@ -700,7 +715,7 @@ void for_products(Matrix x, Matrix weight, Matrix bias, const std::function<void
   for_row_parts(x.rows, division, [&](int64_t begin, int64_t rows) {
     if (rows == 0) return;
     Scratch memory;
-    const Matrix input = converted(x.row_block(begin, rows), type, memory);
+    const Matrix input = converted(x.row_block(begin, rows), left_type(type, engine), memory);
     const Matrix block = memory.matrix(written, rows, widest);
     for (int64_t first = 0; first < weight.rows; first += kColumns) {
       const int64_t count = std::min(kColumns, weight.rows - first);

@@ -25,20 +25,33 @@ constexpr int64_t kLeastTermsToPack = 8;
 constexpr int64_t kMostTermsOfWriting = 32, kLeastBytesOfWriting = 512 << 10;
 // With so few, b's rows stay in the first-level cache, and a row of out is written at once.
 constexpr int64_t kMostTermsOfRow = 4;
-// For so few rows b is read from where it is: to rearrange it takes longer than the product.
-constexpr int64_t kFewRows = 8;
 // Rows of a whose terms stay in the second-level cache while all of b's columns pass.
 constexpr int64_t kBlockRows = 256;
 
+// As many elements as V has, in its type.
+template <typename V, typename T>
+AEFAST_HD V widened(const T* from) {
+  return read<V>(from);
+}
+template <typename V>
+AEFAST_HD V widened(const BFloat16* from) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    return load(*from);
+  } else {
+    const auto halves = read<Vector<uint16_t, sizeof(V) / 2>>(from);
+    return reinterpret_cast<V>(__builtin_convertvector(halves, Vector<uint32_t, sizeof(V)>) << 16);
+  }
+}
+
 // out (kRows, kVectors * lanes) = or += a b over `inner` terms; b's rows are contiguous.
-template <int kRows, int kVectors, typename V, typename T>
-AEFAST_HD void tile(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, T* out, int64_t out_row,
+template <int kRows, int kVectors, typename V, typename T, typename B>
+AEFAST_HD void tile(const T* a, int64_t a_row, int64_t a_col, const B* b, int64_t b_row, T* out, int64_t out_row,
                     int64_t inner, bool add) {
   constexpr int kLanes = sizeof(V) / sizeof(T);
   V sums[kRows][kVectors] = {};
   for (int64_t term = 0; term < inner; ++term) {
     V right[kVectors];
-    for (int vector = 0; vector < kVectors; ++vector) right[vector] = read<V>(b + term * b_row + vector * kLanes);
+    for (int vector = 0; vector < kVectors; ++vector) right[vector] = widened<V>(b + term * b_row + vector * kLanes);
     for (int row = 0; row < kRows; ++row) {
       const T left = a[row * a_row + term * a_col];
       for (int vector = 0; vector < kVectors; ++vector) sums[row][vector] += left * right[vector];
@@ -70,13 +83,14 @@ AEFAST_HD void for_tile_rows(int64_t rows, const Body& body) {
 // --- few rows of out -----------------------------------------------------------------------------------------
 
 // b's rows are contiguous; kRows is small.
-template <int kRows, typename T>
-AEFAST_HD void few_rows(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, T* out, int64_t out_row,
+template <int kRows, typename T, typename B>
+AEFAST_HD void few_rows(const T* a, int64_t a_row, int64_t a_col, const B* b, int64_t b_row, T* out, int64_t out_row,
                         int64_t inner, int64_t cols, bool add) {
   int64_t begin = 0;
   do {
     const int64_t terms = inner - begin < kTermsInPlace ? inner - begin : kTermsInPlace;
-    const T *left = a + begin * a_col, *right = b + begin * b_row;
+    const T* const left = a + begin * a_col;
+    const B* const right = b + begin * b_row;
     int64_t col = 0;
     const auto columns = [&](auto vector, auto count) __attribute__((always_inline)) {
       constexpr int kVectors = decltype(count)::value, kWidth = kVectors * sizeof(vector) / sizeof(T);
@@ -118,8 +132,8 @@ AEFAST_HD void transpose(V* rows) {
 }
 
 // out (kRows, kCols) of dot products of contiguous rows of a and b^T; kRows * kCols is a vector's lanes.
-template <int kRows, int kCols, typename T>
-AEFAST_HD void dots(const T* a, int64_t a_row, const T* b, int64_t b_col, T* out, int64_t out_row, int64_t inner,
+template <int kRows, int kCols, typename T, typename B>
+AEFAST_HD void dots(const T* a, int64_t a_row, const B* b, int64_t b_col, T* out, int64_t out_row, int64_t inner,
                     bool add) {
   using V = Vector<T, kRows * kCols * sizeof(T)>;
   constexpr int kLanes = kRows * kCols;
@@ -129,7 +143,7 @@ AEFAST_HD void dots(const T* a, int64_t a_row, const T* b, int64_t b_col, T* out
     V left[kRows];
     for (int row = 0; row < kRows; ++row) left[row] = read<V>(a + row * a_row + term);
     for (int col = 0; col < kCols; ++col) {
-      const V right = read<V>(b + col * b_col + term);
+      const V right = widened<V>(b + col * b_col + term);
       for (int row = 0; row < kRows; ++row) sums[row * kCols + col] += left[row] * right;
     }
   }
@@ -141,14 +155,14 @@ AEFAST_HD void dots(const T* a, int64_t a_row, const T* b, int64_t b_col, T* out
   for (int row = 0; row < kRows; ++row)
     for (int col = 0; col < kCols; ++col) {
       T sum = found[row * kCols + col];
-      for (int64_t rest = term; rest < inner; ++rest) sum += a[row * a_row + rest] * b[col * b_col + rest];
+      for (int64_t rest = term; rest < inner; ++rest) sum += a[row * a_row + rest] * load(b[col * b_col + rest]);
       T& element = out[row * out_row + col];
       element = add ? element + sum : sum;
     }
 }
 
-template <int kRows, typename T>
-AEFAST_HD void row_of_dots(const T* a, int64_t a_row, const T* b, int64_t b_col, T* out, int64_t out_row,
+template <int kRows, typename T, typename B>
+AEFAST_HD void row_of_dots(const T* a, int64_t a_row, const B* b, int64_t b_col, T* out, int64_t out_row,
                            int64_t inner, int64_t cols, bool add) {
   constexpr int kCols = kVectorBytes / sizeof(T) / kRows;
   int64_t col = 0;
@@ -157,7 +171,7 @@ AEFAST_HD void row_of_dots(const T* a, int64_t a_row, const T* b, int64_t b_col,
   for (int row = 0; row < kRows; ++row)
     for (int64_t rest = col; rest < cols; ++rest) {
       T sum = T(0);
-      for (int64_t term = 0; term < inner; ++term) sum += a[row * a_row + term] * b[rest * b_col + term];
+      for (int64_t term = 0; term < inner; ++term) sum += a[row * a_row + term] * load(b[rest * b_col + term]);
       T& element = out[row * out_row + rest];
       element = add ? element + sum : sum;
     }
@@ -292,6 +306,27 @@ void many_rows(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_r
   }
 }
 
+// No more than kFewRows of them; a's columns are contiguous, or b's are.
+template <typename T, typename B>
+void product_of_few(ProductOperand left, ProductOperand right, T* out, int64_t out_row, int64_t rows, int64_t inner,
+                    int64_t cols, bool add) {
+  const T* a = static_cast<const T*>(left.data);
+  const B* b = static_cast<const B*>(right.data);
+  const int64_t a_row = left.row_stride, a_col = left.col_stride, b_row = right.row_stride, b_col = right.col_stride;
+  const auto some = [&](int64_t row, auto count) {
+    constexpr int kRows = decltype(count)::value;
+    if (b_col == 1)
+      few_rows<kRows>(a + row * a_row, a_row, a_col, b, b_row, out + row * out_row, out_row, inner, cols, add);
+    else
+      row_of_dots<kRows>(a + row * a_row, a_row, b, b_col, out + row * out_row, out_row, inner, cols, add);
+  };
+  constexpr int kLanes = kVectorBytes / sizeof(T), kMost = kLanes < 4 ? kLanes : 4;
+  int64_t row = 0;
+  for (; row + kMost <= rows; row += kMost) some(row, std::integral_constant<int, kMost>());
+  for (; row + 2 <= rows; row += 2) some(row, std::integral_constant<int, 2>());
+  if (row < rows) some(row, std::integral_constant<int, 1>());
+}
+
 template <typename T>
 void product_of(ProductOperand left, ProductOperand right, T* out, int64_t out_row, int64_t rows, int64_t inner,
                 int64_t cols, bool add, T* workspace) {
@@ -303,21 +338,8 @@ void product_of(ProductOperand left, ProductOperand right, T* out, int64_t out_r
       few_rows<1>(a + row * a_row, a_row, a_col, b, b_row, out + row * out_row, out_row, inner, cols, add);
     return;
   }
-  if (rows <= kFewRows && (a_col == 1 || b_col == 1)) {
-    const auto some = [&](int64_t row, auto count) {
-      constexpr int kRows = decltype(count)::value;
-      if (b_col == 1)
-        few_rows<kRows>(a + row * a_row, a_row, a_col, b, b_row, out + row * out_row, out_row, inner, cols, add);
-      else
-        row_of_dots<kRows>(a + row * a_row, a_row, b, b_col, out + row * out_row, out_row, inner, cols, add);
-    };
-    constexpr int kLanes = kVectorBytes / sizeof(T), kMost = kLanes < 4 ? kLanes : 4;
-    int64_t row = 0;
-    for (; row + kMost <= rows; row += kMost) some(row, std::integral_constant<int, kMost>());
-    for (; row + 2 <= rows; row += 2) some(row, std::integral_constant<int, 2>());
-    if (row < rows) some(row, std::integral_constant<int, 1>());
-    return;
-  }
+  if (rows <= kFewRows && (a_col == 1 || b_col == 1))
+    return product_of_few<T, T>(left, right, out, out_row, rows, inner, cols, add);
   const int64_t bytes = cols * static_cast<int64_t>(sizeof(T));
   const auto run = [&](auto vector) {
     many_rows<decltype(vector)>(a, a_row, a_col, b, b_row, b_col, out, out_row, rows, inner, cols, add, workspace);
@@ -342,7 +364,9 @@ void product(Scalar scalar, [[maybe_unused]] Unit unit, ProductOperand a, Produc
       matrix_unit::multiply<matrix_unit::kExactParts>(a, b, sums, out_stride, rows, inner, cols, add, workspace))
     return;
 #endif
-  if (scalar == Scalar::float64)
+  if (b.scalar == Scalar::bfloat16)
+    product_of_few<float, BFloat16>(a, b, static_cast<float*>(out), out_stride, rows, inner, cols, add);
+  else if (scalar == Scalar::float64)
     product_of(a, b, static_cast<double*>(out), out_stride, rows, inner, cols, add, static_cast<double*>(workspace));
   else
     product_of(a, b, static_cast<float*>(out), out_stride, rows, inner, cols, add, static_cast<float*>(workspace));

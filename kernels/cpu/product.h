@@ -20,11 +20,15 @@ struct ProductOperand {
 // or rounded to it, summed in float32.
 enum class Unit { vectors, matrix, matrix_rounding };
 
+// For so few rows b is read from where it is: to rearrange it takes longer than the product.
+constexpr int64_t kFewRows = 8;
+
 struct ProductKernels {
   // out (rows, cols), rows `out_stride` apart, = a (rows, inner) b (inner, cols), or += with `add`, in float32 or
-  // float64, on one thread. Operands are of that type; those of matrix_rounding may be bfloat16. `workspace` is aligned
-  // to 64. Sums are taken over `inner` in an order that depends on nothing but the shape and the strides; by the matrix
-  // unit, which sums in float32, on nothing but `inner`.
+  // float64, on one thread. Operands are of that type; those of matrix_rounding may be bfloat16, and so may b by vectors
+  // beside no more than kFewRows of float32 in row-major order. `workspace` is aligned to 64. Sums are taken over `inner`
+  // in an order that depends on nothing but the shape and the strides; by the matrix unit, which sums in float32, on
+  // nothing but `inner`.
   void (*product)(Scalar scalar, Unit unit, ProductOperand a, ProductOperand b, void* out, int64_t out_stride,
                   int64_t rows, int64_t inner, int64_t cols, bool add, void* workspace);
   // The workspace that such a product needs.

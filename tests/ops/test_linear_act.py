@@ -271,12 +271,12 @@ def test_bfloat16_products(poisoned_memory, activation):
     try:
         for sample in OP.samples(CPU, torch.bfloat16):
             numerics.check(OP, "cpu", {**sample, "activation": activation}, torch.bfloat16)
-        # Short ones, which are converted; few rows of a large weight, and a large batch, which are the BLAS's.
+        # Short ones, which are converted; some rows of a large weight, and a large batch, which are the BLAS's.
         for rows, inputs, features in (
             (64, 16, 8),
             (1024, 16, 8),
             (1500, 16, 8),
-            (3, 260, 270),
+            (12, 260, 270),
             (300, 300, 310),
         ):
             sample = {
@@ -288,6 +288,39 @@ def test_bfloat16_products(poisoned_memory, activation):
             numerics.check(OP, "cpu", sample, torch.bfloat16)
     finally:
         torch.ops.aefast_cpu.use_bfloat16_products(had)
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed", "spread"])
+@pytest.mark.parametrize(("inputs", "features"), [(784, 512), (2500, 90), (33, 1030), (1, 7)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8])
+def test_few_rows_of_bfloat16(poisoned_memory, instruction_set, rows, inputs, features, layout):
+    """Vectors multiply them in float32, in the order of float32's own product, and read the weight as it is."""
+    numerics.require_backend("cpu", OP.name, "cpu", torch.bfloat16)
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(2 * features, 2 * inputs, generator=generator).bfloat16() * inputs**-0.5
+    weight = {
+        "plain": weight[:features, :inputs].contiguous(),
+        "transposed": weight[:features, :inputs].t().contiguous().t(),
+        "spread": weight[::2, ::2],
+    }[layout]
+    x, grad = (torch.randn(rows, size, generator=generator).bfloat16() for size in (inputs, features))
+    bias = torch.randn(features, generator=generator).bfloat16()
+
+    def found(x, weight, bias, grad):
+        x = x.requires_grad_()
+        out = AF.linear_act(x, weight, bias, "tanh")
+        return out, *torch.autograd.grad(out, x, grad)
+
+    with aefast.backend("cpu"):
+        out, gradient = found(x, weight, bias, grad)
+        # A weight of any strides is copied to rows.
+        plain = weight.contiguous() if layout == "spread" else weight
+        wide_out, _ = found(x.detach().float(), plain.float(), bias.float(), grad.float())
+        assert torch.equal(out, wide_out.bfloat16())
+        # Of the output as it was rounded.
+        slope = (grad.float() * (1 - out.float() ** 2)).bfloat16()
+        wide = AF.linear_act(slope.float(), plain.float().t(), None, "identity")
+    torch.testing.assert_close(gradient, wide.bfloat16(), rtol=2**-7, atol=2**-9)
 
 
 @pytest.fixture
