@@ -67,6 +67,10 @@ class CapturedStep:
     Works for any module, optimizer and loss that can be captured: shapes must not depend on the data, nothing may wait
     for the device, and an optimizer that has the option `capturable` gets it.
 
+    On the CPU the kernel of torch's fused Adam and AdamW is called at once, with the state that the optimizer keeps:
+    profilers show no `Optimizer.step`. An optimizer that has hooks, is scheduled by torch or is of another kind makes
+    its own step.
+
     Args:
         model: the module to train, on its device, in training mode.
         optimizer: over the module's parameters.

@@ -157,4 +157,5 @@ def test_replays_without_a_device(monkeypatch):
     )
     assert refused == {"waits": "operation not permitted when stream is capturing"}
     assert set(found) == {"runs"}
-    assert 4e-3 <= timing.GRAPH_CALLS * found["runs"].median < 6e-3
+    # The fastest of five: beside other work a sleep may end late.
+    assert 4e-3 <= timing.GRAPH_CALLS * min(found["runs"].samples) < 6e-3
