@@ -34,13 +34,15 @@ PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 3
 # A file's tests stay in one process, since some share what takes long to make.
 test-cpu: setup
 	$(PARALLEL) --dist loadfile --no-loadscope-reorder -m "not aot" \
-	  --ignore=tests/aot --ignore=tests/cuda_emulation --ignore-glob='tests/ops/test_triton_*'
+	  --ignore=tests/aot --ignore=tests/cuda_emulation --ignore=tests/matrix_unit_emulation --ignore-glob='tests/ops/test_triton_*'
 
 test-interpret: setup
 	TRITON_INTERPRET=1 $(PARALLEL) tests/ops/test_triton_*.py
 
-# What a compiler does without a GPU: the emulation and code ahead of time. A class's tests stay in one process too.
-COMPILED = $(PARALLEL) --dist loadscope tests/cuda_emulation tests/bench/test_static.py tests/aot
+# What a compiler does without a GPU, or Intel's matrix unit: the emulations and code ahead of time. A class's tests stay
+# in one process too.
+COMPILED = $(PARALLEL) --dist loadscope tests/cuda_emulation tests/matrix_unit_emulation tests/bench/test_static.py \
+  tests/aot
 
 test-compiled: setup
 	$(COMPILED)

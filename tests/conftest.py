@@ -1,6 +1,7 @@
 import importlib
 import os
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ from aefast import _library
 
 # Folders of files that take long. They come first, lest one process be left alone with one of them at the end.
 LONG = ("packaging", "train")
+
+# A folder whose libraries stand in for the installed ones.
+if "AEFAST_TEST_LIBRARIES" in os.environ:
+    _library._FOLDER = Path(os.environ["AEFAST_TEST_LIBRARIES"])
 
 
 def pytest_collection_modifyitems(items):

@@ -3,10 +3,6 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-#if defined(AEFAST_MATRIX_UNIT)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 #include <algorithm>
 #include <atomic>
@@ -60,18 +56,6 @@ bool has_avx512() {
 }
 #endif
 
-#if defined(AEFAST_MATRIX_UNIT)
-// Linux hands out the tiles, 8 KiB of each thread's state, on request, and to the whole process.
-bool has_matrix_unit() {
-  constexpr unsigned kTiles = 1u << 24, kBFloat16 = 1u << 22, kVectorBFloat16 = 1u << 5;
-  unsigned a, b, c, d;
-  if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kBFloat16)) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kVectorBFloat16)) return false;
-  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-}
-#endif
-
 struct Kernels {
   const char* name;
   const LossKernels& loss;
@@ -92,7 +76,7 @@ const std::vector<Kernels>& instruction_sets() {
    product_set::product_kernels, set::pyramid_kernels, set::random_kernels, set::sparse_kernels, supported}
   static const std::vector<Kernels> sets = {
 #if defined(AEFAST_MATRIX_UNIT)
-      AEFAST_KERNELS("amx", avx512, amx, has_matrix_unit()),
+      AEFAST_KERNELS("amx", avx512, amx, has_avx512() && has_matrix_unit()),
 #endif
 #if defined(AEFAST_VECTOR_BFLOAT16)
       AEFAST_KERNELS("avx512bf16", avx512, avx512bf16, has_avx512() && __builtin_cpu_supports("avx512bf16")),

@@ -16,6 +16,10 @@ std::vector<std::string> supported_instruction_sets();
 // keeps to 256 bits, of which those up to Zen 4 compute as many operations in a second as of 512.
 bool has_wider_vectors_than_blas();
 
+// Whether the processor has Intel's AMX for bfloat16, with the vectors' instructions to round to it, and the system lets
+// this process use it. Where the compiler knows them.
+bool has_matrix_unit();
+
 // From now on that one, in every thread; false if this processor lacks it. For tests.
 bool use_instruction_set(const std::string& name);
 
