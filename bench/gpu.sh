@@ -38,7 +38,8 @@ step() {
     status="not run: no time left"
     failed=1
   else
-    timeout --kill-after=10 "$most" "$@" >"$OUT/$name.log" 2>&1
+    # An interrupted Python program tells what it has found so far.
+    env --default-signal=INT timeout --signal=INT --kill-after=10 "$most" "$@" >"$OUT/$name.log" 2>&1
     case $? in
       0) status=passed ;;
       124 | 137) status="stopped after $most s" && failed=1 ;;
@@ -100,8 +101,10 @@ cd "$WORK"
 step info "$(remaining)" "$PYTHON" -m aefast.cli info
 tests=("$ROOT/tests" -m gpu)
 if [[ $DEVICE != cuda ]]; then tests=("$ROOT/tests/bench/test_ceilings.py"); fi
-step tests $(($(remaining) * 2 / 5)) "$PYTHON" -m pytest -q -p no:cacheprovider -c "$ROOT/pyproject.toml" \
-  --rootdir "$ROOT" "${tests[@]}"
+# Most of their time Triton compiles, on one core.
+if "$PYTHON" -c "import xdist" 2>/dev/null; then tests+=(--numprocesses "$(nproc)" --dist worksteal); fi
+step tests $(($(remaining) * 2 / 5)) "$PYTHON" -m pytest --verbose --tb=short -p no:cacheprovider \
+  -c "$ROOT/pyproject.toml" --rootdir "$ROOT" "${tests[@]}"
 # At the end a case under way is finished, and the report is drawn, with the estimates from the machine code.
 spare=$(($(remaining) / 3))
 if ((spare > 100)); then spare=100; fi

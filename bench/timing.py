@@ -166,7 +166,6 @@ def graph_replays(
                 graphs[name] = _captured(variant.call, shifts[name])
         except RuntimeError as error:
             refused[name] = str(error).strip().splitlines()[0]
-            torch.cuda.synchronize()
     runs = {
         name: lambda first, graph=graph: _run_on_cuda(lambda index: graph.replay(), 0, 1)
         for name, graph in graphs.items()
@@ -185,10 +184,25 @@ def _captured(call: Callable[[int], object], first: int) -> torch.cuda.CUDAGraph
             call(first + index)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(GRAPH_CALLS):
-            call(first + index)
+    current = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            for index in range(GRAPH_CALLS):
+                call(first + index)
+    except RuntimeError:
+        _end_failed_capture(current)
+        raise
     return graph
+
+
+def _end_failed_capture(stream: torch.cuda.Stream) -> None:
+    """A capture that failed leaves its stream the current one, and torch's generator refuses to draw outside of graphs
+    until a capture has succeeded."""
+    torch.cuda.set_stream(stream)
+    torch.cuda.synchronize()
+    ones = torch.ones(1, device=stream.device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ones + 1
 
 
 # Inputs are rotated through sets that together exceed this: more than a core's own caches hold, and most that cores

@@ -60,7 +60,8 @@ class Batches:
         self.seed = seed
         self.share = share
         self._home = samples.device if isinstance(samples, torch.Tensor) else torch.device("cpu")
-        self.device = self._home if device is None else device
+        # A tensor's device has a number, where one that is given may have none.
+        self.device = self._home if device is None else torch.empty(0, device=device).device
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -110,14 +111,19 @@ class Batches:
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
         """The samples of row numbers, where all samples are, ready for the way to the device."""
         shape = (len(rows), self.samples.shape[1])
-        # Such memory is given out again once copies from it are done.
-        is_pinned = self._home.type == "cpu" and self.device.type == "cuda"
-        if isinstance(self.samples, FileRows):
-            return self.samples.read(rows, torch.empty(shape, pin_memory=is_pinned))
-        if is_pinned:
-            out = torch.empty(shape, dtype=self.samples.dtype, pin_memory=True)
-            return torch.index_select(self.samples, 0, rows, out=out)
-        return self.samples.index_select(0, rows)
+        is_file = isinstance(self.samples, FileRows)
+        if self._home.type == "cpu" and self.device.type == "cuda":
+            # Such memory is given out again once copies from it are done. It belongs to the current device, which is
+            # another in a thread of its own.
+            with torch.cuda.device(self.device):
+                out = torch.empty(shape, dtype=None if is_file else self.samples.dtype, pin_memory=True)
+        elif is_file:
+            out = torch.empty(shape)
+        else:
+            out = None
+        if is_file:
+            return self.samples.read(rows, out)
+        return torch.index_select(self.samples, 0, rows, out=out)
 
 
 def _cut(pieces: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:

@@ -180,6 +180,11 @@ class Model(nn.Module):
         """Reconstruct a batch x (B, ...) and say what that costs."""
         raise NotImplementedError
 
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a training step can be part of a CUDA graph: nothing in it waits for what the device computes."""
+        return True
+
     def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """What held-out samples say of the model in eval mode: scalars by name, means over the batch x (B, ...).
 

@@ -226,6 +226,14 @@ class SparseAutoencoder(Model):
         _add_state(self, config, self.encoder.weight)
         self.decoder_loss = config.decoder_loss("mean")
 
+    @property
+    def can_be_captured(self) -> bool:
+        """False where shapes depend on the data: those of batchtopk's codes, of the auxiliary loss's dead latents."""
+        config = self.config
+        return config.sparsity != "batchtopk" and not (
+            config.sparsity == "topk" and config.option("aux_weight") > 0
+        )
+
     def encode(self, x: torch.Tensor) -> SparseCode | torch.Tensor:
         """The codes of a batch: x (B, ...) to a `SparseCode` for topk and batchtopk, else (B, latent)."""
         flat = self.flatten(x)

@@ -94,7 +94,7 @@ class TrainConfig:
             )
 
     def resolve_device(self) -> torch.device:
-        """The device that `device` means on this machine."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        """The device that `device` means in this process; a GPU with its number, as tensors on it have it."""
+        if self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available()):
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")

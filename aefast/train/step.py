@@ -62,7 +62,8 @@ class CapturedStep:
     On CUDA, steps are recorded as one CUDA graph, `steps_per_replay` of them at a time, after a few that are taken one
     by one; every replay draws fresh random numbers, counts its steps and takes its learning rates on the device.
     Batches of another size than the first, and steps that are left over, are taken one by one. So are all steps on the
-    CPU, and all in fp16, whose loss scale decides whether there is an update.
+    CPU, all in fp16, whose loss scale decides whether there is an update, and all of a model that says that it cannot
+    be captured (`Model.can_be_captured`).
 
     Works for any module, optimizer and loss that can be captured: shapes must not depend on the data, nothing may wait
     for the device, and an optimizer that has the option `capturable` gets it.
@@ -128,7 +129,8 @@ class CapturedStep:
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.ema = None if ema_decay is None else [one.detach().clone() for one in self._parameters]
         self._average = None if ema_decay is None else get_ema_multi_avg_fn(ema_decay)
-        self._replayed = steps_per_replay if self.device.type == "cuda" and self._scaler is None else 0
+        can_be_captured = self._scaler is None and getattr(model, "can_be_captured", True)
+        self._replayed = steps_per_replay if self.device.type == "cuda" and can_be_captured else 0
         self._recording: _Recording | None = None
         self._warm: dict[tuple[torch.Size, ...], int] = {}
         if self.device.type == "cuda":
@@ -203,8 +205,12 @@ class CapturedStep:
     def _alone(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         if self.device.type != "cuda":
             return self._step(batch)
-        sizes = tuple(one.shape for one in batch)
-        self._warm[sizes] = self._warm.get(sizes, 0) + 1
+        if self._replayed:
+            sizes = tuple(one.shape for one in batch)
+            self._warm[sizes] = self._warm.get(sizes, 0) + 1
+            if self._warm[sizes] <= WARM_UP_STEPS:
+                # Aligned as the graph's own will be, so that the kernels for it are loaded by then.
+                batch = tuple(one.clone() for one in batch)
         # Where it will be recorded, so that autograd keeps to that stream.
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
@@ -308,8 +314,8 @@ class _Recording:
         self._graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         optimizer.zero_grad(set_to_none=True)
-        # Recording takes no step.
-        with torch.cuda.graph(self._graph, stream=stream):
+        # Recording takes no step. Other threads, such as one that fetches batches, may allocate meanwhile.
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             terms = [step(batch) for batch in self._inputs]
             self._terms = {name: torch.stack([one[name] for one in terms]) for name in terms[0]}
 

@@ -163,8 +163,8 @@ def gemm_kernel(
         b_offsets = ks.to(tl.int64)[:, None] * stride_bk + b_cols.to(tl.int64)[None, :] * stride_bn
         a_pointers = a + k_first_wide * stride_ak + a_offsets
         b_pointers = b + k_first_wide * stride_bk + b_offsets
-        a_step = BLOCK_K * stride_ak
-        b_step = BLOCK_K * stride_bk
+        a_step = tl.full((), BLOCK_K, tl.int64) * stride_ak
+        b_step = tl.full((), BLOCK_K, tl.int64) * stride_bk
         a_inside = (a_rows < M)[:, None]
         b_inside = (b_cols < N)[None, :]
         for k in range(k_first, k_end, BLOCK_K):

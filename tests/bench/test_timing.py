@@ -129,12 +129,15 @@ def test_events_time_the_device_and_not_the_host():
 
 @pytest.mark.gpu
 def test_what_cannot_be_captured_says_why():
-    ones = torch.ones(8, device="cuda")
+    ones, stream = torch.ones(8, device="cuda"), torch.cuda.current_stream()
     found, refused = timing.graph_replays(
         {"waits": Variant(lambda index: ones.sum().item()), "runs": Variant(lambda index: ones + 1)}
     )
     assert set(found) == {"runs"}
     assert set(refused) == {"waits"} and refused["waits"]
+    # And nothing is left of it.
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(8, device="cuda").isfinite().all()
 
 
 def test_replays_without_a_device(monkeypatch):
@@ -151,7 +154,6 @@ def test_replays_without_a_device(monkeypatch):
 
     monkeypatch.setattr(timing, "_captured", captured)
     monkeypatch.setattr(timing, "_run_on_cuda", timing._run_on_cpu)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     found, refused = timing.graph_replays(
         {"runs": Variant(lambda index: None), "waits": Variant(lambda index: "waits")}, seconds=0.0
     )

@@ -95,7 +95,8 @@ def test_more_than_2_to_31_elements(backend):
         upstream[-512:] = 1
         (found_x, found_bias) = torch.autograd.grad(out, (x, bias), upstream)
         (true_x, true_bias) = torch.autograd.grad(expected, (tail, bias), torch.ones_like(expected))
-    assert torch.equal(out[-512:], expected)
+    # Sums of 16 terms, in whichever order a product of so many rows takes them: rounded to bfloat16, one unit apart.
+    torch.testing.assert_close(out[-512:], expected, rtol=2**-7, atol=2**-7)
     torch.testing.assert_close(found_x[-512:], true_x, rtol=0, atol=0.02 * true_x.abs().max().item())
     # The same 512 terms in another order, rounded once to bfloat16.
     torch.testing.assert_close(found_bias, true_bias, rtol=2**-7, atol=2**-7 * true_bias.abs().max().item())

@@ -12,7 +12,7 @@ import torch
 
 import aefast.functional as AF
 from aefast import _library
-from tests.support import numerics
+from support import numerics
 
 MEGABYTE = 1 << 20
 # A megabyte in float32.

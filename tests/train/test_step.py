@@ -6,9 +6,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import aefast
 from aefast.errors import InputError
-from aefast.models import VAE, Autoencoder
+from aefast.models import MODELS, VAE, Autoencoder, SparseAutoencoder
+from aefast.models.sparse import SPARSITIES
 from aefast.train import CapturedStep, Schedule, make_optimizer
 
 
@@ -252,6 +255,60 @@ def test_bad_schedules_are_named():
         Schedule("cosin")
     with pytest.raises(InputError, match="warmup_steps=8: expected fewer than the run has steps, 8"):
         Schedule("linear", warmup_steps=8, total_steps=8)
+
+
+class Waits(TorchDispatchMode):
+    """Within it, the ops are noted that would wait for a GPU: they give numbers, or shapes that depend on some."""
+
+    names = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"})
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_mask = func.overloadpacket.__name__ in ("index", "index_put_") and any(
+            one is not None and one.dtype == torch.bool for one in args[1]
+        )
+        if func.overloadpacket.__name__ in self.names or is_mask:
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+SPARSE = {
+    "topk": {"k": 3},
+    "batchtopk": {"k": 3},
+    "l1": {"sparsity_weight": 0.01},
+    "kl": {"sparsity_weight": 0.01, "rate": 0.1},
+    "jumprelu": {"sparsity_weight": 0.01, "bandwidth": 0.5, "threshold": 0.2},
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        *((MODELS[name], {"hidden": (8,), "latent": 4}) for name in sorted(MODELS) if name != "sparse"),
+        *((SparseAutoencoder, {"latent": 24, "sparsity": name, **SPARSE[name]}) for name in SPARSITIES),
+        *(
+            (SparseAutoencoder, {"latent": 24, "sparsity": name, "k": 3, "aux_weight": 0.0})
+            for name in ("topk", "batchtopk")
+        ),
+    ],
+)
+def test_models_say_whether_a_step_waits(cls, options):
+    """With a latent that is dead, and one that is not."""
+    torch.manual_seed(0)
+    model = cls(input_size=16, **options)
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2))
+    (batch,) = batches(1)
+    if hasattr(model, "unused"):
+        model.unused[0] = model.config.option("dead_after")
+    step(batch)
+    # The optimizer that is not captured reads its steps.
+    step._update.step = step._update.zero_grad = lambda: None
+    with aefast.backend("eager"), Waits() as waits:
+        step(batch)
+    assert model.can_be_captured == (not waits.found), waits.found
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -744,13 +744,16 @@ def test_cuda_without_cuda_is_refused():
 def test_a_run_on_a_gpu_can_be_interrupted_and_goes_on(make_trainer, tmp_path, monkeypatch, share):
     monkeypatch.setattr("aefast.train.source._GPU_SHARE", share)
     monkeypatch.setattr("aefast.train.compare.RUN_SECONDS", 0.002)
-    make_trainer(tmp_path / "whole", device="cuda").fit(compare=False)
+    whole = make_trainer(tmp_path / "whole", device="cuda", steps_per_replay=3)
+    whole.fit(compare=False)
+    assert whole.step._recording is not None
     with monkeypatch.context() as patch:
         interrupt_after(patch, 10)
-        trainer = make_trainer(tmp_path / "parts", device="cuda")
+        trainer = make_trainer(tmp_path / "parts", device="cuda", steps_per_replay=1)
         assert trainer.batches.samples.is_cuda == (share > 0)
         assert trainer.fit(compare=False).step == 10
-    result = make_trainer(tmp_path / "parts", device="cuda", plots=True).fit(resume=True)
+    options = {"device": "cuda", "steps_per_replay": 1, "plots": True}
+    result = make_trainer(tmp_path / "parts", **options).fit(resume=True)
     assert result.comparison.aefast > 0
     for ours, theirs in zip(losses(tmp_path / "parts"), losses(tmp_path / "whole"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
