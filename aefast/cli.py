@@ -264,8 +264,8 @@ def train(
         bool,
         typer.Option(
             "--overwrite",
-            help="Start afresh even if --out holds a run, which is deleted. Without this or --resume such a "
-            "folder is an error.",
+            help="Start afresh even if --out holds a run, which is deleted once the new one has something to write. "
+            "Without this or --resume such a folder is an error.",
             rich_help_panel=_RUN,
         ),
     ] = False,
@@ -585,6 +585,7 @@ def train(
     from aefast.models import find_model
     from aefast.train import TensorBoard, TrainConfig, Trainer
     from aefast.train.processes import Processes, process_group
+    from aefast.train.trainer import TENSORBOARD_FOLDER
 
     model_class = find_model(model)
     config = TrainConfig(
@@ -663,7 +664,7 @@ def train(
         dataset = load(data, patch_size=patch_size)
         torch.manual_seed(seed)
         network = model_class(_model_config(model_class, given, dataset.sample_shape))
-        callbacks = [TensorBoard(os.path.join(out, "tensorboard"))] if tensorboard else []
+        callbacks = [TensorBoard(os.path.join(out, TENSORBOARD_FOLDER))] if tensorboard else []
         trainer = Trainer(network, dataset, config, out, callbacks=callbacks, console=console)
         parameters = sum(parameter.numel() for parameter in network.parameters())
         say(

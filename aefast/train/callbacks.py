@@ -48,20 +48,20 @@ class TensorBoard(Callback):
         self.directory = Path(directory)
 
     def on_start(self, trainer: Trainer) -> None:
-        self._is_first = trainer.processes.is_first
-        if not self._is_first:
-            return
+        self._writer = None
         # Of a run that goes on, what comes after the step it goes on from is written again.
-        self._writer = self._make_writer(str(self.directory), purge_step=trainer.steps_taken + 1)
+        self._first_step = trainer.steps_taken + 1
 
     def on_log(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        if not self._is_first:
+        if not trainer.processes.is_first:
             return
+        if self._writer is None:
+            self._writer = self._make_writer(str(self.directory), purge_step=self._first_step)
         for name, value in record.items():
             if name not in ("step", "epoch"):
                 self._writer.add_scalar(name, value, record["step"])
         self._writer.add_scalar("epoch", record["epoch"], record["step"])
 
     def on_end(self, trainer: Trainer, result: TrainResult) -> None:
-        if self._is_first:
+        if self._writer is not None:
             self._writer.close()

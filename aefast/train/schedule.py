@@ -9,6 +9,7 @@ import torch
 
 from aefast.errors import InputError
 from aefast.models._base import check_choice
+from aefast.nn.linear_act import check_positive_int
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -24,16 +25,23 @@ class Schedule:
     Args:
         kind: "constant", "linear" or "cosine".
         warmup_steps: steps until the whole rate is reached; 0 for none.
-        total_steps: steps of the run. Of no account for "constant".
+        total_steps: steps of the run; of no account for "constant", and to be given for the others.
     """
 
     kind: str = "constant"
     warmup_steps: int = 0
-    total_steps: int = 1
+    total_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_choice(self.kind, "schedule", SCHEDULES)
-        if self.kind != "constant" and self.warmup_steps >= self.total_steps:
+        if self.warmup_steps != 0:
+            check_positive_int(self.warmup_steps, "warmup_steps")
+        if self.kind == "constant":
+            return
+        if self.total_steps is None:
+            raise InputError(f"total_steps=None: expected how many steps the run has, for schedule={self.kind!r}")
+        check_positive_int(self.total_steps, "total_steps")
+        if self.warmup_steps >= self.total_steps:
             raise InputError(
                 f"warmup_steps={self.warmup_steps}: expected fewer than the run has steps, {self.total_steps}"
             )

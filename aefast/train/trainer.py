@@ -41,6 +41,7 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
 PLOT_FOLDER = "plots"
 BEST_FOLDER = "best"
+TENSORBOARD_FOLDER = "tensorboard"
 
 # Spreads (seed, rank) over 64 bits: an odd constant near 2**64 / pi.
 _SEED_STRIDE = 0x517CC1B727220A95
@@ -142,6 +143,9 @@ class Trainer:
         # Batches of the current epoch that are done. All of them done means that only validation is left.
         self.batch = 0
         self._last_checkpoint: float | None = None
+        self.metrics: MetricsLog | None = None
+        # Whether the folder holds a run that this one takes the place of, once it has something to write.
+        self._is_replacing = False
         # The lowest loss on held-out samples, and how many epochs ago that was.
         self._best = math.inf
         self._epochs_since_best = 0
@@ -184,7 +188,7 @@ class Trainer:
                 f"schedule={config.schedule!r}: expected a number of steps, since the data does not tell how many "
                 "batches it has"
             )
-        return Schedule(config.schedule, config.warmup_steps, 1 if steps is None else steps)
+        return Schedule(config.schedule, config.warmup_steps, steps)
 
     def stop(self) -> None:
         """End the run at the next good moment, as if this had been its last step."""
@@ -195,7 +199,7 @@ class Trainer:
 
         Args:
             resume: go on from the newest checkpoint in the folder; without one, start afresh and say so.
-            overwrite: start afresh even if the folder holds a run, which is deleted.
+            overwrite: start afresh even if the folder holds a run, which is deleted once there is something to write.
             compare: measure the throughput beside eager PyTorch at the end.
 
         Raises:
@@ -235,10 +239,10 @@ class Trainer:
         return path if path is not None and path.is_relative_to(self.directory) else None
 
     def _fit(self, resume: bool, overwrite: bool, compare: bool) -> TrainResult:
-        metrics_size = self._open(resume, overwrite)
-        self.metrics = (
-            MetricsLog(self.directory / METRICS_FILE, metrics_size) if self.processes.is_first else None
-        )
+        self._is_replacing = False
+        self._metrics_size = self._open(resume, overwrite)
+        if not self._is_replacing:
+            self._begin_metrics()
         try:
             with Interrupt() as interrupt:
                 request: Request = interrupt
@@ -251,6 +255,7 @@ class Trainer:
         finally:
             if self.metrics is not None:
                 self.metrics.close()
+                self.metrics = None
         result = self._result(request.signal, compare)
         for callback in self.callbacks:
             callback.on_end(self, result)
@@ -345,14 +350,23 @@ class Trainer:
         if resume:
             self._say(f"notice: no checkpoint in {self.directory} to resume from; starting afresh")
         elif overwrite:
-            for folder in (CHECKPOINT_FOLDER, PLOT_FOLDER, BEST_FOLDER):
-                shutil.rmtree(self.directory / folder, ignore_errors=True)
-            weights.unlink(missing_ok=True)
+            self._is_replacing = True
         elif self.store.paths() or weights.exists():
             raise InputError(
                 f"out={str(self.directory)!r}: holds a run already; add --resume to go on with it, "
                 "--overwrite to replace it, or choose another folder"
             )
+
+    def _begin_metrics(self) -> None:
+        """Open ``metrics.jsonl`` in the first process; what the folder holds of a run that is replaced goes before."""
+        if self.metrics is not None or not self.processes.is_first:
+            return
+        if self._is_replacing:
+            for folder in (CHECKPOINT_FOLDER, PLOT_FOLDER, BEST_FOLDER, TENSORBOARD_FOLDER):
+                shutil.rmtree(self.directory / folder, ignore_errors=True)
+            (self.directory / WEIGHTS_FILE).unlink(missing_ok=True)
+            self._is_replacing = False
+        self.metrics = MetricsLog(self.directory / METRICS_FILE, self._metrics_size)
 
     def _seed(self) -> int:
         """The seed of this process's noise."""
@@ -398,6 +412,7 @@ class Trainer:
         self._last_checkpoint = time.monotonic()
         if not self.processes.is_first:
             return
+        self._begin_metrics()
         optimizer = {
             f"{index}/{name}": value.cpu()
             for index, state in self.step.optimizer.state_dict()["state"].items()
@@ -619,7 +634,8 @@ class Trainer:
         }
         for name, value in (held_out or {}).items():
             record[f"{HELD_OUT}{name}"] = value
-        if self.metrics is not None:
+        if self.processes.is_first:
+            self._begin_metrics()
             self.metrics.write(record)
         view.log(record, ends_epoch=held_out is not None)
         for callback in self.callbacks:
@@ -675,6 +691,8 @@ class Trainer:
         )
 
     def _last_good(self) -> str:
+        if self._is_replacing:
+            return "The run that was to be replaced is still there"
         kept = self.store.paths()
         return f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was written before"
 

@@ -4,6 +4,7 @@
 
 #include "random_schemas.h"
 #include "sampling.h"
+#include "string_argument.h"
 
 namespace aefast::cpu {
 namespace {
@@ -18,7 +19,7 @@ Noise noise_of(const std::string& kind, double first, double second, int64_t lim
   return {code, first, second, static_cast<uint32_t>(limit - 1), static_cast<uint32_t>(limit / 2)};
 }
 
-Tensor corrupt(Tensor x, Tensor seed, std::string kind, double first, double second, int64_t limit, int64_t block) {
+Tensor corrupt(Tensor x, Tensor seed, String kind, double first, double second, int64_t limit, int64_t block) {
   STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
   const Noise noise = noise_of(kind, first, second, limit);
   const Tensor out = new_like(x);

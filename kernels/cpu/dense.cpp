@@ -291,9 +291,9 @@ Matrix copied(Matrix in, Scalar scalar, Scratch& scratch) {
   return out;
 }
 
-// An operand of a product, in `scalar`; in half precision with a stride of 1, which the BLAS alone does without.
+// An operand of a product, in `scalar` and with a stride of 1, which the BLAS alone does without.
 Matrix converted(Matrix in, Scalar scalar, Scratch& scratch) {
-  const bool fits = is_own(scalar) || in.row_stride == 1 || in.col_stride == 1;
+  const bool fits = in.row_stride == 1 || in.col_stride == 1;
   return in.scalar == scalar && fits ? in : copied(in, scalar, scratch);
 }
 

@@ -97,6 +97,9 @@ std::atomic<const Kernels*>& chosen() {
   return kernels;
 }
 
+// When the library is loaded: a process that is forked while another thread makes the first call would wait for its end.
+[[maybe_unused]] const Kernels* const best = chosen();
+
 const Kernels& selected() { return *chosen().load(std::memory_order_relaxed); }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "dense.h"
@@ -147,25 +148,68 @@ bool is_dense(const Code& code, Scalar scalar) {
   return code.latents > 0 && code.per_row * share >= code.latents;
 }
 
+bool is_finite(const Matrix& matrix) {
+  std::atomic<bool> is_finite{true};
+  with_type(matrix.scalar, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Word = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+    constexpr Word kExponent = sizeof(T) == 8                ? static_cast<Word>(0x7ff0000000000000)
+                               : sizeof(T) == 4              ? static_cast<Word>(0x7f800000)
+                               : std::is_same_v<T, BFloat16> ? static_cast<Word>(0x7f80)
+                                                             : static_cast<Word>(0x7c00);
+    const Matrix lines = matrix.row_stride == 1 ? matrix.transposed() : matrix;
+    for_tasks(lines.rows, lines.cols, 1, [&](int64_t first, int64_t count) {
+      bool has_other = false;
+      const auto look = [&](const T* data, auto stride) {
+        for (int64_t col = 0; col < lines.cols; ++col) {
+          Word word;
+          std::memcpy(&word, data + col * stride, sizeof(T));
+          has_other |= (word & kExponent) == kExponent;
+        }
+      };
+      for (int64_t row = first; row < first + count; ++row) {
+        const auto* const data = static_cast<const T*>(lines.row_block(row, 1).data);
+        lines.col_stride == 1 ? look(data, std::integral_constant<int64_t, 1>()) : look(data, lines.col_stride);
+      }
+      if (has_other) is_finite = false;
+    });
+  });
+  return is_finite;
+}
+
 Tensor dense_code(const Code& code, const Tensor& like) {
   const Tensor out = new_matrix(like, code.rows, code.latents);
   std::atomic<bool> has_wrong{false};
   with_type(scalar_of(like), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    using A = Accumulator<T>;
     T* const data = static_cast<T*>(out.mutable_data_ptr());
+    const T* const values = static_cast<const T*>(code.values);
     for_tasks(code.rows, code.latents, 1, [&](int64_t first, int64_t count) {
       std::memset(static_cast<void*>(data + first * code.latents), 0, count * code.latents * sizeof(T));
-      for (int64_t row = first; row < first + count; ++row)
-        for (int64_t place = row * code.per_row; place < (row + 1) * code.per_row; ++place) {
+      for (int64_t row = first; row < first + count; ++row) {
+        T* const elements = data + row * code.latents;
+        const int64_t begin = row * code.per_row, end = begin + code.per_row;
+        bool has_twice = false;
+        for (int64_t place = begin; place < end; ++place) {
           const int64_t latent = code.indices[place];
           if (latent < 0) continue;
           if (latent >= code.latents) {
             has_wrong = true;
             continue;
           }
-          T& element = data[row * code.latents + latent];
-          element = store<T>(load(element) + load(static_cast<const T*>(code.values)[place]));
+          const A before = load(elements[latent]);
+          has_twice |= before != A(0);
+          elements[latent] = store<T>(before + load(values[place]));
         }
+        if (std::is_same_v<T, A> || !has_twice) continue;
+        // In half precision no sum is rounded before its last term.
+        std::vector<A> sums(code.latents);
+        for (int64_t place = begin; place < end; ++place)
+          if (const int64_t latent = code.indices[place]; 0 <= latent && latent < code.latents)
+            sums[latent] += load(values[place]);
+        std::transform(sums.begin(), sums.end(), elements, [](A sum) { return store<T>(sum); });
+      }
     });
   });
   STD_TORCH_CHECK(!has_wrong, "indices must be less than ", code.latents);

@@ -33,6 +33,10 @@ void latent_gradients(const Rows& rows, const Code& code, const LatentGradients&
 // a row has so many entries.
 bool is_dense(const Code& code, Scalar scalar);
 
+// Whether all elements are finite. Where some are not, sums of rows and dense products differ: in
+// these a latent that a row has not is multiplied by 0.
+bool is_finite(const Matrix& matrix);
+
 // The code as such a matrix (N, F), of the dtype of `like`: an index that a row has twice counts twice.
 Tensor dense_code(const Code& code, const Tensor& like);
 

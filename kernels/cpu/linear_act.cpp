@@ -6,11 +6,12 @@
 #include "dense_schemas.h"
 #include "dispatch.h"
 #include "memory.h"
+#include "string_argument.h"
 
 namespace aefast::cpu {
 namespace {
 
-std::tuple<Tensor, OptionalTensor> linear_act(Tensor x, Tensor weight, OptionalTensor bias, std::string activation,
+std::tuple<Tensor, OptionalTensor> linear_act(Tensor x, Tensor weight, OptionalTensor bias, String activation,
                                               bool save_derivative) {
   STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
   check_layer(weight, bias, x.size(1), x);
@@ -24,7 +25,7 @@ std::tuple<Tensor, OptionalTensor> linear_act(Tensor x, Tensor weight, OptionalT
 }
 
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> linear_act_backward(
-    Tensor grad, Tensor x, Tensor weight, OptionalTensor saved, std::string activation, int64_t needs) {
+    Tensor grad, Tensor x, Tensor weight, OptionalTensor saved, String activation, int64_t needs) {
   STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
   check_layer(weight, std::nullopt, x.size(1), x);
   check_matrix("grad", grad, x.size(0), weight.size(0), x);
@@ -43,7 +44,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> linear_act_backward(
   return {x_gradient, weight_gradient, bias_gradient};
 }
 
-void choose_instruction_set(std::string name) {
+void choose_instruction_set(String name) {
   STD_TORCH_CHECK(use_instruction_set(name), "this processor has no ", name);
 }
 

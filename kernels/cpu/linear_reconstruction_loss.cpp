@@ -11,6 +11,7 @@
 #include "losses.h"
 #include "matrix.h"
 #include "parallel.h"
+#include "string_argument.h"
 
 namespace aefast::cpu {
 namespace {
@@ -100,7 +101,7 @@ LossSum compare(const loss::Spec& spec, Matrix output, Matrix target, double sca
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_reconstruction_loss(
-    Tensor h, Tensor weight, OptionalTensor bias, Tensor target, std::string activation, std::string kind,
+    Tensor h, Tensor weight, OptionalTensor bias, Tensor target, String activation, String kind,
     double parameter, double normalizer, double scale, int64_t needs, bool checked, int64_t part_size) {
   STD_TORCH_CHECK(h.dim() == 2, "h must be a matrix");
   check_layer(weight, bias, h.size(1), h);

@@ -17,10 +17,13 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
 
 namespace aefast::cpu {
 
-int32_t cpu_device() {
-  static const int32_t cpu = aoti_torch_device_type_cpu();
-  return cpu;
-}
+namespace {
+
+const int32_t cpu = aoti_torch_device_type_cpu();
+
+}  // namespace
+
+int32_t cpu_device() { return cpu; }
 
 namespace {
 

@@ -124,6 +124,17 @@ Pool& pool() {
   return *pool;
 }
 
+// When the library is loaded: a process that is forked while another thread makes the first call would wait for its end.
+[[maybe_unused]] const bool is_made = [] {
+  try {
+    pool();
+    return true;
+  } catch (const std::exception&) {
+    // Whoever needs it is told.
+    return false;
+  }
+}();
+
 }  // namespace
 
 Block* take_block(size_t bytes) {
@@ -140,6 +151,9 @@ void* data_of(const Block* block) { return block->memory.mutable_data_ptr(); }
 
 void give_back(Block* block) { pool().put(block); }
 
-int64_t keep_memory(int64_t bytes) { return static_cast<int64_t>(pool().limit(static_cast<size_t>(bytes))); }
+int64_t keep_memory(int64_t bytes) {
+  STD_TORCH_CHECK(bytes >= 0, "bytes must be 0 or more, got ", bytes);
+  return static_cast<int64_t>(pool().limit(static_cast<size_t>(bytes)));
+}
 
 }  // namespace aefast::cpu

@@ -4,6 +4,7 @@
 
 #include "dense.h"
 #include "dense_schemas.h"
+#include "string_argument.h"
 
 namespace aefast::cpu {
 namespace {
@@ -18,7 +19,7 @@ std::vector<ActivationSpec> activation_specs(const std::string& specifications, 
 }
 
 std::vector<Tensor> mlp(Tensor x, std::vector<Tensor> weights, std::vector<OptionalTensor> biases,
-                        std::string activations, bool save) {
+                        String activations, bool save) {
   const size_t count = weights.size();
   STD_TORCH_CHECK(count > 0, "weights must hold at least one layer");
   STD_TORCH_CHECK(biases.size() == count, "biases must have one entry a layer");
@@ -49,7 +50,7 @@ std::vector<Tensor> mlp(Tensor x, std::vector<Tensor> weights, std::vector<Optio
 }
 
 std::vector<Tensor> mlp_backward(Tensor grad, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> saved,
-                                 std::string activations, std::string needs) {
+                                 String activations, String needs) {
   const size_t count = weights.size();
   STD_TORCH_CHECK(count > 0, "weights must hold at least one layer");
   STD_TORCH_CHECK(needs.size() == 1 + 2 * count, "needs must have one entry for x and two a layer");

@@ -14,6 +14,7 @@
 
 #include "pairwise_schemas.h"
 #include "points.h"
+#include "string_argument.h"
 
 namespace aefast::cpu {
 namespace {
@@ -65,8 +66,17 @@ double tournament(int64_t players, const Body& body) {
     for (const int64_t player : {i, j})
       while (player < players && played[player].load(std::memory_order_acquire) < before) std::this_thread::yield();
     const int64_t first = day == 0 ? 0 : of_day_0 + (day - 1) * of_day;
-    if (j < players) results[first + (match * size + round) * size + table] = body(i, j);
-    for (const int64_t player : {i, j}) played[player].store(before + 1, std::memory_order_release);
+    // A game that fails is over too: others may wait for its players.
+    const auto end = [&] {
+      for (const int64_t player : {i, j}) played[player].store(before + 1, std::memory_order_release);
+    };
+    try {
+      if (j < players) results[first + (match * size + round) * size + table] = body(i, j);
+    } catch (...) {
+      end();
+      throw;
+    }
+    end();
   };
 
   const int64_t threads =
@@ -358,7 +368,7 @@ void check(const Tensor& x, const Tensor& y, const OptionalTensor& unit, const s
   STD_TORCH_CHECK(weights.size() == 4, "weights must be four numbers");
 }
 
-std::tuple<Tensor, Tensor, Tensor> mmd(Tensor x, Tensor y, OptionalTensor unit, std::string kernel,
+std::tuple<Tensor, Tensor, Tensor> mmd(Tensor x, Tensor y, OptionalTensor unit, String kernel,
                                        std::vector<double> rates, double alpha, std::vector<double> weights,
                                        int64_t needs) {
   check(x, y, unit, weights);
@@ -370,7 +380,7 @@ std::tuple<Tensor, Tensor, Tensor> mmd(Tensor x, Tensor y, OptionalTensor unit, 
 }
 
 std::tuple<Tensor, Tensor, Tensor> mmd_rows(Tensor x, Tensor y, Tensor all_x, Tensor all_y, int64_t first_x,
-                                            int64_t first_y, OptionalTensor unit, std::string kernel,
+                                            int64_t first_y, OptionalTensor unit, String kernel,
                                             std::vector<double> rates, double alpha, std::vector<double> weights,
                                             int64_t needs) {
   check(x, y, unit, weights);
@@ -383,7 +393,7 @@ std::tuple<Tensor, Tensor, Tensor> mmd_rows(Tensor x, Tensor y, Tensor all_x, Te
   return scalar_of(x) == Scalar::float64 ? run(0.0) : run(0.0f);
 }
 
-Tensor kernel_values(Tensor x, Tensor y, OptionalTensor unit, std::string kernel, std::vector<double> rates, double alpha) {
+Tensor kernel_values(Tensor x, Tensor y, OptionalTensor unit, String kernel, std::vector<double> rates, double alpha) {
   check(x, y, unit, {0.0, 0.0, 0.0, 0.0});
   const Tensor out = new_accumulators(x, x.size(0), y.size(0));
   const auto run = [&](auto zero) {

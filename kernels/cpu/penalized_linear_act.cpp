@@ -5,6 +5,7 @@
 
 #include "dense.h"
 #include "dense_schemas.h"
+#include "string_argument.h"
 
 namespace aefast::cpu {
 namespace {
@@ -55,7 +56,7 @@ auto with_accumulators(const Tensor& accumulators, const Body& body) {
 
 std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> penalized_linear_act(Tensor x, Tensor weight,
                                                                                 OptionalTensor bias,
-                                                                                std::string activation, std::string name,
+                                                                                String activation, String name,
                                                                                 double rate, bool save) {
   STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
   check_layer(weight, bias, x.size(1), x);
@@ -85,7 +86,7 @@ Tensor slopes_of(const Penalty& penalty, const Tensor& grad, const OptionalTenso
 
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> penalized_linear_act_backward(
     OptionalTensor grad, OptionalTensor grad_penalty, Tensor x, Tensor weight, OptionalTensor saved, OptionalTensor h,
-    OptionalTensor sums, std::string activation, std::string name, double rate, int64_t needs) {
+    OptionalTensor sums, String activation, String name, double rate, int64_t needs) {
   STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
   check_layer(weight, std::nullopt, x.size(1), x);
   STD_TORCH_CHECK(grad || grad_penalty, "one of the gradients must be given");

@@ -104,11 +104,11 @@ void jump_loop(const JumpOperands& operands, T* h, Accumulator<T>* l0, int64_t f
     T* const to = h + row * operands.cols;
     C active(0.0);
     for_lanes<T>(operands.cols, [&](int64_t col, auto... valid) __attribute__((always_inline)) {
-      const C x = read_lanes(from + col, valid...);
-      // What is beyond the valid lanes is 0, like its threshold.
-      const auto is_off = x <= C(read_lanes(threshold + col, valid...));
-      write_lanes(to + col, select(is_off, C(0.0), x), valid...);
-      active = active + select(is_off, C(0.0), C(1.0));
+      const C x = read_lanes(from + col, valid...), limit = read_lanes(threshold + col, valid...);
+      // What is beyond the valid lanes is 0, like its threshold. One that is no number makes none of what it decides.
+      const auto is_off = x <= limit, is_number = limit <= limit;
+      write_lanes(to + col, select(is_off, C(0.0), select(is_number, x, limit)), valid...);
+      active = active + select(is_off, C(0.0), select(is_number, C(1.0), limit));
     });
     l0[row] = static_cast<Accumulator<T>>(sum_of_lanes(active));
   }
@@ -136,7 +136,8 @@ void jump_gradient_loop(const JumpOperands& operands, const JumpGradient& gradie
       if constexpr (kX) write_lanes(to + col, select(x <= limit, C(0.0), upstream), valid...);
       if constexpr (kSums) {
         const C slope = select(magnitude(x - limit) < half, limit * upstream + grad_l0, C(0.0));
-        write_lanes(sums + col, C(read_lanes(sums + col, valid...)) + slope, valid...);
+        const C of_number = select(limit <= limit, slope, limit);
+        write_lanes(sums + col, C(read_lanes(sums + col, valid...)) + of_number, valid...);
       }
     });
   }

@@ -7,6 +7,7 @@
 #include "loss_schemas.h"
 #include "points.h"
 #include "pyramid.h"
+#include "string_argument.h"
 
 namespace aefast::cpu {
 namespace {
@@ -146,7 +147,7 @@ void check_images(const Tensor& images) {
                     "input must be contiguous, or have its channels last");
 }
 
-std::tuple<Tensor, Tensor> pyramid_loss(Tensor input, Tensor target, std::string pyramid_name, std::string penalty,
+std::tuple<Tensor, Tensor> pyramid_loss(Tensor input, Tensor target, String pyramid_name, String penalty,
                                         double parameter, std::vector<double> factors, bool needs_gradient) {
   check_images(input);
   STD_TORCH_CHECK(target.scalar_type() == input.scalar_type(), "target must have the dtype of input");

@@ -10,6 +10,7 @@
 #include "losses.h"
 #include "matrix.h"
 #include "parallel.h"
+#include "string_argument.h"
 
 namespace aefast::cpu {
 
@@ -48,7 +49,7 @@ LossSum sum_of_tasks(int64_t size, const Run& run) {
   return sum_of(parts.data(), static_cast<int64_t>(parts.size()));
 }
 
-std::tuple<Tensor, Tensor> reconstruction_loss(Tensor input, Tensor target, std::string kind, double parameter,
+std::tuple<Tensor, Tensor> reconstruction_loss(Tensor input, Tensor target, String kind, double parameter,
                                                double normalizer, bool root, double scale, bool with_gradient,
                                                bool checked) {
   const LossOperands operands = operands_of(input, target, kind, parameter);
@@ -62,7 +63,7 @@ std::tuple<Tensor, Tensor> reconstruction_loss(Tensor input, Tensor target, std:
   return {new_scalar(input, root ? std::sqrt(value) : value), gradient};
 }
 
-Tensor reconstruction_loss_elements(Tensor input, Tensor target, std::string kind, double parameter, bool checked) {
+Tensor reconstruction_loss_elements(Tensor input, Tensor target, String kind, double parameter, bool checked) {
   const LossOperands operands = operands_of(input, target, kind, parameter);
   const Tensor out = new_in_layout(input, accumulator_of(operands.scalar));
   void* const to = out.mutable_data_ptr();
@@ -73,7 +74,7 @@ Tensor reconstruction_loss_elements(Tensor input, Tensor target, std::string kin
   return out;
 }
 
-Tensor reconstruction_loss_backward(Tensor grad, Tensor input, Tensor target, std::string kind, double parameter,
+Tensor reconstruction_loss_backward(Tensor grad, Tensor input, Tensor target, String kind, double parameter,
                                     double normalizer) {
   const LossOperands operands = operands_of(input, target, kind, parameter);
   STD_TORCH_CHECK(scalar_of(grad) == accumulator_of(operands.scalar), "grad must have the dtype of the loss");

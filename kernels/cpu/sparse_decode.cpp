@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <tuple>
 
 #include "dense.h"
@@ -24,7 +25,7 @@ Tensor sparse_decode(Tensor values, Tensor indices, Tensor weight, OptionalTenso
   values = torch::stable::contiguous(values);
   const Code code = code_of(values, indices, weight.size(0), weight);
   const Tensor out = new_matrix(weight, code.rows, cols);
-  if (is_dense(code, scalar_of(weight))) {
+  if (is_dense(code, scalar_of(weight)) && is_finite(matrix_of(weight))) {
     const Tensor dense = dense_code(code, weight);
     LayerForward layer{{Activation::identity, {}}, matrix_of(weight).transposed(), vector_of(bias), matrix_of(out)};
     dense_forward(matrix_of(dense), &layer, 1);
@@ -39,6 +40,7 @@ Tensor sparse_decode(Tensor values, Tensor indices, Tensor weight, OptionalTenso
 template <typename T>
 void dense_dots(const Tensor& grad, const Tensor& weight, const Code& code, T* out) {
   using A = Accumulator<T>;
+  std::atomic<bool> has_wrong{false};
   for_products(matrix_of(grad), matrix_of(weight), {}, [&](const ProductBlock& block) {
     const Matrix& product = block.product;
     const bool is_wide = product.scalar != scalar_of(weight);
@@ -52,10 +54,13 @@ void dense_dots(const Tensor& grad, const Tensor& weight, const Code& code, T* o
             out[place] = is_wide ? store<T>(static_cast<const A*>(data)[col]) : static_cast<const T*>(data)[col];
           else if (code.indices[place] < 0)
             out[place] = store<T>(A(0));
+          else if (code.indices[place] >= code.latents)
+            has_wrong = true;
         }
       }
     });
   });
+  STD_TORCH_CHECK(!has_wrong, "indices must be less than ", code.latents);
 }
 
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> sparse_decode_backward(Tensor grad, Tensor values,
@@ -69,6 +74,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> sparse_decode_backwar
   OptionalTensor values_gradient, weight_gradient, bias_gradient;
   if (needs & dense::kNeedX) values_gradient = new_matrix(weight, code.rows, code.per_row);
   if (needs & dense::kNeedWeight) weight_gradient = new_matrix(weight, weight.size(0), weight.size(1));
+  LatentGradients gradients;
   if (is_dense(code, scalar_of(weight))) {
     if (values_gradient) {
       void* const out = values_gradient->mutable_data_ptr();
@@ -83,15 +89,15 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> sparse_decode_backwar
       const Tensor dense = dense_code(code, weight);
       LayerBackward layer{{Activation::identity, {}}, matrix_of(weight), matrix_of(grad), {}, matrix_of(weight_gradient)};
       dense_backward(matrix_of(dense), &layer, 1, {});
+      if (!is_finite(matrix_of(weight_gradient))) gradients.weight = matrix_of(weight_gradient);
     }
-  } else if (values_gradient || weight_gradient) {
-    LatentGradients gradients;
-    Tensor copy, weight_copy;
-    if (values_gradient) {
-      gradients.dots = values_gradient->mutable_data_ptr();
-      gradients.directions = rows_of(weight, weight_copy);
-    }
+  } else {
+    if (values_gradient) gradients.dots = values_gradient->mutable_data_ptr();
     gradients.weight = matrix_of(weight_gradient);
+  }
+  if (gradients.dots || gradients.weight.data) {
+    Tensor copy, weight_copy;
+    if (gradients.dots) gradients.directions = rows_of(weight, weight_copy);
     latent_gradients(rows_of(grad, copy), code, gradients);
   }
   if (needs & dense::kNeedBias) {

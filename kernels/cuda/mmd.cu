@@ -14,6 +14,7 @@ namespace {
 using aefast::Device;
 using aefast::empty;
 using aefast::OptionalTensor;
+using aefast::String;
 using aefast::with_element_type;
 using aefast::cuda::Compute;
 using aefast::cuda::kernel_sum;
@@ -86,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> sum_of(const Tensor& x, const Tensor& y, cons
 }
 
 std::tuple<Tensor, Tensor, Tensor> mmd(const Tensor& x, const Tensor& y, const OptionalTensor& unit,
-                                       const std::string& kernel, const std::vector<double>& rates, double alpha,
+                                       const String& kernel, const std::vector<double>& rates, double alpha,
                                        const std::vector<double>& weights, int64_t needs) {
   check_points(x, y);
   check_unit(unit, x);
@@ -96,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> mmd(const Tensor& x, const Tensor& y, const O
 
 std::tuple<Tensor, Tensor, Tensor> mmd_rows(const Tensor& x, const Tensor& y, const Tensor& all_x, const Tensor& all_y,
                                             int64_t first_x, int64_t first_y, const OptionalTensor& unit,
-                                            const std::string& kernel, const std::vector<double>& rates, double alpha,
+                                            const String& kernel, const std::vector<double>& rates, double alpha,
                                             const std::vector<double>& weights, int64_t needs) {
   check_points(x, y);
   check_points(x, all_x);
@@ -110,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> mmd_rows(const Tensor& x, const Tensor& y, co
   return sum_of(x, y, all_x, all_y, &rows, unit, kernel, rates, alpha, weights, 0.0, needs);
 }
 
-Tensor kernel_values(const Tensor& x, const Tensor& y, const OptionalTensor& unit, const std::string& kernel,
+Tensor kernel_values(const Tensor& x, const Tensor& y, const OptionalTensor& unit, const String& kernel,
                      const std::vector<double>& rates, double alpha) {
   check_points(x, y);
   check_unit(unit, x);

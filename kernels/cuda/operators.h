@@ -33,14 +33,14 @@ inline ActivationSpec activation_spec(const std::string& specification) {
 template <typename Backend>
 struct Operators {
   static std::tuple<Tensor, OptionalTensor> linear_act(const Tensor& x, const Tensor& weight,
-                                                       const OptionalTensor& bias, const std::string& activation,
+                                                       const OptionalTensor& bias, const String& activation,
                                                        bool save_derivative) {
     const typename Backend::Scope scope(x);
     return layer(x, weight, bias, activation_spec(activation), save_derivative);
   }
 
   static std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> linear_act_backward(
-      const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& saved, const std::string& activation,
+      const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& saved, const String& activation,
       int64_t needs) {
     const typename Backend::Scope scope(x);
     LayerGradients gradients = layer_backward(grad, x, weight, saved, activation_spec(activation), needs & kNeedX,
@@ -49,7 +49,7 @@ struct Operators {
   }
 
   static std::vector<Tensor> mlp(const Tensor& x, const std::vector<Tensor>& weights,
-                                 const std::vector<OptionalTensor>& biases, const std::string& specifications,
+                                 const std::vector<OptionalTensor>& biases, const String& specifications,
                                  bool save) {
     const size_t layers = weights.size();
     const std::vector<std::string> activations = split_activations(specifications);
@@ -74,8 +74,8 @@ struct Operators {
   }
 
   static std::vector<Tensor> mlp_backward(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights,
-                                          const std::vector<Tensor>& saved, const std::string& specifications,
-                                          const std::string& needs) {
+                                          const std::vector<Tensor>& saved, const String& specifications,
+                                          const String& needs) {
     const size_t layers = weights.size();
     const std::vector<std::string> activations = split_activations(specifications);
     STD_TORCH_CHECK(activations.size() == layers, "activations must have one entry a layer");

@@ -12,6 +12,8 @@
 #include <optional>
 #include <vector>
 
+#include "string_argument.h"
+
 // Later headers than those of torch 2.10 have it, with the message of what failed.
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)

@@ -56,9 +56,13 @@ def jumprelu_kernel(
         inside = (rows < B)[:, None] & (cols < D)
         limit = tl.load(threshold + cols, mask=cols < D, other=0.0)
         value = tl.load(x + rows[:, None] * UNIT * stride_x_row + cols * stride_x_col, mask=inside, other=0.0)
-        is_off = widen(value) <= limit
-        tl.store(h + rows[:, None] * D + cols, tl.where(is_off, tl.zeros_like(value), value), mask=inside)
-        total += tl.where(is_off | ~inside, 0.0, 1.0)
+        wide = widen(value)
+        is_off = wide <= limit
+        # A threshold that is no number makes none of what it decides.
+        one = tl.where(limit == limit, 1.0, limit)
+        kept = (wide * one).to(value.dtype)
+        tl.store(h + rows[:, None] * D + cols, tl.where(is_off, tl.zeros_like(value), kept), mask=inside)
+        total += tl.where(is_off | ~inside, 0.0, one)
     tl.store(l0 + rows * chunks + chunk, sum_columns(total, ROWS, COLUMNS), mask=rows < B)
 
 
@@ -103,7 +107,8 @@ def jumprelu_backward_kernel(
             slope += tl.load(grad_l0 + rows.to(tl.int64) * stride_l0, mask=rows < B, other=0.0)[:, None]
         width = tl.full((), bandwidth, value.dtype)
         is_near = tl.abs(value - limit) < width * 0.5
-        summand = tl.where(is_near & inside, slope * (-1.0 / width), 0.0)
+        summand = tl.where(limit == limit, tl.where(is_near, slope * (-1.0 / width), 0.0), limit)
+        summand = tl.where(inside, summand, 0.0)
         store_column_sums(partials, summand, row0, cols, B, D, ROWS, COLUMNS)
 
 

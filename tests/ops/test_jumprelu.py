@@ -273,6 +273,21 @@ def test_torch_func_uses_the_reference():
         torch.func.jvp(ours, (threshold,), (threshold,))
 
 
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_a_threshold_that_is_no_number_is_seen(backend, device):
+    numerics.require_backend(backend, OP.name, device, torch.float32)
+    x, threshold = torch.randn(70, 40), torch.rand(40)
+    threshold[7] = float("nan")
+    x, threshold = (one.to(device).requires_grad_() for one in (x, threshold))
+    with aefast.backend(backend):
+        h, count = AF.jumprelu(x, threshold, 0.5)
+        (of_threshold,) = torch.autograd.grad((h.sum(), count.sum()), threshold)
+    is_wrong = torch.zeros(40, dtype=torch.bool, device=device)
+    is_wrong[7] = True
+    assert torch.equal(h.isnan(), is_wrong.expand(70, 40)) and count.isnan().all()
+    assert torch.equal(of_threshold.isnan(), is_wrong)
+
+
 def test_vectorised_backward():
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
     x, threshold = operands(dtype=torch.float32)

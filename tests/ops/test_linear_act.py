@@ -367,11 +367,18 @@ def test_large_layers_do_not_depend_on_threads_without_the_blas(use_blas):
     assert_threads_do_not_matter("gelu", 1100, 700, 400)
 
 
-def assert_threads_do_not_matter(activation, rows, inputs, features):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_strided_layers_do_not_depend_on_threads(dtype):
+    numerics.require_backend("cpu", OP.name, "cpu", dtype)
+    assert_threads_do_not_matter("identity", 1000, 100, 300, dtype, step=2)
+
+
+def assert_threads_do_not_matter(activation, rows, inputs, features, dtype=torch.float32, step=1):
+    """Elements of x lie `step` apart, in rows and in columns."""
     generator = torch.Generator().manual_seed(4)
-    x = torch.randn(rows, inputs, generator=generator, requires_grad=True)
-    weight = torch.randn(features, inputs, generator=generator, requires_grad=True)
-    bias = torch.randn(features, generator=generator, requires_grad=True)
+    x = torch.randn(step * rows, step * inputs, generator=generator).to(dtype)[::step, ::step].requires_grad_()
+    weight = torch.randn(features, inputs, generator=generator).to(dtype).requires_grad_()
+    bias = torch.randn(features, generator=generator).to(dtype).requires_grad_()
     threads = torch.get_num_threads()
 
     def once(count):

@@ -1,6 +1,8 @@
 """Memory of large tensors, which the CPU library keeps for the next ones."""
 
+import ctypes
 import gc
+import itertools
 import pickle
 import subprocess
 import sys
@@ -10,8 +12,10 @@ import threading
 import pytest
 import torch
 
+import aefast
 import aefast.functional as AF
 from aefast import _library
+from aefast.ops import _registry
 from support import numerics
 
 MEGABYTE = 1 << 20
@@ -204,6 +208,8 @@ def test_a_forked_process_goes_on():
     script = """
         import threading
         torch.set_num_threads(1)
+        # Loads the library, which no child can do while another thread is at it.
+        output()
         stop = threading.Event()
         def work():
             while not stop.is_set():
@@ -232,3 +238,52 @@ def test_nothing_is_kept_where_that_is_asked_for():
     output()
     gc.collect()
     assert large(changes(lambda: output())) == []
+
+
+class Heap(ctypes.Structure):
+    """What glibc's mallinfo2 gives."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(_registry.OPS))
+def test_calls_leave_nothing_behind(name):
+    """Forward and backward, in the heap of the C library, where all that is not a tensor's memory comes from."""
+    try:
+        heap = ctypes.CDLL(None).mallinfo2
+    except AttributeError:
+        pytest.skip("this C library does not say how much of its heap is in use")
+    heap.restype = Heap
+    op, dtype = _registry.OPS[name], torch.float32
+    numerics.require_backend("cpu", name, "cpu", dtype)
+    sizes = {index: sample_size(sample) for index, sample in enumerate(op.samples(torch.device("cpu"), dtype))}
+    smallest = min((index for index in sizes if sizes[index] > 0), key=sizes.get)
+    sample = next(itertools.islice(op.samples(torch.device("cpu"), dtype), smallest, None))
+
+    sample = numerics.with_gradients(sample)
+    inputs = numerics.leaves(sample)
+
+    def call():
+        outputs = [one for one in numerics.outputs_of(op.function(**sample)) if one.requires_grad]
+        torch.autograd.grad(outputs, inputs, [torch.ones_like(one) for one in outputs])
+
+    def grown(calls):
+        before = heap().uordblks
+        for _ in range(calls):
+            call()
+        return (heap().uordblks - before) / calls
+
+    with aefast.backend("cpu"):
+        grown(200)
+        # Half of the smallest block.
+        assert min(grown(500) for _ in range(3)) < 16
+
+
+def sample_size(sample):
+    """Elements of all tensors of a sample, 0 if one of them is empty."""
+    tensors = [one for value in sample.values() for one in (value if isinstance(value, list) else [value])]
+    counts = [one.numel() for one in tensors if isinstance(one, torch.Tensor)]
+    return 0 if 0 in counts else sum(counts)

@@ -379,3 +379,37 @@ def test_bad_input_is_named(change, message):
     }
     with pytest.raises(InputError, match=f"sparse_decode: {message}"):
         AF.sparse_decode(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("latents", LATENTS)
+@pytest.mark.parametrize("layout", ["plain", "transposed", "spread"])
+@pytest.mark.parametrize("dtype", numerics.DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_no_row_has_does_not_matter(on_cpu, value, dtype, layout, latents):
+    """A latent whose direction is no number, and a row whose gradient is none, where others have them not."""
+    indices = torch.tensor([[0, 1, 2], [3, 4, 5], [0, 2, 2]])
+    values, weight = draw(3, 3, dtype=dtype), draw(latents, 5, dtype=dtype)
+    weight[9, 2] = value
+    if layout == "transposed":
+        weight = weight.t().contiguous().t()
+    elif layout == "spread":
+        weight = weight.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]
+    values, weight = values.requires_grad_(), weight.detach().requires_grad_()
+    out = AF.sparse_decode(values, indices, weight)
+    assert out.isfinite().all()
+    grad = torch.ones_like(out)
+    grad[1] = value
+    (of_weight,) = torch.autograd.grad(out, weight, grad)
+    is_finite = torch.ones(latents, dtype=torch.bool)
+    is_finite[3:6] = False
+    assert torch.equal(of_weight.isfinite().all(1), is_finite)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("latents", LATENTS)
+def test_many_entries_of_one_latent_are_summed_before_they_are_rounded(on_cpu, latents, dtype):
+    entries = 5000 if dtype == torch.bfloat16 else 3000
+    indices = torch.zeros(2, entries, dtype=torch.long)
+    indices[1] = torch.arange(entries) % 2
+    out = AF.sparse_decode(torch.ones(2, entries, dtype=dtype), indices, torch.ones(latents, 1, dtype=dtype))
+    assert torch.equal(out, torch.full((2, 1), entries, dtype=dtype))

@@ -130,3 +130,14 @@ def test_thresholds_of_half_precision_are_compared_wide(large_tiles):
     h, l0 = kernels.jumprelu(x, torch.tensor([1.0001, 0.9999]))
     assert h.tolist() == [[0.0, 1.0]] and h.dtype == torch.float16
     assert l0.tolist() == [1.0] and l0.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_threshold_that_is_no_number_is_seen(large_tiles):
+    x, threshold = normal(70, 6), thresholds(6)
+    threshold[2] = math.nan
+    is_wrong = torch.arange(6) == 2
+    h, l0 = kernels.jumprelu(x, threshold)
+    assert torch.equal(h.isnan(), is_wrong.expand(70, 6)) and l0.isnan().all()
+    _, gradient = kernels.jumprelu_backward(normal(70, 6), torch.ones(70), x, threshold, 0.5, ALL)
+    assert torch.equal(gradient.isnan(), is_wrong)

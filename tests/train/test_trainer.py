@@ -414,6 +414,33 @@ def test_a_run_is_not_overwritten_unasked(make_trainer, tmp_path):
     assert [record["step"] for record in metrics(tmp_path)] == [3, 6, 7]
 
 
+def test_a_run_is_replaced_when_another_has_something_to_write(make_trainer, tmp_path, dataset):
+    def board():
+        return [TensorBoard(tmp_path / "tensorboard")]
+
+    pytest.importorskip("tensorboard")
+    before = make_trainer(tmp_path, keep_best=True)
+    before.callbacks = board()
+    before.fit(compare=False)
+    kept = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    outside = Dataset("outside", dataset.samples + 2, (16,))
+    unsuitable = make_trainer(
+        tmp_path, data=outside, model=VAE, model_options={"likelihood": "bernoulli"}, epochs=1
+    )
+    unsuitable.callbacks = board()
+    with pytest.raises(InputError, match="bernoulli"):
+        unsuitable.fit(overwrite=True, compare=False)
+    diverging = make_trainer(tmp_path, lr=1e30, epochs=1)
+    with pytest.raises(TrainingError, match="The run that was to be replaced is still there"):
+        diverging.fit(overwrite=True, compare=False)
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == kept
+    after = make_trainer(tmp_path, epochs=1)
+    after.callbacks = board()
+    after.fit(overwrite=True, compare=False)
+    assert [record["step"] for record in metrics(tmp_path)] == [3, 6, 7]
+    assert not (tmp_path / "best").exists() and len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
 def damage(path, how):
     content = bytearray(path.read_bytes())
     if how == "cut":
