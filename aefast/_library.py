@@ -2,10 +2,13 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from aefast.errors import InputError
 
 _FOLDER = Path(__file__).parent / "lib"
 
@@ -19,11 +22,20 @@ def load(name: str) -> str | None:
         return f"{path.name} was not built into this installation; reinstall where {needed} is on PATH"
     if name == "cuda" and torch.version.cuda is None:
         return "this torch is built without CUDA"
+    if name == "cpu":
+        _check_cache()
     try:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} does not load: {error}"
     return None
+
+
+def _check_cache() -> None:
+    """Told before the first tensor needs it, and as an error in the input."""
+    given = os.environ.get("AEFAST_CPU_CACHE_MB", "")
+    if given and not (given.isascii() and given.isdigit()):
+        raise InputError(f"AEFAST_CPU_CACHE_MB must be a whole number of megabytes, 0 or more, got {given!r}")
 
 
 @contextlib.contextmanager

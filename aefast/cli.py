@@ -859,7 +859,7 @@ def encode(
 
     _check_batch_size(batch_size)
     path = _new_file(out, data, overwrite)
-    model, dataset = _trained(run, data, patch_size, device)
+    model, dataset = _trained(run, data, patch_size, device, least=1)
     shape = (len(dataset), model.config.latent)
     _write_array(path, shape, encode_batches(model, dataset, batch_size=batch_size), "encoding")
     _teller()(f"{len(dataset):,} codes of size {model.config.latent}: {path}")
@@ -888,7 +888,7 @@ def reconstruct(
 
     _check_batch_size(batch_size)
     path = _new_file(out, data, overwrite)
-    model, dataset = _trained(run, data, patch_size, device)
+    model, dataset = _trained(run, data, patch_size, device, least=1)
     made = reconstruct_batches(model, dataset, batch_size=batch_size)
     _write_array(path, (len(dataset), *dataset.sample_shape), made, "reconstructing")
     _teller()(f"{len(dataset):,} reconstructions: {path}")
@@ -909,8 +909,8 @@ def _teller(console: Console | None = None) -> Callable[[str], None]:
     return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _trained(run: str, data: str, patch_size: int, device: str) -> tuple[Model, Dataset]:
-    """The model of a run, on the device, and samples that it fits."""
+def _trained(run: str, data: str, patch_size: int, device: str, least: int = 2) -> tuple[Model, Dataset]:
+    """The model of a run, on the device, and at least so many samples that it fits."""
     from aefast.data import load
     from aefast.models import from_pretrained
     from aefast.train import TrainConfig
@@ -922,7 +922,7 @@ def _trained(run: str, data: str, patch_size: int, device: str) -> tuple[Model, 
         model = from_pretrained(run, device=place)
     except InputError as error:
         raise InputError(str(error).replace("directory=", "run=", 1)) from None
-    dataset = load(data, patch_size=patch_size)
+    dataset = load(data, patch_size=patch_size, least=least)
     if dataset.features != model.config.input_size:
         raise InputError(
             f"data={data!r}: expected {model.config.input_size} features a sample, those of the model in {run}, "

@@ -49,7 +49,7 @@ _ROW_NUMBERS = 40
 _PROBED_BLOCKS = 64
 
 
-def load(source: str | Path, *, patch_size: int = 16) -> Dataset:
+def load(source: str | Path, *, patch_size: int = 16, least: int = 2) -> Dataset:
     """The samples of `source` as float32.
 
     Args:
@@ -60,6 +60,7 @@ def load(source: str | Path, *, patch_size: int = 16) -> Dataset:
             floating-point types become float32. Images are grey, (H, W), or have colours, (3, H, W), in [0, 1], and
             are all of one size.
         patch_size: side of the square patches of "patches", in pixels.
+        least: how many samples there have to be. By default one to train on and one that is held out.
 
     ``.npy`` files may be larger than memory. A float32 file is memory-mapped; other ``.npy`` files, and folders, are
     read and converted batch by batch unless they are small beside the memory. What memory cannot hold is shuffled by
@@ -68,8 +69,8 @@ def load(source: str | Path, *, patch_size: int = 16) -> Dataset:
     Raises:
         DataError: an unknown name, a file that is missing, unreadable or holds Python objects, a folder with neither
             arrays nor images or with files that differ, or an array that is empty, has fewer than two dimensions or
-            two samples, is complex, or holds NaN or infinity. Of a source that memory does not hold, only some blocks
-            are searched for these two; the others are when they are read.
+            too few samples, is complex, or holds NaN or infinity. Of a source that memory does not hold, only some
+            blocks are searched for these two; the others are when they are read.
     """
     text = str(source)
     if text == "digits":
@@ -78,10 +79,20 @@ def load(source: str | Path, *, patch_size: int = 16) -> Dataset:
         return patches(patch_size)
     path = Path(source)
     if os.path.isdir(path):
-        return _of_folder(path)
-    if path.suffix.lower() not in FILE_SUFFIXES:
+        dataset = _of_folder(path)
+    elif path.suffix.lower() in FILE_SUFFIXES:
+        dataset = _dataset(_read(path), path)
+    else:
         raise DataError(_unknown(text))
-    return _dataset(_read(path), path)
+    if len(dataset) < least:
+        raise DataError(
+            f"data={str(path)!r}: expected at least {least} samples, got {len(dataset)}{_why(least)}"
+        )
+    return dataset
+
+
+def _why(least: int) -> str:
+    return "; one is held out, and the others are trained on" if least == 2 else ""
 
 
 def _unknown(text: str) -> str:
@@ -140,7 +151,6 @@ def _shard(path: Path) -> ArrayFile:
 
 def _of_rows(rows: FileRows, sample_shape: tuple[int, ...], stored_bytes: int, path: Path) -> Dataset:
     """A data set of rows in files that take `stored_bytes`: copied, left in the files, or left there in blocks."""
-    _check_count(len(rows), f"data={str(path)!r}")
     name = _name(path)
     available = available_bytes()
     if rows.nbytes <= _COPIED_SHARE * available:
@@ -149,7 +159,7 @@ def _of_rows(rows: FileRows, sample_shape: tuple[int, ...], stored_bytes: int, p
         # Which also brings them into memory: cold files are slow to read in any order.
         rows.check_all()
         return Dataset(name, rows, sample_shape)
-    size = min(block_rows_of(max(1, stored_bytes // len(rows))), len(rows) // 2)
+    size = min(block_rows_of(max(1, stored_bytes // len(rows))), max(1, len(rows) // 2))
     blocks = -(-len(rows) // size)
     for number in (
         torch.linspace(0, blocks - 1, min(blocks, _PROBED_BLOCKS), dtype=torch.float64).long().tolist()
@@ -232,7 +242,6 @@ def _dataset(array: np.ndarray | torch.Tensor, path: Path) -> Dataset:
         _check_dense(array, where)
     shape = tuple(array.shape)
     _check_shape(shape, where)
-    _check_count(shape[0], where)
     if isinstance(array, np.ndarray):
         _check_real(array, where)
         if isinstance(array, np.memmap):
@@ -265,11 +274,6 @@ def _check_shape(shape: tuple[int, ...], where: str) -> None:
         raise DataError(f"{where}: expected shape (N, features) or (N, ...), got {shape}")
     if 0 in shape:
         raise DataError(f"{where}: expected at least one value, the array is empty with shape {shape}")
-
-
-def _check_count(count: int, where: str) -> None:
-    if count < 2:
-        raise DataError(f"{where}: expected at least 2 samples, one to train on and one held out, got 1")
 
 
 def _check_real(array: np.ndarray, where: str) -> None:

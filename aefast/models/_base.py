@@ -142,6 +142,10 @@ class ModelOutput:
         return self.made
 
 
+# So that torch.export takes a model in eval mode.
+torch.export.register_dataclass(ModelOutput, serialized_type_name="aefast.models.ModelOutput")
+
+
 class Model(nn.Module):
     """Base of all models: `encode`, `decode`, `forward`, and the folder a model is saved in.
 
@@ -235,9 +239,11 @@ class Model(nn.Module):
             metadata: JSON values kept in ``config.json`` beside the options; loading ignores them.
 
         Raises:
-            InputError: `directory` is a file, or `metadata` holds something that is not a JSON value.
+            InputError: `directory` is a file, `metadata` holds something that is not a JSON value, or the model has
+                parameters of other names than its class gives them, as `torch.nn.utils.parametrize` makes them.
         """
         directory = Path(directory)
+        self.check_names()
         content = {"format_version": FORMAT_VERSION, "model": self.name, "config": self.config.to_dict()}
         if metadata is not None:
             content["metadata"] = dict(metadata)
@@ -253,8 +259,27 @@ class Model(nn.Module):
         write_atomically(directory / CONFIG_FILE, text.encode())
 
     def cpu_state(self) -> dict[str, torch.Tensor]:
-        """The state dict as contiguous CPU tensors."""
-        return {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        """The state dict as contiguous CPU tensors, none of which shares memory with another."""
+        state, storages = {}, set()
+        for key, value in self.state_dict().items():
+            value = value.detach().cpu().contiguous()
+            storage = value.untyped_storage().data_ptr()
+            state[key] = value.clone() if storage in storages else value
+            storages.add(storage)
+        return state
+
+    def check_names(self) -> None:
+        """That the state dict has the keys of a new model of the same config; `InputError` if not."""
+        with torch.device("meta"):
+            expected = type(self)(self.config).state_dict().keys()
+        found = self.state_dict().keys()
+        if found != expected:
+            names = [*(f"missing {key!r}" for key in expected - found)]
+            names += [f"unexpected {key!r}" for key in found - expected]
+            raise InputError(
+                f"model: expected the parameters of a {type(self).__name__} by their names, or a file of it could not "
+                f"be loaded: {', '.join(sorted(names)[:4])}; parametrizations have to be removed before"
+            )
 
     @classmethod
     def from_pretrained(

@@ -108,7 +108,11 @@ class DenseParameters(nn.Module):
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
-        linear.load_state_dict(self.state_dict())
+        # Not by the state dict, which has other keys where they are parametrized.
+        with torch.no_grad():
+            linear.weight.copy_(self.weight)
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
         return linear.train(self.training)
 
 

@@ -270,7 +270,7 @@ class _Search:
         for method, call, reason in found.left:
             self.leave(_within(name, method), textwrap.shorten(call, 60, placeholder=" ..."), reason)
         unread = "; ".join(f"{method}: {reason}" for method, reason in found.unread.items())
-        reason = f"no activation is applied to its output where {type(module).__name__} calls it"
+        reason = f"no activation that could be fused is applied to its output where {type(module).__name__} calls it"
         for linear in _layers_below(module):
             self._reasons.setdefault(linear, f"{reason} ({unread})" if unread else reason)
         if found.methods and self._change(name, module, tuple(found.sites), dict(found.methods)):

@@ -39,7 +39,9 @@ class Schedule:
         if self.kind == "constant":
             return
         if self.total_steps is None:
-            raise InputError(f"total_steps=None: expected how many steps the run has, for schedule={self.kind!r}")
+            raise InputError(
+                f"total_steps=None: expected how many steps the run has, for schedule={self.kind!r}"
+            )
         check_positive_int(self.total_steps, "total_steps")
         if self.warmup_steps >= self.total_steps:
             raise InputError(

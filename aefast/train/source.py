@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from aefast.data import Batches, Dataset, FileRows, IterableBatches
@@ -58,6 +59,11 @@ class Source:
         self.training: Batches | IterableBatches
         self.held_out: Batches | IterableBatches | None = None
         for argument, given in (("dataset", data), ("validation", validation)):
+            if isinstance(given, (torch.Tensor, np.ndarray)):
+                raise InputError(
+                    f"{argument}: expected a Dataset or something that gives batches, got an array of shape "
+                    f"{tuple(given.shape)}; Dataset(name, samples, sample_shape) makes one of it"
+                )
             if isinstance(given, Dataset) and given.features != features:
                 raise InputError(
                     f"{argument}: expected {features} features a sample, the model's input_size, "

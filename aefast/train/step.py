@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -51,9 +53,47 @@ def _bfloat16_products() -> Iterator[None]:
 
 
 def _loss_of_model(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss and its terms that models of `aefast.models` tell."""
+    """The loss that a model tells, and its terms if it tells them too."""
     output = model(batch)
-    return output.loss, output.terms
+    if not hasattr(output, "loss"):
+        raise InputError(
+            f"loss: expected loss(model, *batch), since what {type(model).__name__} gives, "
+            f"{type(output).__name__}, has no .loss"
+        )
+    return output.loss, getattr(output, "terms", {"loss": output.loss})
+
+
+def _with_terms(loss: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The scalar and the terms of what a loss gave."""
+    value, terms = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, {"loss": loss})
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(loss).__name__
+        raise InputError(f"loss: expected a scalar tensor, or one and its terms by name, got {got}")
+    for name, term in terms.items():
+        if not isinstance(term, torch.Tensor):
+            raise InputError(f"loss: expected scalar tensors as terms, got {type(term).__name__} as {name!r}")
+    return value, {name: term.detach() for name, term in terms.items()}
+
+
+def _checked(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of an optimizer that can train the model by one gradient a step."""
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    if not parameters:
+        raise InputError("optimizer: expected one with parameters")
+    if not {id(one) for one in parameters} & {id(one) for one in model.parameters()}:
+        raise InputError(f"optimizer: expected one over parameters of the model, {type(model).__name__}")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InputError(
+            f"optimizer: expected one that takes one gradient a step, {type(optimizer).__name__} asks for the loss "
+            "again"
+        )
+    return parameters
+
+
+def _check_number(value: Any, argument: str, expected: str, is_right: Callable[[float], bool]) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not is_right(value)):
+        raise InputError(f"{argument}={value!r}: expected {expected}, or None")
 
 
 class CapturedStep:
@@ -83,7 +123,8 @@ class CapturedStep:
         clip_norm: largest norm of all gradients together; longer ones are scaled down to it. None for no limit.
         accumulate: into how many parts a batch is cut, whose gradients are summed: less memory, the same mean. A loss
             that compares samples with each other, as MMD does, compares those of a part.
-        schedule: share of the optimizer's learning rates that each step takes.
+        schedule: share of the optimizer's learning rates that each step takes. They are kept as `initial_lr` of its
+            groups, and those that are there are taken, as torch's schedulers do.
         ema_decay: decay of an exponential moving average of the parameters after each step; None for none.
         steps_per_replay: steps of a CUDA graph; 0 for none, as `DistributedDataParallel` needs it.
     """
@@ -105,19 +146,15 @@ class CapturedStep:
         check_positive_int(accumulate, "accumulate")
         if steps_per_replay != 0:
             check_positive_int(steps_per_replay, "steps_per_replay")
-        if clip_norm is not None and not clip_norm > 0:
-            raise InputError(f"clip_norm={clip_norm!r}: expected a number above 0, or None")
-        if ema_decay is not None and not 0 <= ema_decay < 1:
-            raise InputError(f"ema_decay={ema_decay!r}: expected a number from 0 to below 1, or None")
+        _check_number(clip_norm, "clip_norm", "a number above 0", lambda norm: norm > 0)
+        _check_number(ema_decay, "ema_decay", "a number from 0 to below 1", lambda decay: 0 <= decay < 1)
+        self._parameters = _checked(optimizer, model)
         self.model = model
         self.optimizer = optimizer
         self._update = Update(optimizer)
         self.accumulate = accumulate
         self.clip_norm = clip_norm
         self._loss = _loss_of_model if loss is None else loss
-        self._parameters = [one for group in optimizer.param_groups for one in group["params"]]
-        if not self._parameters:
-            raise InputError("optimizer: expected one with parameters")
         self.device = self._parameters[0].device
         rounds_products = precision == "bf16" and self.device.type == "cpu"
         self._products = _bfloat16_products if rounds_products else contextlib.nullcontext
@@ -126,7 +163,12 @@ class CapturedStep:
         self._schedule = Schedule() if schedule is None else schedule
         # Steps taken, where the schedule reads them.
         self._count = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._rates = [float(group["lr"]) for group in optimizer.param_groups]
+        # By the name that torch's schedulers give it, it goes with the optimizer and its state: the rate of the moment
+        # is a share of it.
+        self._rates = [
+            group["lr"] if self._schedule.is_constant else group.setdefault("initial_lr", float(group["lr"]))
+            for group in optimizer.param_groups
+        ]
         self.ema = None if ema_decay is None else [one.detach().clone() for one in self._parameters]
         self._average = None if ema_decay is None else get_ema_multi_avg_fn(ema_decay)
         can_be_captured = self._scaler is None and getattr(model, "can_be_captured", True)
@@ -150,6 +192,8 @@ class CapturedStep:
     def many(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
         """Train on several batches in turn; the loss terms of each, (len(batches),) by name."""
         batches = [(batch,) if isinstance(batch, torch.Tensor) else tuple(batch) for batch in batches]
+        if not batches:
+            raise InputError("batches: expected at least one, got none")
         terms: list[dict[str, torch.Tensor]] = []
         at = 0
         while at < len(batches):
@@ -249,6 +293,8 @@ class CapturedStep:
         if self.accumulate == 1:
             return self._backward(batch, None)
         count = len(batch[0])
+        if count == 0:
+            raise InputError(f"batch: expected samples to cut into {self.accumulate} parts, got none")
         parts = list(zip(*(one.chunk(self.accumulate) for one in batch), strict=True))
         means: dict[str, torch.Tensor] = {}
         for number, part in enumerate(parts):
@@ -265,8 +311,7 @@ class CapturedStep:
         with self._products():
             with _autocast(self.device, self._type):
                 loss = self._loss(self.model, *part)
-            loss, terms = loss if isinstance(loss, tuple) else (loss, {"loss": loss})
-            terms = {name: term.detach() for name, term in terms.items()}
+            loss, terms = _with_terms(loss)
             if share is not None:
                 loss = loss * share
                 terms = {name: term * share for name, term in terms.items()}

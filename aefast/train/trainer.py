@@ -57,6 +57,18 @@ class TrainingError(AefastError):
     """Training cannot go on."""
 
 
+def _check_parameters(model: Model) -> None:
+    """That batches of float32 can train the model, and what they make of it can be saved."""
+    if not any(one.requires_grad for one in model.parameters()):
+        raise InputError("model: expected parameters to train, all of them are frozen")
+    other = next((one.dtype for one in model.parameters() if one.dtype != torch.float32), None)
+    if other is not None:
+        raise InputError(
+            f"model: expected parameters of float32, as which samples are read, got {str(other).removeprefix('torch.')}"
+        )
+    model.check_names()
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
     """How a run ended.
@@ -118,6 +130,11 @@ class Trainer:
     ) -> None:
         if directory == "":
             raise InputError("out='': expected a folder")
+        if not isinstance(model, Model):
+            raise InputError(f"model: expected one of aefast.models, got {type(model).__name__}")
+        if not isinstance(config, TrainConfig):
+            raise InputError(f"config: expected a TrainConfig, got {type(config).__name__}")
+        _check_parameters(model)
         self.config = config
         self.directory = Path(directory)
         self.processes = Processes()

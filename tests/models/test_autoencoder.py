@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from aefast.errors import InputError
-from aefast.models import Autoencoder, AutoencoderConfig
+from aefast.models import MODELS, Autoencoder, AutoencoderConfig
 
 
 @pytest.mark.parametrize(
@@ -109,3 +109,12 @@ def test_config_and_options_together_are_refused():
 def test_input_of_the_wrong_shape_is_named(shape):
     with pytest.raises(InputError, match=r"x: expected shape \(B, 4\)"):
         Autoencoder(input_size=4)(torch.rand(shape))
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_models_in_eval_mode_can_be_exported(name):
+    options = {"latent": 24, "k": 3} if name == "sparse" else {"latent": 4}
+    model = MODELS[name](input_size=12, **options).eval()
+    x = torch.rand(3, 12)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x).reconstruction, model(x).reconstruction)

@@ -149,6 +149,14 @@ def test_plain_mlp_does_not_call_its_children(monkeypatch):
     assert mlp(torch.randn(2, 4)).shape == (2, 2)
 
 
+def test_eager_twin_of_a_parametrized_layer_has_its_values():
+    layer = torch.nn.utils.parametrizations.weight_norm(LinearAct(6, 5, activation="tanh"))
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(3)
+    x = torch.rand(4, 6)
+    torch.testing.assert_close(layer.eager()(x), layer(x))
+
+
 def test_eager_twin_is_a_copy():
     mlp = MLP((4, 3, 2))
     twin = mlp.eager()

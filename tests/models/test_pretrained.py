@@ -162,3 +162,30 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomically(path, b"new and longer")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_tied_parameters_are_written_apart(model, tmp_path):
+    # Of one storage, one behind the other and one over the other.
+    together = torch.rand(10)
+    model.decoder.layers[1].bias.data = together
+    model.encoder.layers[0].bias.data = together[:6]
+    model.encoder.layers[1].bias.data = together[5:]
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    for (name, ours), theirs in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("change", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_parametrized_models_are_refused(model, tmp_path, change):
+    layer = model.encoder.layers[0]
+    getattr(torch.nn.utils.parametrizations, change)(layer)
+    with pytest.raises(
+        InputError, match=r"missing 'encoder\.0\.weight'.*unexpected.*have to be removed before"
+    ):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    model.save_pretrained(tmp_path / "saved")
+    x = torch.rand(4, 10)
+    torch.testing.assert_close(from_pretrained(tmp_path / "saved")(x).reconstruction, model(x).reconstruction)

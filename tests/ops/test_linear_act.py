@@ -376,7 +376,11 @@ def test_strided_layers_do_not_depend_on_threads(dtype):
 def assert_threads_do_not_matter(activation, rows, inputs, features, dtype=torch.float32, step=1):
     """Elements of x lie `step` apart, in rows and in columns."""
     generator = torch.Generator().manual_seed(4)
-    x = torch.randn(step * rows, step * inputs, generator=generator).to(dtype)[::step, ::step].requires_grad_()
+    x = (
+        torch.randn(step * rows, step * inputs, generator=generator)
+        .to(dtype)[::step, ::step]
+        .requires_grad_()
+    )
     weight = torch.randn(features, inputs, generator=generator).to(dtype).requires_grad_()
     bias = torch.randn(features, generator=generator).to(dtype).requires_grad_()
     threads = torch.get_num_threads()

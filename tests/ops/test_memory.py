@@ -244,8 +244,9 @@ class Heap(ctypes.Structure):
     """What glibc's mallinfo2 gives."""
 
     _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+        *((f"other{index}", ctypes.c_size_t) for index in range(7)),
+        ("uordblks", ctypes.c_size_t),
+        *((f"other{index}", ctypes.c_size_t) for index in (7, 8)),
     ]
 
 
@@ -259,7 +260,9 @@ def test_calls_leave_nothing_behind(name):
     heap.restype = Heap
     op, dtype = _registry.OPS[name], torch.float32
     numerics.require_backend("cpu", name, "cpu", dtype)
-    sizes = {index: sample_size(sample) for index, sample in enumerate(op.samples(torch.device("cpu"), dtype))}
+    sizes = {
+        index: sample_size(sample) for index, sample in enumerate(op.samples(torch.device("cpu"), dtype))
+    }
     smallest = min((index for index in sizes if sizes[index] > 0), key=sizes.get)
     sample = next(itertools.islice(op.samples(torch.device("cpu"), dtype), smallest, None))
 

@@ -103,6 +103,19 @@ def test_encode_and_reconstruct_keep_the_order(command, runs, tmp_path, capsys, 
     assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
 
 
+def test_one_sample_is_enough_for_what_trains_nothing(command, runs, tmp_path, capsys):
+    x, file, out = samples_of(runs)[:1], tmp_path / "one.npy", tmp_path / "out.npy"
+    np.save(file, x.numpy())
+    network = from_pretrained(runs / "autoencoder")
+    for name, expected in (("encode", network.encode(x)), ("reconstruct", network(x).reconstruction)):
+        assert command(name, "--out", out, "--overwrite", data=file) == 0
+        torch.testing.assert_close(torch.from_numpy(np.load(out)), expected.detach())
+    capsys.readouterr()
+    assert "expected at least 2 samples, got 1" in failure(
+        capsys, command("sample", "--out", tmp_path / "new.npy", data=file)
+    )
+
+
 def test_a_folder_of_files_that_are_not_loaded_whole(command, runs, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "parts"
     folder.mkdir()

@@ -17,8 +17,16 @@ def test_distances_are_those_of_all_pairs():
     assert torch.equal(found.nearest, torch.cdist(samples, training).argmin(1))
     closer = (found.distances[:, None] < found.held_out).double().mean()
     assert found.closer == pytest.approx(closer.item())
-    least = torch.quantile(found.held_out, 0.01)
-    assert found.copies == pytest.approx((found.distances < least).double().mean().item())
+    one, other = held_out[::2], held_out[1::2]
+    ratios = found.distances / torch.cdist(samples, one).min(1).values
+    of_held_out = torch.cat(
+        [
+            torch.cdist(points, training).min(1).values / torch.cdist(points, rest).min(1).values
+            for points, rest in ((one, other), (other, one))
+        ]
+    )
+    limit = torch.quantile(of_held_out, 0.01)
+    assert found.copies == pytest.approx((ratios < limit).double().mean().item())
 
 
 def test_real_data_copies_and_strangers():
@@ -27,13 +35,26 @@ def test_real_data_copies_and_strangers():
     assert novelty(draw(1000, 3), training, held_out).closer == pytest.approx(0.5, abs=0.06)
     copies = novelty(training[:500] + 1e-3, training, held_out)
     assert copies.closer > 0.99 and copies.copies > 0.99
+    # The deviation of a share of 0.01 of a thousand is 0.003, and that of the limit is as large.
+    assert novelty(draw(1000, 3), training, held_out).copies < 0.03
     strangers = novelty(draw(500, 4) + 20, training, held_out)
     assert strangers.closer < 0.01 and strangers.copies == 0
 
 
+@pytest.mark.parametrize("size", [2, 64])
+def test_what_lies_amid_all_data_copies_none(size):
+    """As blurred samples do: closer to training data than any held-out point, and as close to these."""
+    training, held_out = draw(2000, 1, size), draw(200, 2, size)
+    found = novelty(0.01 * draw(500, 3, size), training, held_out)
+    assert found.closer > 0.8 and found.copies < 0.1
+    copies = novelty(training[:500] + 1e-4 * draw(500, 3, size), training, held_out)
+    assert copies.copies > 0.95
+
+
 def test_ties_count_half():
     points = draw(50, 1)
-    assert novelty(points, points, points).closer == 0.5
+    found = novelty(points, points, points)
+    assert (found.closer, found.copies) == (0.5, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +62,7 @@ def test_ties_count_half():
     [
         ({"samples": [1.0]}, "samples must be a torch.Tensor, got list"),
         ({"training": torch.ones(0, 6)}, r"training must have at least one row, got shape \(0, 6\)"),
+        ({"held_out": torch.ones(1, 6)}, r"held_out must have at least two rows, got shape \(1, 6\)"),
         ({"held_out": torch.ones(3, 5)}, "held_out must have as many dimensions as samples, 6"),
         ({"training": torch.ones(3, 6).double()}, "training must have the dtype of samples, float32"),
         ({"samples": torch.full((2, 6), float("nan"))}, "must be finite"),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import types
 
 import pytest
 import torch
@@ -241,6 +242,7 @@ def test_any_module_and_loss():
         ({"steps_per_replay": -1}, "steps_per_replay=-1"),
         ({"clip_norm": 0.0}, r"clip_norm=0.0: expected a number above 0"),
         ({"clip_norm": float("nan")}, "clip_norm=nan"),
+        ({"clip_norm": "1"}, "clip_norm='1': expected a number above 0, or None"),
         ({"ema_decay": 1.0}, "ema_decay=1.0: expected a number from 0 to below 1"),
     ],
 )
@@ -250,7 +252,102 @@ def test_bad_options_are_named(options, message):
         CapturedStep(model, make_optimizer(model.parameters(), 1e-2), **options)
 
 
+class Told(nn.Module):
+    """What another library's model may give: a loss, and no terms."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return types.SimpleNamespace(loss=self.layer(x).square().mean())
+
+
+def test_a_loss_without_terms_is_its_one_term():
+    model = Told()
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2))
+    assert list(step(*batches(1))) == ["loss"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (None, "loss: expected loss.model, .batch., since what Linear gives, Tensor, has no .loss"),
+        (lambda model, x: 1.0, "loss: expected a scalar tensor, or one and its terms by name, got float"),
+        (lambda model, x: model(x), r"loss: expected a scalar tensor.*got shape \(12, 4\)"),
+        (
+            lambda model, x: (model(x).sum(), {"mse": 0.5}),
+            "loss: expected scalar tensors as terms, got float as 'mse'",
+        ),
+    ],
+)
+def test_bad_losses_are_named(loss, message):
+    model = nn.Linear(16, 4)
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), loss=loss)
+    with pytest.raises(InputError, match=message):
+        step(*batches(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda model: torch.optim.LBFGS(model.parameters()), "one gradient a step, LBFGS asks"),
+        (
+            lambda model: torch.optim.Adam(make_model().parameters()),
+            "over parameters of the model, Autoencoder",
+        ),
+    ],
+)
+def test_bad_optimizers_are_named(make, message):
+    model = make_model()
+    with pytest.raises(InputError, match=f"optimizer: expected one .*{message}"):
+        CapturedStep(model, make(model))
+
+
+def test_no_batches_and_no_samples_are_named():
+    model = make_model()
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), accumulate=2)
+    with pytest.raises(InputError, match="batches: expected at least one, got none"):
+        step.many([])
+    with pytest.raises(InputError, match="batch: expected samples to cut into 2 parts, got none"):
+        step(torch.empty(0, 16))
+
+
+@pytest.mark.parametrize("is_loaded_before", [True, False])
+def test_the_rates_of_a_loaded_optimizer_are_shares_of_the_first(is_loaded_before):
+    schedule = Schedule("cosine", warmup_steps=2, total_steps=10)
+    data = batches(10)
+    model = make_model()
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), schedule=schedule)
+    for batch in data[:5]:
+        step(batch)
+    kept = copy.deepcopy((model.state_dict(), step.optimizer.state_dict(), step.state_dict()))
+    for batch in data[5:]:
+        step(batch)
+
+    again = make_model()
+    again.load_state_dict(kept[0])
+    optimizer = make_optimizer(again.parameters(), 1e-2)
+    if is_loaded_before:
+        optimizer.load_state_dict(kept[1])
+    resumed = CapturedStep(again, optimizer, schedule=schedule)
+    if not is_loaded_before:
+        optimizer.load_state_dict(kept[1])
+    resumed.load_state_dict(kept[2])
+    for batch in data[5:]:
+        resumed(batch)
+    assert torch.equal(parameters(again), parameters(model))
+
+
 def test_bad_schedules_are_named():
+    for kind, options, message in (
+        ("cosine", {}, "total_steps=None: expected how many steps the run has, for schedule='cosine'"),
+        ("linear", {"total_steps": 0}, "total_steps=0: expected a positive integer"),
+        ("constant", {"warmup_steps": -1}, "warmup_steps=-1: expected a positive integer"),
+        ("linear", {"warmup_steps": 1.5, "total_steps": 9}, "warmup_steps=1.5: expected a positive integer"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Schedule(kind, **options)
     with pytest.raises(InputError, match=r"schedule='cosin'.*did you mean 'cosine'"):
         Schedule("cosin")
     with pytest.raises(InputError, match="warmup_steps=8: expected fewer than the run has steps, 8"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from rich.console import Console
+from torch import nn
 
 from aefast.bench import memory
 from aefast.data import Dataset
@@ -722,6 +723,47 @@ def test_a_falling_rate_holds_a_resumed_run_to_its_length(make_trainer, tmp_path
     make_trainer(tmp_path, schedule="linear").fit(compare=False)
     with pytest.raises(InputError, match="total_steps=28: expected 21"):
         make_trainer(tmp_path, schedule="linear", epochs=4).fit(resume=True, compare=False)
+
+
+def test_what_cannot_be_trained_is_named(tmp_path, dataset):
+    def start(model=None, data=dataset, config=None):
+        if model is None:
+            model = Autoencoder(input_size=16, hidden=(8,), latent=4)
+        return trainer_module.Trainer(model, data, config or TrainConfig(device="cpu"), tmp_path)
+
+    parametrized, frozen = (Autoencoder(input_size=16, hidden=(8,), latent=4) for _ in range(2))
+    nn.utils.parametrizations.weight_norm(parametrized.encoder.layers[0])
+    frozen.requires_grad_(False)
+    for arguments, message in (
+        ({"model": nn.Linear(16, 16)}, "model: expected one of aefast.models, got Linear"),
+        ({"config": {"epochs": 2}}, "config: expected a TrainConfig, got dict"),
+        ({"model": frozen}, "model: expected parameters to train, all of them are frozen"),
+        (
+            {"model": Autoencoder(input_size=16).double()},
+            "model: expected parameters of float32.*got float64",
+        ),
+        ({"model": parametrized}, "model: expected the parameters of a Autoencoder by their names.*missing"),
+        ({"data": torch.rand(30, 16)}, r"dataset: expected a Dataset.*got an array of shape \(30, 16\)"),
+        ({"data": np.zeros((30, 16))}, r"dataset: expected a Dataset.*got an array of shape \(30, 16\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            start(**arguments)
+
+
+def test_tied_weights_are_saved_and_gone_on_with(make_trainer, tmp_path):
+    def tie(trainer):
+        trainer.model.decoder.layers[0].bias = trainer.model.encoder.layers[0].bias
+        trainer.step = CapturedStep(
+            trainer.model, make_optimizer(trainer.model.parameters(), trainer.config.lr)
+        )
+        return trainer
+
+    tie(make_trainer(tmp_path / "whole", epochs=2)).fit(compare=False)
+    tie(make_trainer(tmp_path / "parts", epochs=1)).fit(compare=False)
+    tie(make_trainer(tmp_path / "parts", epochs=2)).fit(resume=True, compare=False)
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    found = from_pretrained(tmp_path / "whole")
+    assert torch.equal(found.encoder.layers[0].bias, found.decoder.layers[0].bias)
 
 
 def test_data_that_does_not_fit_the_model(make_trainer, tmp_path, dataset):
