@@ -217,6 +217,9 @@ class Model(nn.Module):
         """The loss of `eager_twin` on a batch (B, input_size), in plain PyTorch."""
         raise NotImplementedError
 
+    def check_samples(self, x: torch.Tensor) -> None:
+        """That the values of a batch are such as the model's loss is for, where the loss does not see to it itself."""
+
     def flatten(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, ...) as (B, input_size); `InputError` if a sample has another number of features."""
         size = self.config.input_size

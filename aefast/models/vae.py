@@ -195,11 +195,14 @@ class VAE(Model):
             measures["elbo"] = self._elbo(reconstruction, kl)
         return measures
 
+    def check_samples(self, x: torch.Tensor) -> None:
+        if self.config.likelihood == "bernoulli":
+            _check_probabilities(x)
+
     def _estimate(self, flat: torch.Tensor, makes_output: bool = True) -> tuple[Any, ...]:
         """-log p(x|z), or the loss in its place, and the KL divergence in nats; the decoder's output for z, if it is to
         be made; z itself, and mu."""
-        if self.config.likelihood == "bernoulli":
-            _check_probabilities(flat)
+        self.check_samples(flat)
         z, kl, mu, _ = self.head(self.encoder(flat))
         if makes_output:
             output = self.decoder(z)

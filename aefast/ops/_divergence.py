@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _registry
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 
 def define_divergence(
@@ -26,11 +26,11 @@ def define_divergence(
     forward = getattr(torch.ops.aefast, op).default
     backward = getattr(torch.ops.aefast, f"{op}_backward").default
 
-    @torch.library.impl(LIBRARY, op, "CompositeExplicitAutograd")
+    @implement(op)
     def _(first, second, backend):
         return getattr(_registry.kernels(backend, op), op)(first, second)
 
-    @torch.library.impl(LIBRARY, f"{op}_backward", "CompositeExplicitAutograd")
+    @implement(f"{op}_backward")
     def _(grad, first, second, backend):
         return getattr(_registry.kernels(backend, op), f"{op}_backward")(grad, first, second)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _pairwise, _registry
-from aefast.ops._library import LIBRARY, define
+from aefast.ops._library import LIBRARY, define, implement
 
 KINDS = ("mse", "rmse", "l1", "huber", "lp", "charbonnier", "bce", "bce_with_logits")
 REDUCTIONS = ("mean", "sum", "batchmean", "none")
@@ -202,7 +202,7 @@ def check_finite(op: str, value: Tensor, **operands: Tensor) -> None:
 define("loss_gradient(Tensor gradient, Tensor grad, float normalizer, str backend) -> Tensor")
 
 
-@torch.library.impl(LIBRARY, "loss_gradient", "CompositeExplicitAutograd")
+@implement("loss_gradient")
 def _(gradient, grad, normalizer, backend):
     return _registry.kernels(backend, "loss_gradient").loss_gradient(gradient, grad, normalizer)
 

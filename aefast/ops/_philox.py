@@ -13,14 +13,14 @@ from torch import Tensor
 
 from aefast.errors import InputError
 from aefast.ops import _registry
-from aefast.ops._library import LIBRARY, below_autograd
+from aefast.ops._library import LIBRARY, below_autograd, implement
 
 LIBRARY.define(
     "draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag)
 )
 
 
-@torch.library.impl(LIBRARY, "draw_seed", "CompositeExplicitAutograd")
+@implement("draw_seed")
 def _(like):
     return _draw(like.device, None)
 

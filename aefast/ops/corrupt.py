@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _philox, _registry
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 # The noises, and the options of each with their defaults.
 NOISES: dict[str, dict[str, Any]] = {
@@ -135,7 +135,7 @@ define(
 )
 
 
-@torch.library.impl(LIBRARY, "corrupt", "CompositeExplicitAutograd")
+@implement("corrupt")
 def _(x, seed, kind, first, second, limit, block, backend):
     return _registry.kernels(backend, "corrupt").corrupt(x, seed, kind, first, second, limit, block)
 

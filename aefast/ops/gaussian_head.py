@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X
 from aefast.ops import _arguments, _philox, _registry, linear_act, reparameterize
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 
 def reference(
@@ -53,12 +53,12 @@ define(
 )
 
 
-@torch.library.impl(LIBRARY, "gaussian_head", "CompositeExplicitAutograd")
+@implement("gaussian_head")
 def _(h, weight, bias, seed, low, high, backend):
     return _registry.kernels(backend, "gaussian_head").gaussian_head(h, weight, bias, seed, low, high)
 
 
-@torch.library.impl(LIBRARY, "gaussian_head_backward", "CompositeExplicitAutograd")
+@implement("gaussian_head_backward")
 def _(grad_z, grad_kl, grad_moments, h, weight, moments, seed, low, high, needs, backend):
     launch = _registry.kernels(backend, "gaussian_head").gaussian_head_backward
     gradients = launch(grad_z, grad_kl, grad_moments, h, weight, moments, seed, low, high, needs)

@@ -10,7 +10,7 @@ from torch import Tensor
 from aefast.errors import InputError
 from aefast.kernels.jumprelu import NEED_THRESHOLD, NEED_X
 from aefast.ops import _arguments, _registry
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 
 def reference(x: Tensor, threshold: Tensor, bandwidth: float = 1e-3) -> tuple[Tensor, Tensor]:
@@ -40,12 +40,12 @@ define(
 )
 
 
-@torch.library.impl(LIBRARY, "jumprelu", "CompositeExplicitAutograd")
+@implement("jumprelu")
 def _(x, threshold, bandwidth, backend):
     return _registry.kernels(backend, "jumprelu").jumprelu(x, threshold)
 
 
-@torch.library.impl(LIBRARY, "jumprelu_backward", "CompositeExplicitAutograd")
+@implement("jumprelu_backward")
 def _(grad_h, grad_l0, x, threshold, bandwidth, needs, backend):
     launch = _registry.kernels(backend, "jumprelu").jumprelu_backward
     gradients = launch(grad_h, grad_l0, x, threshold, bandwidth, needs)

@@ -19,7 +19,7 @@ from aefast.kernels.activation import (
     specified,
 )
 from aefast.ops import _arguments, _registry
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 # The functions that torch.nn.functional's wrappers end in.
 _EAGER_ACTIVATIONS = {
@@ -67,17 +67,17 @@ define(
 )
 
 
-@torch.library.impl(LIBRARY, "linear_act", "CompositeExplicitAutograd")
+@implement("linear_act")
 def _(x, weight, bias, activation, backend):
     return _registry.kernels(backend, "linear_act").linear_act(x, weight, bias, activation, False)[0]
 
 
-@torch.library.impl(LIBRARY, "linear_act_with_derivative", "CompositeExplicitAutograd")
+@implement("linear_act_with_derivative")
 def _(x, weight, bias, activation, backend):
     return _registry.kernels(backend, "linear_act").linear_act(x, weight, bias, activation, True)
 
 
-@torch.library.impl(LIBRARY, "linear_act_backward", "CompositeExplicitAutograd")
+@implement("linear_act_backward")
 def _(grad, x, weight, saved, activation, needs, backend):
     launch = _registry.kernels(backend, "linear_act").linear_act_backward
     gradients = launch(grad, x, weight, saved, activation, needs)

@@ -13,7 +13,7 @@ from torch import Tensor
 from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X, STORES_DERIVATIVE, specification
 from aefast.ops import _arguments, _loss, _registry, linear_act, reconstruction_loss
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 from aefast.ops._loss import Loss
 
 REDUCTIONS = ("mean", "sum", "batchmean")
@@ -69,7 +69,7 @@ define(
 )
 
 
-@torch.library.impl(LIBRARY, "linear_reconstruction_loss", "CompositeExplicitAutograd")
+@implement("linear_reconstruction_loss")
 def _(*arguments):
     return _sweep(*arguments)
 

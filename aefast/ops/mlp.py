@@ -12,7 +12,7 @@ from torch import Tensor
 from aefast.errors import InputError
 from aefast.kernels.activation import EXPS, STORES_DERIVATIVE, specification
 from aefast.ops import _arguments, _registry, linear_act
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 
 def reference(
@@ -49,17 +49,17 @@ define(
 )
 
 
-@torch.library.impl(LIBRARY, "mlp", "CompositeExplicitAutograd")
+@implement("mlp")
 def _(x, weights, biases, activations, backend):
     return _registry.kernels(backend, "mlp").mlp(x, weights, biases, activations, False)[0]
 
 
-@torch.library.impl(LIBRARY, "mlp_saving", "CompositeExplicitAutograd")
+@implement("mlp_saving")
 def _(x, weights, biases, activations, backend):
     return _registry.kernels(backend, "mlp").mlp(x, weights, biases, activations, True)
 
 
-@torch.library.impl(LIBRARY, "mlp_backward", "CompositeExplicitAutograd")
+@implement("mlp_backward")
 def _(grad, x, weights, saved, activations, needs, backend):
     launchers = _registry.kernels(backend, "mlp")
     return launchers.mlp_backward(grad, x, weights, saved, activations, needs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _pairwise, _registry
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 from aefast.ops._pairwise import Kernel, kernel_sum
 
 
@@ -96,7 +96,7 @@ _KERNEL = "Tensor? unit, str kernel, float[] rates, float alpha, float[] weights
 define(f"mmd(Tensor x, Tensor y, {_KERNEL}, str backend) -> (Tensor, Tensor, Tensor)")
 
 
-@torch.library.impl(LIBRARY, "mmd", "CompositeExplicitAutograd")
+@implement("mmd")
 def _(x, y, unit, kernel, rates, alpha, weights, needs, backend):
     return _registry.kernels(backend, "mmd").mmd(x, y, unit, kernel, rates, alpha, weights, needs)
 

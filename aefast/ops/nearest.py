@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _pairwise, _registry
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 
 def reference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,12 +83,12 @@ define("nearest(Tensor x, Tensor y, str backend) -> (Tensor, Tensor)")
 define("nearest_backward(Tensor grad, Tensor x, Tensor y, Tensor index, int needs) -> (Tensor, Tensor)")
 
 
-@torch.library.impl(LIBRARY, "nearest", "CompositeExplicitAutograd")
+@implement("nearest")
 def _(x, y, backend):
     return _registry.kernels(backend, "nearest").nearest(x, y)
 
 
-@torch.library.impl(LIBRARY, "nearest_backward", "CompositeExplicitAutograd")
+@implement("nearest_backward")
 def _(grad, x, y, index, needs):
     batch, rows, dimensions = x.shape
     columns = y.shape[1]

@@ -11,7 +11,7 @@ from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X, STORES_DERIVATIVE, specification
 from aefast.kernels.penalty import EPS, PENALTIES
 from aefast.ops import _arguments, _registry, linear_act
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 
 def reference(
@@ -61,20 +61,20 @@ define(
 )
 
 
-@torch.library.impl(LIBRARY, "penalized_linear_act", "CompositeExplicitAutograd")
+@implement("penalized_linear_act")
 def _(x, weight, bias, activation, penalty, rate, backend):
     launch = _registry.kernels(backend, "penalized_linear_act").penalized_linear_act
     return launch(x, weight, bias, activation, penalty, rate, False)[:2]
 
 
-@torch.library.impl(LIBRARY, "penalized_linear_act_saving", "CompositeExplicitAutograd")
+@implement("penalized_linear_act_saving")
 def _(x, weight, bias, activation, penalty, rate, backend):
     launch = _registry.kernels(backend, "penalized_linear_act").penalized_linear_act
     h, value, *saved = launch(x, weight, bias, activation, penalty, rate, True)
     return h, value, *(x.new_empty(0) if one is None else one for one in saved)
 
 
-@torch.library.impl(LIBRARY, "penalized_linear_act_backward", "CompositeExplicitAutograd")
+@implement("penalized_linear_act_backward")
 def _(grad, grad_penalty, x, weight, saved, h, sums, activation, penalty, rate, needs, backend):
     launch = _registry.kernels(backend, "penalized_linear_act").penalized_linear_act_backward
     gradients = launch(grad, grad_penalty, x, weight, saved, h, sums, activation, penalty, rate, needs)

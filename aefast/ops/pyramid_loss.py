@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _loss, _registry
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 PYRAMIDS = ("average", "gaussian", "laplacian")
 TAPS = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
@@ -182,7 +182,7 @@ define(
 )
 
 
-@torch.library.impl(LIBRARY, "pyramid_loss", "CompositeExplicitAutograd")
+@implement("pyramid_loss")
 def _(input, target, pyramid, penalty, parameter, factors, normalizer, summed, with_gradient, backend):
     form = Form(pyramid, penalty, parameter, tuple(factors), normalizer, summed)
     launch = _registry.kernels(backend, "pyramid_loss").pyramid_loss

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _loss, _pairwise, _registry
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 from aefast.ops._loss import Loss
 
 
@@ -46,19 +46,19 @@ define(f"reconstruction_loss_elements({_OPERANDS}, bool checked, str backend) ->
 define(f"reconstruction_loss_backward(Tensor grad, {_OPERANDS}, float normalizer, str backend) -> Tensor")
 
 
-@torch.library.impl(LIBRARY, "reconstruction_loss", "CompositeExplicitAutograd")
+@implement("reconstruction_loss")
 def _(*arguments):
     *arguments, backend = arguments
     return _registry.kernels(backend, "reconstruction_loss").reconstruction_loss(*arguments)
 
 
-@torch.library.impl(LIBRARY, "reconstruction_loss_elements", "CompositeExplicitAutograd")
+@implement("reconstruction_loss_elements")
 def _(*arguments):
     *arguments, backend = arguments
     return _registry.kernels(backend, "reconstruction_loss").reconstruction_loss_elements(*arguments)
 
 
-@torch.library.impl(LIBRARY, "reconstruction_loss_backward", "CompositeExplicitAutograd")
+@implement("reconstruction_loss_backward")
 def _(*arguments):
     *arguments, backend = arguments
     return _registry.kernels(backend, "reconstruction_loss").reconstruction_loss_backward(*arguments)

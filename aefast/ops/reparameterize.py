@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _philox, _registry, kl_normal
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 
 def reference(
@@ -64,12 +64,12 @@ define(f"reparameterize({_OPERANDS}) -> (Tensor, Tensor)")
 define(f"reparameterize_backward(Tensor? grad_z, Tensor? grad_kl, {_OPERANDS}) -> (Tensor, Tensor)")
 
 
-@torch.library.impl(LIBRARY, "reparameterize", "CompositeExplicitAutograd")
+@implement("reparameterize")
 def _(mu, logvar, seed, low, high, backend):
     return _registry.kernels(backend, "reparameterize").reparameterize(mu, logvar, seed, low, high)
 
 
-@torch.library.impl(LIBRARY, "reparameterize_backward", "CompositeExplicitAutograd")
+@implement("reparameterize_backward")
 def _(grad_z, grad_kl, mu, logvar, seed, low, high, backend):
     launch = _registry.kernels(backend, "reparameterize").reparameterize_backward
     return launch(grad_z, grad_kl, mu, logvar, seed, low, high)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X
 from aefast.ops import _arguments, _registry
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 
 def reference(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,12 +39,12 @@ define(
 )
 
 
-@torch.library.impl(LIBRARY, "sparse_decode", "CompositeExplicitAutograd")
+@implement("sparse_decode")
 def _(values, indices, weight, bias, backend):
     return _registry.kernels(backend, "sparse_decode").sparse_decode(values, indices, weight, bias)
 
 
-@torch.library.impl(LIBRARY, "sparse_decode_backward", "CompositeExplicitAutograd")
+@implement("sparse_decode_backward")
 def _(grad, values, indices, weight, needs, backend):
     launch = _registry.kernels(backend, "sparse_decode").sparse_decode_backward
     gradients = launch(grad, values, indices, weight, needs)

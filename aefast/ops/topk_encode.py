@@ -15,7 +15,7 @@ from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X
 from aefast.kernels.selection import largest
 from aefast.ops import _arguments, _registry
-from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply
+from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 from aefast.ops.linear_act import check_layer
 
 
@@ -39,12 +39,12 @@ define(
 )
 
 
-@torch.library.impl(LIBRARY, "topk_encode", "CompositeExplicitAutograd")
+@implement("topk_encode")
 def _(x, weight, bias, k, backend):
     return _registry.kernels(backend, "topk_encode").topk_encode(x, weight, bias, k)
 
 
-@torch.library.impl(LIBRARY, "topk_encode_backward", "CompositeExplicitAutograd")
+@implement("topk_encode_backward")
 def _(grad, indices, x, weight, needs, backend):
     launch = _registry.kernels(backend, "topk_encode").topk_encode_backward
     gradients = launch(grad, indices, x, weight, needs)

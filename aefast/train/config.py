@@ -36,7 +36,7 @@ class TrainConfig:
             go on to the end.
         keep_last: how many checkpoints stay.
         keep_best: whether the weights with the lowest loss on held-out samples go to ``best/``.
-        steps_per_replay: steps of a CUDA graph; of no account on the CPU.
+        steps_per_replay: steps of a CUDA graph; on the CPU each step is one.
         seed: decides the order of the samples and the noise of stochastic models.
         device: "cpu", "cuda", or "auto": CUDA where it is.
         log_every: steps between two lines of ``metrics.jsonl``; the end of an epoch always makes one.

@@ -16,6 +16,7 @@ from aefast.errors import InputError
 from aefast.models import Model
 from aefast.models._base import check_choice
 from aefast.nn.linear_act import check_positive_int
+from aefast.train.replay import Replay
 from aefast.train.schedule import Schedule
 from aefast.train.update import Update
 
@@ -41,15 +42,17 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abs
 @contextlib.contextmanager
 def _bfloat16_products() -> Iterator[None]:
     """Within it products of float32 on the CPU may be formed from operands rounded to bfloat16, torch's too."""
-    settings = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn)
-    before = [setting.fp32_precision for setting in settings]
+    # Behind `torch.backends.mkldnn.matmul.fp32_precision` and so on, which take five times as long.
+    get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    kinds = ("matmul", "conv", "rnn")
+    before = [get("mkldnn", kind) for kind in kinds]
     try:
-        for setting in settings:
-            setting.fp32_precision = "bf16"
+        for kind in kinds:
+            put("mkldnn", kind, "bf16")
         yield
     finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
+        for kind, precision in zip(kinds, before, strict=True):
+            put("mkldnn", kind, precision)
 
 
 def _loss_of_model(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -101,16 +104,19 @@ class CapturedStep:
 
     On CUDA, steps are recorded as one CUDA graph, `steps_per_replay` of them at a time, after a few that are taken one
     by one; every replay draws fresh random numbers, counts its steps and takes its learning rates on the device.
-    Batches of another size than the first, and steps that are left over, are taken one by one. So are all steps on the
-    CPU, all in fp16, whose loss scale decides whether there is an update, and all of a model that says that it cannot
-    be captured (`Model.can_be_captured`).
+    Batches of another size than the first, and steps that are left over, are taken one by one. So are all in fp16,
+    whose loss scale decides whether there is an update, and all of a model that says that it cannot be captured
+    (`Model.can_be_captured`).
 
     Works for any module, optimizer and loss that can be captured: shapes must not depend on the data, nothing may wait
     for the device, and an optimizer that has the option `capturable` gets it.
 
-    On the CPU the kernel of torch's fused Adam and AdamW is called at once, with the state that the optimizer keeps:
-    profilers show no `Optimizer.step`. An optimizer that has hooks, is scheduled by torch or is of another kind makes
-    its own step.
+    On the CPU forward, loss and backward of a model of `aefast.models` are recorded too, after ten steps of one size,
+    as the calls of kernels that they come to, which are made anew for each batch of that size: same bits, less
+    overhead.
+    Forwards and hooks in Python do not run then; a model that has hooks, or modules of others, is left to itself. The
+    kernel of torch's fused Adam and AdamW is called at once, with the state that the optimizer keeps: profilers show no
+    `Optimizer.step`. An optimizer that has hooks, is scheduled by torch or is of another kind makes its own step.
 
     Args:
         model: the module to train, on its device, in training mode.
@@ -126,7 +132,8 @@ class CapturedStep:
         schedule: share of the optimizer's learning rates that each step takes. They are kept as `initial_lr` of its
             groups, and those that are there are taken, as torch's schedulers do.
         ema_decay: decay of an exponential moving average of the parameters after each step; None for none.
-        steps_per_replay: steps of a CUDA graph; 0 for none, as `DistributedDataParallel` needs it.
+        steps_per_replay: steps of a CUDA graph, on the CPU one each; 0 records none, as `DistributedDataParallel` needs
+            it.
     """
 
     def __init__(
@@ -174,6 +181,10 @@ class CapturedStep:
         can_be_captured = self._scaler is None and getattr(model, "can_be_captured", True)
         self._replayed = steps_per_replay if self.device.type == "cuda" and can_be_captured else 0
         self._recording: _Recording | None = None
+        is_replayed = (
+            steps_per_replay > 0 and self.device.type == "cpu" and loss is None and self._scaler is None
+        )
+        self._replay = Replay(model, _loss_of_model) if is_replayed and accumulate == 1 else None
         self._warm: dict[tuple[torch.Size, ...], int] = {}
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
@@ -291,7 +302,9 @@ class CapturedStep:
     def _gradients(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         """The gradients of the mean over the batch; the means of the terms."""
         if self.accumulate == 1:
-            return self._backward(batch, None)
+            with self._products():
+                terms = None if self._replay is None else self._replay(batch)
+            return self._backward(batch, None) if terms is None else terms
         count = len(batch[0])
         if count == 0:
             raise InputError(f"batch: expected samples to cut into {self.accumulate} parts, got none")

@@ -1,0 +1,228 @@
+"""Steps of recorded calls against the steps that they were recorded of, to the bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import aefast
+from aefast.errors import InputError
+from aefast.models import MODELS, VAE, Autoencoder, SparseAutoencoder
+from aefast.models.sparse import SPARSITIES
+from aefast.train import CapturedStep, make_optimizer
+from aefast.train.replay import WARM_UP_STEPS
+from support import numerics
+
+SPARSE = {
+    "topk": {"k": 3, "aux_weight": 0.0},
+    "batchtopk": {"k": 3},
+    "l1": {"sparsity_weight": 0.01},
+    "kl": {"sparsity_weight": 0.01, "rate": 0.1},
+    "jumprelu": {"sparsity_weight": 0.01, "bandwidth": 0.5, "threshold": 0.2},
+}
+DENSE = {"hidden": (16,), "latent": 4}
+CASES = [
+    *((MODELS[name], DENSE) for name in sorted(MODELS) if name != "sparse"),
+    *((SparseAutoencoder, {"latent": 24, "sparsity": name, **SPARSE[name]}) for name in SPARSITIES),
+    (Autoencoder, {**DENSE, "loss": "pyramid", "image_shape": (1, 6, 6), "pyramid_levels": 2}),
+    (Autoencoder, {**DENSE, "loss": "bce", "output_activation": "sigmoid"}),
+    (MODELS["denoising"], {**DENSE, "noise": "masking", "noise_p": 0.3}),
+    (VAE, {**DENSE, "kl_warmup_steps": 30, "likelihood": "bernoulli"}),
+    (VAE, {**DENSE, "beta": 2.0, "likelihood": "gaussian"}),
+    (MODELS["infovae"], {**DENSE, "mmd_prior": "samples", "kl_weight": 0.0}),
+]
+
+pytestmark = pytest.mark.usefixtures("cpu_library")
+
+
+@pytest.fixture
+def cpu_library():
+    numerics.require_backend("cpu", "mlp", "cpu", torch.float32)
+
+
+def make(cls=Autoencoder, **options):
+    torch.manual_seed(0)
+    return cls(input_size=36, **(options or DENSE))
+
+
+def batches(count, size=20):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(size, 36, generator=generator) for _ in range(count)]
+
+
+def step_of(model, **options):
+    return CapturedStep(model, make_optimizer(model.parameters(), 1e-2), **options)
+
+
+def recorded(model, **options):
+    """A step that has been recorded."""
+    step = step_of(model, **options)
+    for batch in batches(WARM_UP_STEPS + 2):
+        step(batch)
+    assert step._replay._recorded is not None
+    return step
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("cls", "options"), CASES)
+def test_replays_are_the_steps(cls, options, precision):
+    """With a batch of another size and with a checkpoint's way through the state between them."""
+    model = make(cls, **options)
+    expected = copy.deepcopy(model)
+    data = [*batches(WARM_UP_STEPS + 5), *batches(1, size=7), *batches(6)]
+    found = []
+    for one, count in ((model, 1), (expected, 0)):
+        step = step_of(one, precision=precision, steps_per_replay=count, clip_norm=0.5, ema_decay=0.9)
+        torch.manual_seed(5)
+        terms = []
+        for index, batch in enumerate(data):
+            terms.append(step(batch))
+            if index == WARM_UP_STEPS + 2:
+                one.load_state_dict(copy.deepcopy(one.state_dict()))
+        is_recorded = step._replay is not None and step._replay._recorded is not None
+        assert is_recorded == (count > 0 and model.can_be_captured)
+        found.append((terms, step, torch.get_rng_state()))
+    (ours, step, random), (theirs, plain, expected_random) = found
+    for one, other in zip(ours, theirs, strict=True):
+        assert list(one) == list(other)
+        assert all(torch.equal(one[name], other[name]) and not one[name].requires_grad for name in other)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    for one, other in zip(step.ema, plain.ema, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(random, expected_random)
+
+
+class Watcher(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def add_hook(model):
+    model.decoder.layers[0].register_forward_hook(lambda *arguments: None)
+
+
+def add_hook_of_parameter(model):
+    model.encoder.layers[0].weight.register_hook(lambda gradient: None)
+
+
+def freeze(model):
+    model.encoder.layers[0].weight.requires_grad_(False)
+
+
+def replace(model):
+    layer = model.encoder.layers[0]
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+
+
+def evaluate_a_part(model):
+    model.decoder.eval()
+
+
+@pytest.mark.parametrize("change", [add_hook, add_hook_of_parameter, freeze, replace, evaluate_a_part])
+def test_a_model_that_has_changed_takes_its_own_steps(change, monkeypatch):
+    model = make()
+    expected = copy.deepcopy(model)
+    step, plain = recorded(model), step_of(expected, steps_per_replay=0)
+    for batch in batches(WARM_UP_STEPS + 2):
+        plain(batch)
+    change(model)
+    change(expected)
+    forwards = []
+    forward = Autoencoder.forward
+    monkeypatch.setattr(Autoencoder, "forward", lambda self, x: forwards.append(self) or forward(self, x))
+    # Of a replaced parameter the optimizer knows nothing.
+    for batch in batches(3):
+        assert torch.equal(step(batch)["mse"], plain(batch)["mse"])
+    assert forwards.count(model) == 3
+    if change in (freeze, replace):
+        # They are recorded as they are now.
+        for batch in batches(2 * WARM_UP_STEPS):
+            assert torch.equal(step(batch)["mse"], plain(batch)["mse"])
+        assert step._replay._recorded is not None
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other) and (one.grad is None) == (other.grad is None)
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: aefast.backend("eager"),
+        Watcher,
+        torch.autograd.detect_anomaly,
+    ],
+)
+def test_surroundings_are_heeded(surroundings, monkeypatch):
+    model = make()
+    step = recorded(model)
+    forwards = []
+    forward = Autoencoder.forward
+    monkeypatch.setattr(Autoencoder, "forward", lambda self, x: forwards.append(self) or forward(self, x))
+    (batch,) = batches(1)
+    step(batch)
+    assert forwards == []
+    with surroundings():
+        step(batch)
+    assert forwards == [model]
+    step(batch)
+    assert forwards == [model]
+
+
+class Own(Autoencoder):
+    """Of a user, whose forward may do anything."""
+
+
+def test_what_is_not_recorded():
+    model = make(Own)
+    step = step_of(model)
+    for batch in batches(WARM_UP_STEPS + 2):
+        step(batch)
+    assert step._replay._recorded is None
+    assert step_of(make(), accumulate=2)._replay is None
+    assert step_of(make(), loss=lambda model, x: model(x).loss)._replay is None
+    assert step_of(make(), precision="fp16")._replay is None
+    parametrized = make()
+    nn.utils.parametrizations.weight_norm(parametrized.encoder.layers[0])
+    step = step_of(parametrized)
+    for batch in batches(WARM_UP_STEPS + 2):
+        step(batch)
+    assert step._replay._recorded is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cls": VAE, **DENSE, "likelihood": "bernoulli"},
+        {"cls": Autoencoder, **DENSE, "loss": "bce", "output_activation": "sigmoid"},
+        {"cls": Autoencoder, **DENSE, "loss": "bce_with_logits"},
+    ],
+)
+def test_numbers_that_are_no_probabilities_are_named(options):
+    step = recorded(make(**options))
+    (batch,) = batches(1)
+    batch[3, 4] = 1.5
+    with pytest.raises(InputError, match=r"1\.5"):
+        step(batch)
+
+
+def test_a_loss_that_is_no_number_is_none_of_a_replay_either():
+    step = recorded(make())
+    (batch,) = batches(1)
+    batch[3, 4] = float("nan")
+    assert step(batch)["mse"].isnan()
+
+
+def test_gradients_that_are_there_are_added_to():
+    model = make()
+    step = recorded(model)
+    (batch,) = batches(1)
+    step._update.step = step._update.zero_grad = lambda: None
+    model.zero_grad()
+    step(batch)
+    once = [one.grad.clone() for one in model.parameters()]
+    step(batch)
+    for one, gradient in zip(model.parameters(), once, strict=True):
+        torch.testing.assert_close(one.grad, 2 * gradient, rtol=0, atol=0)
