@@ -55,8 +55,7 @@ class Replay:
                     try:
                         return self._recorded(x)
                     except RuntimeError as error:
-                        # The model itself tells what is wrong.
-                        _registry.logger.debug("replay: %s", error)
+                        _told(error)
                         return None
                 self._recorded = None
                 self._steps.clear()
@@ -64,12 +63,17 @@ class Replay:
         steps = self._steps[x.shape] = self._steps.get(x.shape, 0) + 1
         if steps <= WARM_UP_STEPS or not _is_as_it_comes(self._model):
             return None
+        self._model.check_samples(x)
         recorder = _Recorder(x)
-        with recorder, torch.enable_grad():
-            loss, terms = self._loss(self._model, x)
-            terms = {name: term.detach() for name, term in terms.items()}
-            parameters = [one for one in self._model.parameters() if one.requires_grad]
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        try:
+            with recorder:
+                loss, terms = self._loss(self._model, x)
+                terms = {name: term.detach() for name, term in terms.items()}
+                parameters = [one for one in self._model.parameters() if one.requires_grad]
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        except RuntimeError as error:
+            _told(error)
+            return None
         gradients = {
             one: gradient for one, gradient in zip(parameters, found, strict=True) if gradient is not None
         }
@@ -79,6 +83,11 @@ class Replay:
             self._can_be_recorded = False
         _accumulate(gradients, gradients.values(), _copied(gradients))
         return terms
+
+
+def _told(error: RuntimeError) -> None:
+    """What a kernel refuses, the model is asked for: it tells what is wrong."""
+    _registry.logger.debug("replay: %s", error)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -158,7 +167,7 @@ class _Recorded:
         self._run = recorder.compiled([*terms.values(), *gradients.values()])
         self._modules = tuple(model.modules())
         self._hooks = _hooks_of(self._modules)
-        self._tensors = self._tensors_now()
+        self._state = self._state_now()
         self._trained = tuple(model.parameters())
         self._are_trained = [one.requires_grad for one in self._trained]
 
@@ -168,21 +177,24 @@ class _Recorded:
 
     def is_current(self) -> bool:
         """Whether the model is as it was at that step but for the values in it."""
-        tensors = self._tensors_now()
+        state = self._state_now()
         return (
             not any(self._hooks)
-            and all([module.training for module in self._modules])
-            and len(tensors) == len(self._tensors)
-            and all(map(operator.is_, tensors, self._tensors))
+            and len(state) == len(self._state)
+            and all(map(operator.is_, state, self._state))
             and [one.requires_grad for one in self._trained] == self._are_trained
             and not any([_has_hooks(one) for one in self._trained])
         )
 
-    def _tensors_now(self) -> list[Tensor | None]:
+    def _state_now(self) -> list[Any]:
+        """Everything that the modules have, settings and whether they are in training mode among it."""
         held = []
         for module in self._modules:
-            held.extend(module._parameters.values())
-            held.extend(module._buffers.values())
+            of_module = module.__dict__
+            held += of_module.values()
+            held += of_module["_parameters"].values()
+            held += of_module["_buffers"].values()
+            held += of_module["_modules"].values()
         return held
 
     def __call__(self, x: Tensor) -> Terms:

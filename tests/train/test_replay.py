@@ -67,8 +67,10 @@ def recorded(model, **options):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("cls", "options"), CASES)
-def test_replays_are_the_steps(cls, options, precision):
+def test_replays_are_the_steps(cls, options, precision, monkeypatch):
     """With a batch of another size and with a checkpoint's way through the state between them."""
+    forwards, forward = [], cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x: forwards.append(self) or forward(self, x))
     model = make(cls, **options)
     expected = copy.deepcopy(model)
     data = [*batches(WARM_UP_STEPS + 5), *batches(1, size=7), *batches(6)]
@@ -85,6 +87,8 @@ def test_replays_are_the_steps(cls, options, precision):
         assert is_recorded == (count > 0 and model.can_be_captured)
         found.append((terms, step, torch.get_rng_state()))
     (ours, step, random), (theirs, plain, expected_random) = found
+    # Before it is recorded, then, and on the batch of another size.
+    assert forwards.count(model) == (WARM_UP_STEPS + 2 if model.can_be_captured else len(data))
     for one, other in zip(ours, theirs, strict=True):
         assert list(one) == list(other)
         assert all(torch.equal(one[name], other[name]) and not one[name].requires_grad for name in other)
@@ -121,7 +125,21 @@ def evaluate_a_part(model):
     model.decoder.eval()
 
 
-@pytest.mark.parametrize("change", [add_hook, add_hook_of_parameter, freeze, replace, evaluate_a_part])
+def change_an_option(model):
+    model.decoder.layers[0].activation = "tanh"
+
+
+def exchange_a_part(model):
+    model.decoder = copy.deepcopy(model.decoder)
+
+
+CHANGES = [
+    *(add_hook, add_hook_of_parameter, freeze, replace),
+    *(evaluate_a_part, change_an_option, exchange_a_part),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_model_that_has_changed_takes_its_own_steps(change, monkeypatch):
     model = make()
     expected = copy.deepcopy(model)
@@ -137,7 +155,7 @@ def test_a_model_that_has_changed_takes_its_own_steps(change, monkeypatch):
     for batch in batches(3):
         assert torch.equal(step(batch)["mse"], plain(batch)["mse"])
     assert forwards.count(model) == 3
-    if change in (freeze, replace):
+    if change in (freeze, replace, change_an_option, exchange_a_part):
         # They are recorded as they are now.
         for batch in batches(2 * WARM_UP_STEPS):
             assert torch.equal(step(batch)["mse"], plain(batch)["mse"])
@@ -200,8 +218,12 @@ def test_what_is_not_recorded():
         {"cls": Autoencoder, **DENSE, "loss": "bce_with_logits"},
     ],
 )
-def test_numbers_that_are_no_probabilities_are_named(options):
-    step = recorded(make(**options))
+@pytest.mark.parametrize("after", [WARM_UP_STEPS, WARM_UP_STEPS + 1])
+def test_numbers_that_are_no_probabilities_are_named(options, after):
+    """In a step that is recorded, and in one that is replayed."""
+    step = step_of(make(**options))
+    for batch in batches(after):
+        step(batch)
     (batch,) = batches(1)
     batch[3, 4] = 1.5
     with pytest.raises(InputError, match=r"1\.5"):
