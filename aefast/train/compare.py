@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from aefast.models import Model
-from aefast.train.step import CapturedStep, EagerStep, make_optimizer
+from aefast.train import replay
+from aefast.train.step import WARM_UP_STEPS, CapturedStep, EagerStep, make_optimizer
 
 ROUNDS = 31
 RUN_SECONDS = 0.03
@@ -55,10 +56,11 @@ def compare_with_eager(
     fused = CapturedStep(model, make_optimizer(model.parameters(), lr), precision=precision)
     eager = EagerStep(model, lr, precision)
     device = batches[0].device
-    # Of the fused step the first run is before a graph is recorded, and the second records it.
-    warm_up = [_run(step, batches, 3, device) for step in (fused, eager) * 3]
+    # The fused step is recorded in its first two runs.
+    count = max(WARM_UP_STEPS, replay.WARM_UP_STEPS // 2 + 1)
+    warm_up = [_run(step, batches, count, device) for step in (fused, eager) * 3]
     # As many steps a run as the slower of the two takes RUN_SECONDS for.
-    steps = max(1, math.ceil(RUN_SECONDS / (max(warm_up[4:]) / 3)))
+    steps = max(1, math.ceil(RUN_SECONDS / (max(warm_up[4:]) / count)))
     seconds: dict[object, list[float]] = {fused: [], eager: []}
     for index in range(ROUNDS):
         for step in (fused, eager) if index % 2 == 0 else (eager, fused):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aefast.models import Model
+from aefast.models._reconstruction import DecoderLoss
 from aefast.ops import _registry
 from aefast.ops._library import IMPLEMENTATIONS, below_autograd
 
@@ -44,50 +45,79 @@ class Replay:
         self._steps: dict[torch.Size, int] = {}
         self._recorded: _Recorded | None = None
 
-    def __call__(self, batch: Sequence[Tensor]) -> Terms | None:
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies record steps of their own."""
+        return {**self.__dict__, "_recorded": None, "_steps": {}}
+
+    def __call__(self, model: nn.Module, batch: Sequence[Tensor]) -> Terms | None:
         """The terms, with the gradients in the parameters' ``.grad``; None if this step is the model's."""
-        if not self._can_be_recorded or len(batch) != 1 or not _is_plain(batch[0]):
+        is_known = self._can_be_recorded and model is self._model and len(batch) == 1
+        if not is_known or not _is_plain(batch[0]):
             return None
         (x,) = batch
-        if self._recorded is not None:
-            if self._recorded.fits(x):
-                if self._recorded.is_current():
-                    try:
-                        return self._recorded(x)
-                    except RuntimeError as error:
-                        _told(error)
-                        return None
-                self._recorded = None
-                self._steps.clear()
+        if self._recorded is None:
+            return self._record(x)
+        if not self._recorded.fits(x):
             return None
+        if not self._recorded.is_current():
+            self._recorded = None
+            self._steps.clear()
+            return None
+        self._model.check_samples(x)
+        found = _attempt(self._recorded, x, self._recorded.draws, self._recorded.changed)
+        if found is None:
+            return None
+        terms, gradients = found
+        _accumulate(self._recorded.parameters, gradients)
+        return terms
+
+    def _record(self, x: Tensor) -> Terms | None:
+        """The terms of a step that is recorded; None before it is time, or if the model has something else on it."""
         steps = self._steps[x.shape] = self._steps.get(x.shape, 0) + 1
         if steps <= WARM_UP_STEPS or not _is_as_it_comes(self._model):
             return None
         self._model.check_samples(x)
-        recorder = _Recorder(x)
-        try:
+        recorder = _Recorder(self._model, x)
+
+        def step(x: Tensor) -> tuple[Terms, dict[nn.Parameter, Tensor]]:
             with recorder:
                 loss, terms = self._loss(self._model, x)
-                terms = {name: term.detach() for name, term in terms.items()}
                 parameters = [one for one in self._model.parameters() if one.requires_grad]
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        except RuntimeError as error:
-            _told(error)
+                terms = {name: term.detach() for name, term in terms.items()}
+            pairs = zip(parameters, found, strict=True)
+            return terms, {one: gradient for one, gradient in pairs if gradient is not None}
+
+        found = _attempt(step, x, True, list(self._model.buffers()))
+        if found is None:
             return None
-        gradients = {
-            one: gradient for one, gradient in zip(parameters, found, strict=True) if gradient is not None
-        }
-        if recorder.refusal is None:
-            self._recorded = _Recorded(self._model, x, recorder, terms, gradients)
-        else:
+        terms, gradients = found
+        run = recorder.compiled([*terms.values(), *gradients.values()])
+        if run is None:
             self._can_be_recorded = False
-        _accumulate(gradients, gradients.values(), _copied(gradients))
+        else:
+            self._recorded = _Recorded(self._model, x, recorder, run, tuple(terms), tuple(gradients))
+        _accumulate(tuple(gradients), tuple(gradients.values()))
         return terms
 
 
-def _told(error: RuntimeError) -> None:
-    """What a kernel refuses, the model is asked for: it tells what is wrong."""
-    _registry.logger.debug("replay: %s", error)
+def _attempt(step: Callable[[Tensor], Any], x: Tensor, draws: bool, changed: Sequence[Tensor]) -> Any:
+    """What `step` gives of x; None, with the generator and the tensors `changed` as they were, if a kernel refuses.
+
+    The model itself, which takes the step then, tells what is wrong.
+    """
+    random = torch.get_rng_state() if draws else None
+    before = [one.clone() for one in changed]
+    try:
+        return step(x)
+    except RuntimeError as error:
+        _registry.logger.debug("replay: %s", error)
+        if random is not None:
+            torch.set_rng_state(random)
+        with torch.no_grad():
+            for one, value in zip(changed, before, strict=True):
+                one.copy_(value)
+        return None
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -95,134 +125,135 @@ def _is_plain(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and x.is_cpu
-        and not x.requires_grad
+        and not (x.requires_grad or x.is_inference())
         and torch.is_grad_enabled()
+        and not _hooks_of_saved_tensors(True)
         and not torch.is_anomaly_enabled()
         and (_registry.unexamined("mlp", x) or ("", None))[0] == "cpu"
     )
 
 
+_hooks_of_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 def _is_as_it_comes(model: nn.Module) -> bool:
     """Whether the model is made of modules that have nothing from elsewhere on them."""
+    modules = tuple(model.modules())
     return (
-        all(type(one).__module__.startswith("aefast.") or type(one) in _CONTAINERS for one in model.modules())
-        and all(one.training and "forward" not in vars(one) for one in model.modules())
-        and not any(_hooks_of(model.modules()))
+        all(type(one).__module__.startswith("aefast.") or type(one) in _CONTAINERS for one in modules)
+        and all(one.training and "forward" not in vars(one) for one in modules)
+        and not any(getattr(one, "_compiled_call_impl", None) for one in modules)
+        and not any(getattr(one, f"_{name}") for one in modules for name in _HOOKS)
         and not any(_has_hooks(one) for one in model.parameters())
+        and not any(_GLOBAL_HOOKS)
     )
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Identity)
-
-
-def _hooks_of(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
-    """The dicts that hold the hooks of modules, and of all modules there are."""
-    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    hooks = [getattr(nn.modules.module, f"_global_{name}") for name in names]
-    return hooks + [getattr(module, f"_{name}") for module in modules for name in names]
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global_{name}") for name in _HOOKS)
 
 
 def _has_hooks(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
-def _copied(gradients: dict[nn.Parameter, Tensor]) -> tuple[bool, ...]:
-    """Which gradients cannot be their parameters' as they are: laid out otherwise, or in memory of another one."""
-    storages = [one.untyped_storage().data_ptr() for one in gradients.values()]
-    return tuple(
-        gradient.stride() != parameter.stride() or storages.count(storage) > 1
-        for (parameter, gradient), storage in zip(gradients.items(), storages, strict=True)
-    )
-
-
 @torch.no_grad()
-def _accumulate(parameters: Iterable[Tensor], gradients: Iterable[Tensor], copied: Iterable[bool]) -> None:
-    """As autograd does at its leaves."""
-    for parameter, gradient, is_copied in zip(parameters, gradients, copied, strict=True):
+def _accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """As autograd does at its leaves: a gradient that is laid out otherwise than its parameter is copied."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         if parameter.grad is not None:
             parameter.grad.add_(gradient)
-        elif is_copied:
+        elif gradient.stride() != parameter.stride():
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
         else:
             parameter.grad = gradient
 
 
 class _Recorded:
-    """What was recorded of a step, and of what the model was then."""
+    """What was recorded of a step, and of what the model was then.
+
+    Attributes:
+        parameters: those that the gradients are of.
+        draws: whether the step draws random numbers.
+        changed: buffers that it changes.
+    """
 
     def __init__(
         self,
         model: Model,
         x: Tensor,
         recorder: _Recorder,
-        terms: Terms,
-        gradients: dict[nn.Parameter, Tensor],
+        run: Callable[..., list[Tensor]],
+        names: tuple[str, ...],
+        parameters: tuple[nn.Parameter, ...],
     ) -> None:
-        self._model = model
-        self._batch = x.shape, x.stride(), x.dtype
-        self._names = tuple(terms)
-        self._parameters = tuple(gradients)
-        self._copied = _copied(gradients)
+        self.parameters = parameters
+        self.draws = recorder.draws
+        self.changed = recorder.changed
+        self._names = names
+        self._run = run
         self._constants = recorder.constants
-        self._run = recorder.compiled([*terms.values(), *gradients.values()])
+        self._batch = x.shape, x.stride(), x.dtype
         self._modules = tuple(model.modules())
-        self._hooks = _hooks_of(self._modules)
-        self._state = self._state_now()
         self._trained = tuple(model.parameters())
         self._are_trained = [one.requires_grad for one in self._trained]
+        # What modules and their losses have, and what is in the dicts among it.
+        self._held = [vars(one) for one in self._modules]
+        values = [value for held in self._held for value in held.values()]
+        self._held += [value for value in values if isinstance(value, dict)]
+        self._held += [value.options for value in values if isinstance(value, DecoderLoss)]
+        self._state = self._state_now()
 
     def fits(self, x: Tensor) -> bool:
         """Whether the batch is like the one of that step."""
         return (x.shape, x.stride(), x.dtype) == self._batch
 
     def is_current(self) -> bool:
-        """Whether the model is as it was at that step but for the values in it."""
+        """Whether the model is as it was at that step but for the numbers in its tensors."""
         state = self._state_now()
         return (
-            not any(self._hooks)
-            and len(state) == len(self._state)
+            len(state) == len(self._state)
             and all(map(operator.is_, state, self._state))
             and [one.requires_grad for one in self._trained] == self._are_trained
             and not any([_has_hooks(one) for one in self._trained])
+            and not any(_GLOBAL_HOOKS)
         )
 
     def _state_now(self) -> list[Any]:
-        """Everything that the modules have, settings and whether they are in training mode among it."""
-        held = []
-        for module in self._modules:
-            of_module = module.__dict__
-            held += of_module.values()
-            held += of_module["_parameters"].values()
-            held += of_module["_buffers"].values()
-            held += of_module["_modules"].values()
-        return held
+        state = [type(one).forward for one in self._modules]
+        for held in self._held:
+            state += held.values()
+        return state
 
-    def __call__(self, x: Tensor) -> Terms:
-        self._model.check_samples(x)
+    def __call__(self, x: Tensor) -> tuple[Terms, list[Tensor]]:
         with torch.no_grad(), below_autograd():
             found = self._run(x, *self._constants)
-        terms = len(self._names)
-        _accumulate(self._parameters, found[terms:], self._copied)
-        return dict(zip(self._names, found[:terms], strict=True))
+        return dict(zip(self._names, found, strict=False)), found[len(self._names) :]
 
 
 class _Recorder(TorchDispatchMode):
     """Within it, the calls of ops below autograd are made and noted, `x` being what they are made anew for.
 
     Attributes:
-        constants: tensors that calls have taken, and no call has given: parameters and buffers among them.
-        refusal: an op whose results cannot be noted, since they depend on values; None if there was none.
+        constants: tensors that calls have taken, and no call has given: parameters, buffers, and numbers.
+        changed: buffers among them that calls have written to.
+        draws: whether a call draws random numbers.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
         super().__init__()
+        self._buffers = {id(one) for one in model.buffers()}
+        self._own = {id(one) for one in model.parameters()} | self._buffers
+        self._is_refused = False
         self._graph = fx.Graph()
         self._last = self._graph.placeholder("x")
         self._nodes = {id(x): self._last}
         # As long as they live, their ids are theirs alone.
         self._kept: list[Any] = [x]
         self.constants: list[Tensor] = []
-        self.refusal: Any = None
+        self.changed: list[Tensor] = []
+        self.draws = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -242,8 +273,11 @@ class _Recorder(TorchDispatchMode):
         if is_shape or not all(one is None or isinstance(one, Tensor) for one in results):
             # Without a tensor among its arguments it says something of types.
             if any(isinstance(one, Tensor) for one in pytree.tree_leaves((args, kwargs))):
-                self.refusal = func
+                self._is_refused = True
             return
+        self.draws |= torch.Tag.nondeterministic_seeded in func.tags
+        if func._schema.is_mutable and id(args[0]) in self._buffers:
+            self.changed.append(args[0])
         self._kept.append(out)
         if func is torch.ops.aten.detach.default:
             # Nothing that a replay makes has a history.
@@ -263,6 +297,8 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self._nodes:
+            # What comes from nowhere else, as from hooks of saved tensors, may be another one the next time.
+            self._is_refused |= id(value) not in self._own and value.dim() > 0
             self._kept.append(value)
             with self._graph.inserting_after(self._last):
                 self._last = self._graph.placeholder(f"constant{len(self.constants)}")
@@ -270,7 +306,8 @@ class _Recorder(TorchDispatchMode):
             self._nodes[id(value)] = self._last
         return self._nodes[id(value)]
 
-    def compiled(self, results: list[Tensor]) -> Callable[..., list[Tensor]]:
-        """A function of x and the constants that makes the calls again and gives `results`."""
+    def compiled(self, results: list[Tensor]) -> Callable[..., list[Tensor]] | None:
+        """A function of x and the constants that makes the calls again and gives `results`; None if these, or what
+        calls have taken, depend on anything else."""
         self._graph.output([self._node(one) for one in results])
-        return fx.GraphModule(nn.Module(), self._graph).forward
+        return None if self._is_refused else fx.GraphModule(nn.Module(), self._graph).forward

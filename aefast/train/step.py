@@ -114,7 +114,8 @@ class CapturedStep:
     On the CPU forward, loss and backward of a model of `aefast.models` are recorded too, after ten steps of one size,
     as the calls of kernels that they come to, which are made anew for each batch of that size: same bits, less
     overhead.
-    Forwards and hooks in Python do not run then; a model that has hooks, or modules of others, is left to itself. The
+    Forwards in Python do not run then, and hooks of autograd's nodes do not; a model that has hooks of modules or of
+    parameters, or modules of others, is left to itself. The
     kernel of torch's fused Adam and AdamW is called at once, with the state that the optimizer keeps: profilers show no
     `Optimizer.step`. An optimizer that has hooks, is scheduled by torch or is of another kind makes its own step.
 
@@ -303,7 +304,7 @@ class CapturedStep:
         """The gradients of the mean over the batch; the means of the terms."""
         if self.accumulate == 1:
             with self._products():
-                terms = None if self._replay is None else self._replay(batch)
+                terms = None if self._replay is None else self._replay(self.model, batch)
             return self._backward(batch, None) if terms is None else terms
         count = len(batch[0])
         if count == 0:

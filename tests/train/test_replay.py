@@ -1,6 +1,8 @@
 """Steps of recorded calls against the steps that they were recorded of, to the bit."""
 
 import copy
+import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -171,14 +173,15 @@ def test_a_model_that_has_changed_takes_its_own_steps(change, monkeypatch):
         lambda: aefast.backend("eager"),
         Watcher,
         torch.autograd.detect_anomaly,
+        lambda: torch.autograd.graph.saved_tensors_hooks(lambda one: one.numpy().copy(), torch.from_numpy),
     ],
 )
 def test_surroundings_are_heeded(surroundings, monkeypatch):
+    forwards, forward = [], Autoencoder.forward
+    monkeypatch.setattr(Autoencoder, "forward", lambda self, x: forwards.append(self) or forward(self, x))
     model = make()
     step = recorded(model)
-    forwards = []
-    forward = Autoencoder.forward
-    monkeypatch.setattr(Autoencoder, "forward", lambda self, x: forwards.append(self) or forward(self, x))
+    forwards.clear()
     (batch,) = batches(1)
     step(batch)
     assert forwards == []
@@ -187,6 +190,41 @@ def test_surroundings_are_heeded(surroundings, monkeypatch):
     assert forwards == [model]
     step(batch)
     assert forwards == [model]
+    with surroundings():
+        another = step_of(make())
+        for batch in batches(WARM_UP_STEPS + 2):
+            another(batch)
+    assert another._replay._recorded is None
+
+
+def test_another_model_and_other_batches_are_heeded(monkeypatch):
+    forwards, forward = [], Autoencoder.forward
+    monkeypatch.setattr(Autoencoder, "forward", lambda self, x: forwards.append(self) or forward(self, x))
+    model, other = make(), make()
+    step = recorded(model)
+    forwards.clear()
+    (batch,) = batches(1)
+    for one in (batch.t().contiguous().t(), batch.double()[:, ::2].float().repeat(1, 2).requires_grad_()):
+        step(one)
+    with torch.inference_mode():
+        inference = torch.rand(20, 36)
+    with pytest.raises(RuntimeError, match="Inference tensors"):
+        step(inference)
+    assert forwards == [model] * 3
+    step.model = other
+    step(batch)
+    assert forwards == [model] * 3 + [other]
+
+
+def test_copies_record_steps_of_their_own():
+    step = recorded(make())
+    copies = [copy.deepcopy(step), pickle.loads(pickle.dumps(step))]
+    data = batches(WARM_UP_STEPS + 3)
+    expected = [step(batch)["mse"] for batch in data]
+    for one in copies:
+        assert one._replay._recorded is None
+        assert [one(batch)["mse"] for batch in data] == expected
+        assert one._replay._recorded is not None
 
 
 class Own(Autoencoder):
@@ -208,6 +246,61 @@ def test_what_is_not_recorded():
     for batch in batches(WARM_UP_STEPS + 2):
         step(batch)
     assert step._replay._recorded is None
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "change"),
+    [
+        (MODELS["denoising"], DENSE, lambda model: model.noise.options.update(std=2.0)),
+        (
+            Autoencoder,
+            {**DENSE, "loss": "huber"},
+            lambda model: model.decoder_loss.options.update(delta=0.01),
+        ),
+        (
+            VAE,
+            DENSE,
+            lambda model: setattr(model, "config", dataclasses.replace(model.config, beta=3.0)),
+        ),
+    ],
+)
+def test_options_that_change_are_heeded(cls, options, change):
+    model = make(cls, **options)
+    expected = copy.deepcopy(model)
+    found = []
+    for one, count in ((model, 1), (expected, 0)):
+        step = step_of(one, steps_per_replay=count)
+        torch.manual_seed(3)
+        terms = [step(batch) for batch in batches(WARM_UP_STEPS + 3)]
+        change(one)
+        terms += [step(batch) for batch in batches(2)]
+        found.append([one.item() for of_step in terms for one in of_step.values()])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("after", [WARM_UP_STEPS, WARM_UP_STEPS + 1])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (MODELS["denoising"], {**DENSE, "loss": "bce", "output_activation": "sigmoid"}),
+        (VAE, {**DENSE, "likelihood": "bernoulli", "kl_warmup_steps": 20}),
+    ],
+)
+def test_a_batch_that_is_refused_leaves_nothing_behind(cls, options, after):
+    (bad,) = batches(1)
+    bad[3, 4] = 1.5
+    found = []
+    for count in (1, 0):
+        step = step_of(make(cls, **options), steps_per_replay=count)
+        torch.manual_seed(3)
+        terms = []
+        for index, batch in enumerate(batches(WARM_UP_STEPS + 5)):
+            if index == after:
+                with pytest.raises(InputError):
+                    step(bad)
+            terms.append(step(batch))
+        found.append([one.item() for of_step in terms for one in of_step.values()])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
