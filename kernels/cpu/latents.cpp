@@ -159,12 +159,13 @@ bool is_finite(const Matrix& matrix) {
                                                              : static_cast<Word>(0x7c00);
     const Matrix lines = matrix.row_stride == 1 ? matrix.transposed() : matrix;
     for_tasks(lines.rows, lines.cols, 1, [&](int64_t first, int64_t count) {
-      bool has_other = false;
+      // As wide as an element, so that vectors of them are looked at.
+      Word has_other = 0;
       const auto look = [&](const T* data, auto stride) {
         for (int64_t col = 0; col < lines.cols; ++col) {
           Word word;
           std::memcpy(&word, data + col * stride, sizeof(T));
-          has_other |= (word & kExponent) == kExponent;
+          has_other |= static_cast<Word>((word & kExponent) == kExponent);
         }
       };
       for (int64_t row = first; row < first + count; ++row) {
