@@ -22,20 +22,24 @@ def load(name: str) -> str | None:
         return f"{path.name} was not built into this installation; reinstall where {needed} is on PATH"
     if name == "cuda" and torch.version.cuda is None:
         return "this torch is built without CUDA"
-    if name == "cpu":
-        _check_cache()
+    cache = _cache_bytes() if name == "cpu" else None
     try:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} does not load: {error}"
+    if cache is not None:
+        torch.ops.aefast_cpu.keep_memory(cache)
     return None
 
 
-def _check_cache() -> None:
-    """Told before the first tensor needs it, and as an error in the input."""
+def _cache_bytes() -> int | None:
+    """How much freed memory the environment asks the CPU library to keep; None for its default."""
     given = os.environ.get("AEFAST_CPU_CACHE_MB", "")
-    if given and not (given.isascii() and given.isdigit()):
+    if not given:
+        return None
+    if not (given.isascii() and given.isdigit() and len(given) <= 12):
         raise InputError(f"AEFAST_CPU_CACHE_MB must be a whole number of megabytes, 0 or more, got {given!r}")
+    return int(given) << 20
 
 
 @contextlib.contextmanager

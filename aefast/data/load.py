@@ -85,14 +85,8 @@ def load(source: str | Path, *, patch_size: int = 16, least: int = 2) -> Dataset
     else:
         raise DataError(_unknown(text))
     if len(dataset) < least:
-        raise DataError(
-            f"data={str(path)!r}: expected at least {least} samples, got {len(dataset)}{_why(least)}"
-        )
+        raise DataError(f"data={str(path)!r}: expected at least {least} samples, got {len(dataset)}")
     return dataset
-
-
-def _why(least: int) -> str:
-    return "; one is held out, and the others are trained on" if least == 2 else ""
 
 
 def _unknown(text: str) -> str:

@@ -5,10 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
-#include <charconv>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <mutex>
 #include <vector>
 
@@ -31,19 +28,7 @@ constexpr size_t kLeastBytes = 256 << 10;
 constexpr size_t kMostWaste = 4;  // of its size a fourth
 // What has not been used for so many blocks taken belongs to work that is over.
 constexpr uint64_t kMostAge = 512;
-constexpr size_t kDefaultMegabytes = 512;
-
-size_t default_limit() {
-  const char* const text = std::getenv("AEFAST_CPU_CACHE_MB");
-  if (!text || !*text) return kDefaultMegabytes << 20;
-  constexpr size_t kMost = SIZE_MAX >> 21;
-  size_t megabytes = 0;
-  const char* const end = text + std::strlen(text);
-  const auto [stopped, error] = std::from_chars(text, end, megabytes);
-  STD_TORCH_CHECK(error == std::errc() && stopped == end && megabytes <= kMost,
-                  "AEFAST_CPU_CACHE_MB must be a whole number of megabytes, 0 or more, got '", text, "'");
-  return megabytes << 20;
-}
+constexpr size_t kDefaultBytes = size_t{512} << 20;
 
 // Nobody waits for it: who finds it taken does without. So a process that was forked while it was taken still runs.
 class Pool {
@@ -114,7 +99,7 @@ class Pool {
   std::mutex mutex_;
   std::vector<Block*> idle_;  // in the order in which they were freed
   size_t idle_bytes_ = 0;
-  std::atomic<size_t> limit_{default_limit()};
+  std::atomic<size_t> limit_{kDefaultBytes};
   uint64_t taken_ = 0;
 };
 
@@ -125,15 +110,7 @@ Pool& pool() {
 }
 
 // When the library is loaded: a process that is forked while another thread makes the first call would wait for its end.
-[[maybe_unused]] const bool is_made = [] {
-  try {
-    pool();
-    return true;
-  } catch (const std::exception&) {
-    // Whoever needs it is told.
-    return false;
-  }
-}();
+[[maybe_unused]] Pool* const made = &pool();
 
 }  // namespace
 

@@ -14,20 +14,14 @@ from aefast.errors import InputError
 from aefast.models import SparseAutoencoder, SparseCode, from_pretrained, load_saelens, load_sparsify
 from aefast.models.sparse import SPARSITIES
 from aefast.nn import JumpReLU, PenalizedLinearAct, SparseDecoder, TopKEncoder
+from support.training import SPARSE
 
 FEATURES, LATENT, BATCH = 12, 40, 30
-OPTIONS = {
-    "topk": {"k": 5},
-    "batchtopk": {"k": 5},
-    "l1": {"sparsity_weight": 0.01},
-    "kl": {"sparsity_weight": 0.01, "rate": 0.1},
-    "jumprelu": {"sparsity_weight": 0.01, "bandwidth": 0.5, "threshold": 0.2},
-}
 
 
 def make(sparsity="topk", dtype=torch.float64, **options):
     torch.manual_seed(0)
-    given = OPTIONS[sparsity] | options
+    given = SPARSE[sparsity] | options
     model = SparseAutoencoder(input_size=FEATURES, latent=LATENT, sparsity=sparsity, dtype=dtype, **given)
     with torch.no_grad():
         # What training would make of the start, in which encoder and decoder are one and biases 0.

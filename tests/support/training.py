@@ -23,6 +23,16 @@ def weights(directory):
     return torch.cat([parameter.flatten() for parameter in from_pretrained(directory).parameters()])
 
 
+# What each kind of sparsity of a small model needs.
+SPARSE = {
+    "topk": {"k": 5},
+    "batchtopk": {"k": 5},
+    "l1": {"sparsity_weight": 0.01},
+    "kl": {"sparsity_weight": 0.01, "rate": 0.1},
+    "jumprelu": {"sparsity_weight": 0.01, "bandwidth": 0.5, "threshold": 0.2},
+}
+
+
 def interrupt_after(monkeypatch, steps, number=signal.SIGINT):
     """The process gets a signal while it takes training step number `steps`."""
     taken = 0

@@ -16,18 +16,19 @@ from aefast.models.sparse import SPARSITIES
 from aefast.train import CapturedStep, make_optimizer
 from aefast.train.replay import WARM_UP_STEPS
 from support import numerics
+from support.training import SPARSE
 
-SPARSE = {
-    "topk": {"k": 3, "aux_weight": 0.0},
-    "batchtopk": {"k": 3},
-    "l1": {"sparsity_weight": 0.01},
-    "kl": {"sparsity_weight": 0.01, "rate": 0.1},
-    "jumprelu": {"sparsity_weight": 0.01, "bandwidth": 0.5, "threshold": 0.2},
-}
 DENSE = {"hidden": (16,), "latent": 4}
 CASES = [
     *((MODELS[name], DENSE) for name in sorted(MODELS) if name != "sparse"),
-    *((SparseAutoencoder, {"latent": 24, "sparsity": name, **SPARSE[name]}) for name in SPARSITIES),
+    *(
+        (SparseAutoencoder, {"latent": 24, "sparsity": name, "aux_weight": 0.0, **SPARSE[name]})
+        for name in ("topk", "batchtopk")
+    ),
+    *(
+        (SparseAutoencoder, {"latent": 24, "sparsity": name, **SPARSE[name]})
+        for name in sorted(set(SPARSITIES) - {"batchtopk"})
+    ),
     (Autoencoder, {**DENSE, "loss": "pyramid", "image_shape": (1, 6, 6), "pyramid_levels": 2}),
     (Autoencoder, {**DENSE, "loss": "bce", "output_activation": "sigmoid"}),
     (MODELS["denoising"], {**DENSE, "noise": "masking", "noise_p": 0.3}),

@@ -14,6 +14,7 @@ from aefast.errors import InputError
 from aefast.models import MODELS, VAE, Autoencoder, SparseAutoencoder
 from aefast.models.sparse import SPARSITIES
 from aefast.train import CapturedStep, Schedule, make_optimizer
+from support.training import SPARSE
 
 
 def make_model(seed=0, cls=Autoencoder, **options):
@@ -370,15 +371,6 @@ class Waits(TorchDispatchMode):
         if func.overloadpacket.__name__ in self.names or is_mask:
             self.found.append(func)
         return func(*args, **(kwargs or {}))
-
-
-SPARSE = {
-    "topk": {"k": 3},
-    "batchtopk": {"k": 3},
-    "l1": {"sparsity_weight": 0.01},
-    "kl": {"sparsity_weight": 0.01, "rate": 0.1},
-    "jumprelu": {"sparsity_weight": 0.01, "bandwidth": 0.5, "threshold": 0.2},
-}
 
 
 @pytest.mark.parametrize(
