@@ -1120,6 +1120,15 @@ def _resume_command() -> str:
     return shlex.join(["aefast", *kept, "--resume"])
 
 
+def _origin(error: Exception) -> str:
+    """Names the file of --config where an option that `error` refuses comes from there."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    if context is None or parameter is None:
+        return ""
+    source = context.get_parameter_source(parameter.name)
+    return f" (from --config {context.params['config_file']})" if getattr(source, "name", "") == "DEFAULT_MAP" else ""
+
+
 def _fail(message: str) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
@@ -1142,7 +1151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(args=_arguments or ["--help"], prog_name="aefast", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except _CommandLineError as error:
-        return _fail(error.format_message())
+        return _fail(error.format_message() + _origin(error))
     except AefastError as error:
         if debug:
             raise

@@ -75,7 +75,8 @@ class ProgressView:
         text = f"loss {record['loss']:.5f}"
         if "val_loss" in record:
             text += f" · held out {record['val_loss']:.5f}"
-        text += f" · {record['samples_per_s']:,.0f} samples/s"
+        if "samples_per_s" in record:
+            text += f" · {record['samples_per_s']:,.0f} samples/s"
         if self._bar is not None:
             self._bar.update(
                 self._task,

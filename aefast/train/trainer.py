@@ -647,8 +647,10 @@ class Trainer:
             "epoch": self.epoch + 1,
             "loss": sum(means.values()),
             **means,
-            "samples_per_s": round(samples_per_s, 1),
         }
+        # A run that goes on where an epoch's steps were all taken has timed none of them.
+        if samples_per_s is not None:
+            record["samples_per_s"] = round(samples_per_s, 1)
         for name, value in (held_out or {}).items():
             record[f"{HELD_OUT}{name}"] = value
         if self.processes.is_first:

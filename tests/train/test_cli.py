@@ -224,6 +224,60 @@ def test_bad_flags_end_in_one_line(train, tmp_path, capsys, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_options_come_from_a_file_and_the_command_line_goes_before_it(data, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"data: {data}\nhidden: [9, 7]\nlatent: 3\nlr: 2e-3\nbatch-size: 16\nepochs: 1\ndevice: cpu\n"
+        "no_compare: true\nlinear_decoder: true\noutput_activation: null\nkeep_last: 1\n"
+    )
+    out = tmp_path / "run"
+    assert cli.main(["train", "--config", str(file), "--out", str(out), "--latent", "4", "--epochs", "2"]) == 0
+    config = from_pretrained(out).config
+    assert (config.hidden, config.latent, config.linear_decoder) == ((9, 7), 4, True)
+    assert config.output_activation == "identity"
+    training = json.loads((out / "config.json").read_text())["metadata"]["training"]
+    assert (training["epochs"], training["batch_size"], training["lr"]) == (2, 16, 2e-3)
+    assert len(list((out / "checkpoints").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ephocs: 3\n", "config='.*': unknown option 'ephocs'; did you mean 'epochs'?"),
+        ("config: other.yaml\n", "config='.*': unknown option 'config'"),
+        ("help: true\n", "config='.*': unknown option 'help'"),
+        ("- epochs\n", "config='.*': expected lines such as 'epochs: 20', got list"),
+        ("", "config='.*': expected lines such as 'epochs: 20', got NoneType"),
+        ("epochs: [3\n", "config='.*': expected a readable YAML file"),
+        ("epochs: !!python/object/apply:os.getcwd []\n", "config='.*': expected a readable YAML file"),
+        ("epochs: many\n", r"'--epochs'.*integer.*\(from --config .*run.yaml\)"),
+        ("keep_best: 3\n", r"'--keep-best'.*boolean.*\(from --config .*run.yaml\)"),
+        ("epochs: 0\n", "epochs=0: expected a positive integer"),
+        ("hidden: [8, a]\n", "hidden='8,a': expected positive integers"),
+    ],
+)
+def test_bad_files_of_options_end_in_one_line(data, tmp_path, capsys, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    arguments = ["train", "--data", str(data), "--out", str(tmp_path / "run"), "--config", str(file)]
+    assert re.search(message, failure(capsys, cli.main(arguments)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_on_the_command_line_is_not_said_to_be_of_the_file(data, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"epochs: many\ndata: {data}\nout: {tmp_path / 'run'}\n")
+    line = failure(capsys, cli.main(["train", "--config", str(file), "--epochs", "few"]))
+    assert "'--epochs'" in line and "run.yaml" not in line
+    assert "expected a readable YAML file" in failure(capsys, cli.main(["train", "--config", "/nowhere.yaml"]))
+
+
+def test_a_file_of_options_needs_yaml(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    line = failure(capsys, cli.main(["train", "--config", "run.yaml"]))
+    assert re.search(r"config='run.yaml': needs PyYAML .* pip install \"aefast\[train\]\"", line)
+
+
 def test_missing_options_end_in_one_line(capsys):
     assert "--data" in failure(capsys, cli.main(["train", "--out", "x"]))
     assert "--out" in failure(capsys, cli.main(["train", "--data", "digits"]))

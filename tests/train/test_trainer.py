@@ -303,7 +303,7 @@ def test_interrupted_again_and_again(make_trainer, tmp_path, monkeypatch):
     assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
-def test_interrupted_validation_is_done_by_the_resumed_run(make_trainer, tmp_path, monkeypatch):
+def test_interrupted_validation_is_done_by_the_resumed_run(make_trainer, tmp_path, monkeypatch, capsys):
     make_trainer(tmp_path / "whole").fit(compare=False)
     trainer = make_trainer(tmp_path / "parts")
     evaluate = trainer.model.eval
@@ -316,7 +316,14 @@ def test_interrupted_validation_is_done_by_the_resumed_run(make_trainer, tmp_pat
     monkeypatch.setattr(trainer.model, "eval", interrupted_eval)
     assert trainer.fit(compare=False).step == 14
     assert [record["step"] for record in metrics(tmp_path / "parts")][-1] == 12
-    make_trainer(tmp_path / "parts").fit(resume=True, compare=False)
+    resumed = make_trainer(tmp_path / "parts")
+    resumed.console = Console(width=1000)
+    resumed.fit(resume=True, compare=False)
+    # What the resumed run measured first, it had not trained itself.
+    records = {record["step"]: record for record in metrics(tmp_path / "parts")}
+    assert "samples_per_s" not in records[14] and records[21]["samples_per_s"] > 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 2/3")]
+    assert len(lines) == 1 and "held out" in lines[0] and "samples/s" not in lines[0]
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
