@@ -1126,7 +1126,11 @@ def _origin(error: Exception) -> str:
     if context is None or parameter is None:
         return ""
     source = context.get_parameter_source(parameter.name)
-    return f" (from --config {context.params['config_file']})" if getattr(source, "name", "") == "DEFAULT_MAP" else ""
+    return (
+        f" (from --config {context.params['config_file']})"
+        if getattr(source, "name", "") == "DEFAULT_MAP"
+        else ""
+    )
 
 
 def _fail(message: str) -> int:

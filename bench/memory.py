@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from aefast import _library
+from aefast.train.step import without_replays
 
 
 @contextlib.contextmanager
@@ -30,14 +31,15 @@ def _silence() -> Iterator[None]:
 def peak_bytes(call: Callable[[int], object], device: torch.device) -> int:
     """The most bytes of tensors that ``call(0)`` has allocated at any time, its results among them.
 
-    On CUDA that is the allocator's own count. On the CPU it is that of PyTorch's profiler, which sees the
-    allocations of the calling thread, and none that is made of kept memory.
+    On CUDA that is the allocator's own count, of training steps that are not replays. On the CPU it is that of
+    PyTorch's profiler, which sees the allocations of the calling thread, and none that is made of kept memory.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        call(0)
+        with without_replays():
+            call(0)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with (

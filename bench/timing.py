@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from aefast.train.graphs import recording
+
 # A run of calls lasts this long, or one call: the clock's own cost, and on CUDA the way to the first kernel, do not
 # count in it.
 RUN_SECONDS = {"cpu": 200e-6, "cuda": 1e-3}
@@ -141,7 +143,7 @@ def _run_on_cuda(call: Callable[[int], object], first: int, calls: int) -> float
 # Device → the seconds of a run: ``run(call, first, calls)``.
 RUN = {"cpu": _run_on_cpu, "cuda": _run_on_cuda}
 
-# Calls recorded into a graph, so that the launch of the graph itself counts little.
+# Calls recorded into a graph at least, so that the launch of the graph itself counts little.
 GRAPH_CALLS = 20
 
 
@@ -153,17 +155,18 @@ def graph_replays(
     least: int = 5,
     most: int = 100,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """The same calls without the host: each variant's `GRAPH_CALLS` calls as one CUDA graph, replayed in turn.
+    """The same calls without the host: each variant's as one CUDA graph, which goes through all sets of inputs.
 
     Returns:
         The timings, and for each variant that cannot be captured the reason.
     """
     graphs, refused = {}, {}
+    calls = max(GRAPH_CALLS, sets)
     shifts = _shifts(variants, sets)
     for name, variant in variants.items():
         try:
             with variant.context():
-                graphs[name] = _captured(variant.call, shifts[name])
+                graphs[name] = _captured(variant.call, shifts[name], calls)
         except RuntimeError as error:
             refused[name] = str(error).strip().splitlines()[0]
     runs = {
@@ -172,10 +175,10 @@ def graph_replays(
     }
     for run in runs.values():
         run(0)
-    return _rounds(runs, GRAPH_CALLS, seconds, least, most), refused
+    return _rounds(runs, calls, seconds, least, most), refused
 
 
-def _captured(call: Callable[[int], object], first: int) -> torch.cuda.CUDAGraph:
+def _captured(call: Callable[[int], object], first: int, calls: int) -> torch.cuda.CUDAGraph:
     # Libraries initialise in the warm-up, on a stream of its own as capture asks for.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -184,36 +187,21 @@ def _captured(call: Callable[[int], object], first: int) -> torch.cuda.CUDAGraph
             call(first + index)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    current = torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph):
-            for index in range(GRAPH_CALLS):
-                call(first + index)
-    except RuntimeError:
-        _end_failed_capture(current)
-        raise
+    with recording(graph, stream):
+        for index in range(calls):
+            call(first + index)
     return graph
 
 
-def _end_failed_capture(stream: torch.cuda.Stream) -> None:
-    """A capture that failed leaves its stream the current one, and torch's generator refuses to draw outside of graphs
-    until a capture has succeeded."""
-    torch.cuda.set_stream(stream)
-    torch.cuda.synchronize()
-    ones = torch.ones(1, device=stream.device)
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        ones + 1
-
-
-# Inputs are rotated through sets that together exceed this: more than a core's own caches hold, and most that cores
-# share. The largest of servers hold more.
+# Inputs are rotated through sets that together exceed this, whichever of them was used last: more than a core's own
+# caches hold, than most that cores share, and than a GPU's 50 MB. The largest of servers hold more.
 LAST_LEVEL_CACHE_BYTES = 64 << 20
 MOST_SETS = 64
 
 
 def input_sets(nbytes: int) -> int:
     """How many sets of inputs of `nbytes` bytes to rotate through, 2 to `MOST_SETS`."""
-    return min(MOST_SETS, max(2, LAST_LEVEL_CACHE_BYTES // max(1, nbytes)))
+    return min(MOST_SETS, 2 + LAST_LEVEL_CACHE_BYTES // max(1, nbytes))
 
 
 def synchronize(device: torch.device) -> None:

@@ -56,7 +56,10 @@ class Window:
         return {name: total / state["samples"] for name, total in state["sums"].items()}
 
     def samples_per_s(self) -> float | None:
-        """Samples a second since the reset, None if there were none; right only after `means` has waited for the device."""
+        """Samples a second since the reset, or None if there were none.
+
+        Right only after `means` has waited for the device.
+        """
         if self._timed_samples == 0:
             return None
         own = self._timed_samples / max(time.perf_counter() - self._start, 1e-9)

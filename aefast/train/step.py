@@ -16,6 +16,7 @@ from aefast.errors import InputError
 from aefast.models import Model
 from aefast.models._base import check_choice
 from aefast.nn.linear_act import check_positive_int
+from aefast.train.graphs import recording
 from aefast.train.replay import Replay
 from aefast.train.schedule import Schedule
 from aefast.train.update import Update
@@ -105,11 +106,15 @@ class CapturedStep:
     On CUDA, steps are recorded as one CUDA graph, `steps_per_replay` of them at a time, after a few that are taken one
     by one; every replay draws fresh random numbers, counts its steps and takes its learning rates on the device.
     Batches of another size than the first, and steps that are left over, are taken one by one. So are all in fp16,
-    whose loss scale decides whether there is an update, and all of a model that says that it cannot be captured
-    (`Model.can_be_captured`).
+    whose loss scale decides whether there is an update, all of a model that says that it cannot be captured
+    (`Model.can_be_captured`), and all with a `schedule` for an optimizer that reads its learning rate on the host, such
+    as SGD that is not fused.
 
     Works for any module, optimizer and loss that can be captured: shapes must not depend on the data, nothing may wait
-    for the device, and an optimizer that has the option `capturable` gets it.
+    for the device, and an optimizer that has the option `capturable` gets it. Learning rates that are set in between,
+    by torch's schedulers or by hand, are heeded; after another option of the optimizer is set, a parameter frozen or
+    moved or the optimizer's state loaded, steps are recorded anew. What else the module or the loss reads in Python
+    stays as it was when it was recorded: options that are changed afterwards need a new `CapturedStep`.
 
     On the CPU forward, loss and backward of a model of `aefast.models` are recorded too, after ten steps of one size,
     as the calls of kernels that they come to, which are made anew for each batch of that size: same bits, less
@@ -136,6 +141,8 @@ class CapturedStep:
         steps_per_replay: steps of a CUDA graph, on the CPU one each; 0 records none, as `DistributedDataParallel` needs
             it.
     """
+
+    _replays = True
 
     def __init__(
         self,
@@ -179,24 +186,38 @@ class CapturedStep:
         ]
         self.ema = None if ema_decay is None else [one.detach().clone() for one in self._parameters]
         self._average = None if ema_decay is None else get_ema_multi_avg_fn(ema_decay)
-        can_be_captured = self._scaler is None and getattr(model, "can_be_captured", True)
-        self._replayed = steps_per_replay if self.device.type == "cuda" and can_be_captured else 0
         self._recording: _Recording | None = None
         is_replayed = (
             steps_per_replay > 0 and self.device.type == "cpu" and loss is None and self._scaler is None
         )
         self._replay = Replay(model, _loss_of_model) if is_replayed and accumulate == 1 else None
-        self._warm: dict[tuple[torch.Size, ...], int] = {}
+        # Steps of a replay, and of each group that is updated by a rate in the device's memory: where it lies.
+        self._replayed = 0
+        self._places: list[torch.Tensor | None] = []
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
-            for group in optimizer.param_groups:
-                if "capturable" in group:
-                    group["capturable"] = True
-                if not self._schedule.is_constant:
-                    group["lr"] = torch.tensor(float(group["lr"]), device=self.device)
+            self._prepare(steps_per_replay)
+
+    def _prepare(self, steps_per_replay: int) -> None:
+        """What steps on CUDA need."""
+        self._warm: dict[tuple[torch.Size, ...], int] = {}
+        groups = self.optimizer.param_groups
+        for group in groups:
+            if "capturable" in group:
+                group["capturable"] = True
+        self._places = [
+            torch.full_like(self._count, float(group["lr"]), dtype=torch.float32)
+            if _reads_rate_on_device(self.optimizer, group)
+            else None
+            for group in groups
+        ]
+        are_rates_read = self._schedule.is_constant or None not in self._places
+        if are_rates_read and self._scaler is None and getattr(self.model, "can_be_captured", True):
+            self._replayed = steps_per_replay
 
     def __call__(self, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Train on a batch, tensors of (B, ...); the loss terms before the update, detached scalars by name."""
+        self._place_rates()
         if self._replayed == 0:
             return self._alone(batch)
         return {name: values[0] for name, values in self.many([batch]).items()}
@@ -206,6 +227,7 @@ class CapturedStep:
         batches = [(batch,) if isinstance(batch, torch.Tensor) else tuple(batch) for batch in batches]
         if not batches:
             raise InputError("batches: expected at least one, got none")
+        self._place_rates()
         terms: list[dict[str, torch.Tensor]] = []
         at = 0
         while at < len(batches):
@@ -257,6 +279,13 @@ class CapturedStep:
             self._scaler.load_state_dict(state["scaler"])
 
     # Steps one by one
+
+    def _place_rates(self) -> None:
+        """Put learning rates to where the device reads them: who sets one may have put a number in their place."""
+        for group, place in zip(self.optimizer.param_groups, self._places, strict=False):
+            if place is not None and group["lr"] is not place:
+                place.copy_(torch.as_tensor(group["lr"]))
+                group["lr"] = place
 
     def _alone(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         if self.device.type != "cuda":
@@ -340,15 +369,34 @@ class CapturedStep:
 
     def _is_recorded(self, group: Sequence[tuple[torch.Tensor, ...]]) -> bool:
         """Whether a replay can take the group; a first one of batches that are warm is recorded."""
-        if self._replayed == 0 or len(group) < self._replayed:
+        if self._replayed == 0 or len(group) < self._replayed or not CapturedStep._replays:
             return False
         sizes = {tuple(one.shape for one in batch) for batch in group}
         if len(sizes) != 1:
             return False
         (size,) = sizes
+        if self._recording is not None and not self._recording.is_current():
+            self._recording = None
+            self._warm.clear()
         if self._recording is None and self._warm.get(size, 0) >= WARM_UP_STEPS:
             self._recording = _Recording(self._step, self.optimizer, group, self._stream)
         return self._recording is not None and self._recording.sizes == size
+
+
+def _reads_rate_on_device(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether the update of a group takes a learning rate from the device's memory without waiting for it."""
+    is_adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    return bool(group.get("fused") or (is_adam and group.get("capturable")))
+
+
+@contextlib.contextmanager
+def without_replays() -> Iterator[None]:
+    """Within it `CapturedStep` takes steps on CUDA one by one: what a graph works in was allocated when it was made."""
+    before, CapturedStep._replays = CapturedStep._replays, False
+    try:
+        yield
+    finally:
+        CapturedStep._replays = before
 
 
 class _Recording:
@@ -359,6 +407,9 @@ class _Recording:
         optimizer: its gradients are freed first, so that the graph has its own.
         group: batches of the sizes to come.
         stream: where steps were taken before.
+
+    Raises:
+        InputError: something in a step cannot be recorded.
     """
 
     def __init__(
@@ -373,10 +424,41 @@ class _Recording:
         self._graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         optimizer.zero_grad(set_to_none=True)
-        # Recording takes no step. Other threads, such as one that fetches batches, may allocate meanwhile.
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            terms = [step(batch) for batch in self._inputs]
-            self._terms = {name: torch.stack([one[name] for one in terms]) for name in terms[0]}
+        try:
+            # Recording takes no step. Other threads, such as one that fetches batches, may allocate meanwhile.
+            with recording(self._graph, stream, "thread_local"):
+                terms = [step(batch) for batch in self._inputs]
+                self._terms = {name: torch.stack([one[name] for one in terms]) for name in terms[0]}
+        except RuntimeError as error:
+            # Gradients that the failed graph has made are no one's.
+            optimizer.zero_grad(set_to_none=True)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"model, loss, optimizer: expected a step that a CUDA graph can record, got {reason!r}; with "
+                "steps_per_replay=0 steps are taken one by one"
+            ) from error
+        self._optimizer = optimizer
+        self._recorded = self._values()
+
+    def _values(self) -> list[Any]:
+        """What the graph has as it was: numbers, and the memory of parameters and of the optimizer's state."""
+        values: list[Any] = []
+        for group in self._optimizer.param_groups:
+            values += [value for name, value in group.items() if name != "params"]
+            for parameter in group["params"]:
+                values += [parameter.requires_grad, parameter.data_ptr()]
+                values += self._optimizer.state.get(parameter, {}).values()
+        return values
+
+    def is_current(self) -> bool:
+        """Whether a replay does what a step would."""
+        values = self._values()
+        return len(values) == len(self._recorded) and all(
+            one is other if isinstance(one, torch.Tensor) else one == other
+            for one, other in zip(values, self._recorded, strict=True)
+        )
 
     def replay(self, group: Sequence[tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
         for kept, batch in zip(self._inputs, group, strict=True):

@@ -231,7 +231,9 @@ def test_options_come_from_a_file_and_the_command_line_goes_before_it(data, tmp_
         "no_compare: true\nlinear_decoder: true\noutput_activation: null\nkeep_last: 1\n"
     )
     out = tmp_path / "run"
-    assert cli.main(["train", "--config", str(file), "--out", str(out), "--latent", "4", "--epochs", "2"]) == 0
+    assert (
+        cli.main(["train", "--config", str(file), "--out", str(out), "--latent", "4", "--epochs", "2"]) == 0
+    )
     config = from_pretrained(out).config
     assert (config.hidden, config.latent, config.linear_decoder) == ((9, 7), 4, True)
     assert config.output_activation == "identity"
@@ -269,7 +271,9 @@ def test_a_mistake_on_the_command_line_is_not_said_to_be_of_the_file(data, tmp_p
     file.write_text(f"epochs: many\ndata: {data}\nout: {tmp_path / 'run'}\n")
     line = failure(capsys, cli.main(["train", "--config", str(file), "--epochs", "few"]))
     assert "'--epochs'" in line and "run.yaml" not in line
-    assert "expected a readable YAML file" in failure(capsys, cli.main(["train", "--config", "/nowhere.yaml"]))
+    assert "expected a readable YAML file" in failure(
+        capsys, cli.main(["train", "--config", "/nowhere.yaml"])
+    )
 
 
 def test_a_file_of_options_needs_yaml(data, tmp_path, capsys, monkeypatch):

@@ -1,8 +1,10 @@
 """The training step against the loop it stands for, and on a GPU against itself without a graph."""
 
+import contextlib
 import copy
 import math
 import types
+import warnings
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from aefast.errors import InputError
 from aefast.models import MODELS, VAE, Autoencoder, SparseAutoencoder
 from aefast.models.sparse import SPARSITIES
 from aefast.train import CapturedStep, Schedule, make_optimizer
+from aefast.train.step import without_replays
+from support import graphs
 from support.training import SPARSE
 
 
@@ -400,6 +404,141 @@ def test_models_say_whether_a_step_waits(cls, options):
     assert model.can_be_captured == (not waits.found), waits.found
 
 
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    return graphs.emulate(monkeypatch)
+
+
+def _by_torch_schedule(model, optimizer):
+    with warnings.catch_warnings():
+        # It wants to be made before the optimizer takes a step.
+        warnings.simplefilter("ignore")
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    return lambda step: schedule.step()
+
+
+def _by_hand(model, optimizer):
+    def change(step):
+        if step == 6:
+            optimizer.param_groups[0]["lr"] = 1e-3
+
+    return change
+
+
+def _by_load(model, optimizer):
+    kept = []
+
+    def change(step):
+        if step == 5:
+            kept.append(copy.deepcopy(optimizer.state_dict()))
+        if step == 9:
+            optimizer.load_state_dict(kept[0])
+
+    return change
+
+
+def _by_option(model, optimizer):
+    def change(step):
+        if step == 6:
+            optimizer.param_groups[0]["weight_decay"] = 0.1
+
+    return change
+
+
+def _by_freezing(model, optimizer):
+    def change(step):
+        if step == 6:
+            next(model.parameters()).requires_grad_(False)
+
+    return change
+
+
+CHANGES = [_by_torch_schedule, _by_hand, _by_load, _by_option, _by_freezing]
+
+
+def _changed_run(step, change, data):
+    change = change(step.model, step.optimizer)
+    for number, batch in enumerate(data):
+        step(batch)
+        change(number)
+    return parameters(step.model)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_emulated_replays_heed_what_is_changed(as_on_cuda, change):
+    data, model = batches(18), make_model()
+    expected = copy.deepcopy(model)
+    alone = CapturedStep(expected, make_optimizer(expected.parameters(), 1e-2))
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2))
+    found = _changed_run(as_on_cuda(step, 1), change, data)
+    assert step._recording._graph.replays > 3
+    assert torch.equal(found, _changed_run(as_on_cuda(alone, 0), change, data))
+
+
+def test_emulated_replays_are_the_steps(as_on_cuda):
+    """In groups, with a schedule, a limit and averages, and a batch of another size among them."""
+    options = {"clip_norm": 0.1, "ema_decay": 0.9, "schedule": Schedule("cosine", 4, 40)}
+    data = [*batches(16), *batches(1, size=5), *batches(13)]
+    model = make_model()
+    expected = copy.deepcopy(model)
+    alone = CapturedStep(expected, make_optimizer(expected.parameters(), 1e-2), **options)
+    losses = as_on_cuda(alone, 0).many(data)["mse"]
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), **options)
+    assert torch.equal(as_on_cuda(step, 4).many(data)["mse"], losses)
+    assert step._recording._graph.replays == 6
+    assert step.count == len(data)
+    assert torch.equal(parameters(model), parameters(expected))
+    for one, other in zip(step.ema, alone.ema, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_emulated_steps_without_replays(as_on_cuda):
+    model = make_model()
+    step = as_on_cuda(CapturedStep(model, make_optimizer(model.parameters(), 1e-2)), 1)
+    for batch in batches(8):
+        step(batch)
+    replays = step._recording._graph.replays
+    with without_replays():
+        step(*batches(1))
+    assert step._recording._graph.replays == replays > 0
+    step(*batches(1))
+    assert step._recording._graph.replays == replays + 1
+
+
+def test_rates_that_are_read_on_the_host_are_not_recorded(as_on_cuda):
+    schedule = Schedule("cosine", total_steps=40)
+    for make, options, is_replayed in (
+        (torch.optim.SGD, {}, False),
+        (torch.optim.SGD, {"fused": True}, True),
+        (torch.optim.RMSprop, {}, False),
+        (torch.optim.AdamW, {"fused": True}, True),
+        (torch.optim.AdamW, {}, True),
+    ):
+        for its_schedule in (None, schedule):
+            model = make_model()
+            step = CapturedStep(model, make(model.parameters(), lr=0.1, **options), schedule=its_schedule)
+            as_on_cuda(step, 2)
+            assert (step._replayed == 2) == (is_replayed or its_schedule is None)
+
+
+def test_a_step_that_cannot_be_recorded_says_so(as_on_cuda, monkeypatch):
+    @contextlib.contextmanager
+    def refuse(graph, stream, error_mode):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr("aefast.train.step.recording", refuse)
+    model = make_model()
+    step = as_on_cuda(CapturedStep(model, make_optimizer(model.parameters(), 1e-2)), 1)
+    data = batches(4)
+    for batch in data[:3]:
+        step(batch)
+    message = "a CUDA graph can record, got 'operation not permitted .*capturing'; with steps_per_replay=0"
+    with pytest.raises(InputError, match=message):
+        step(data[3])
+    assert all(one.grad is None for one in model.parameters())
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -429,6 +568,59 @@ def test_replays_are_the_steps(precision):
     torch.testing.assert_close(parameters(model), parameters(expected), rtol=1e-3, atol=1e-5)
     for one, other in zip(step.ema, alone.ema, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("change", CHANGES)
+def test_replays_heed_what_is_changed(change):
+    data, model = [batch.cuda() for batch in batches(18)], make_model().cuda()
+    expected = copy.deepcopy(model)
+    alone = CapturedStep(expected, make_optimizer(expected.parameters(), 1e-2), steps_per_replay=0)
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2))
+    found = _changed_run(step, change, data)
+    assert step._recording is not None
+    torch.testing.assert_close(found, _changed_run(alone, change, data), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_step_that_waits_cannot_be_recorded_and_leaves_nothing_behind():
+    model, stream = make_model().cuda(), torch.cuda.current_stream()
+    step = CapturedStep(
+        model,
+        make_optimizer(model.parameters(), 1e-2),
+        loss=lambda model, batch: model(batch).loss * (1.0 + 0.0 * batch.sum().item()),
+    )
+    data = [batch.cuda() for batch in batches(5)]
+    for batch in data[:3]:
+        step(batch)
+    with pytest.raises(InputError, match="expected a step that a CUDA graph can record"):
+        step(data[3])
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(8, device="cuda").isfinite().all()
+    step._replayed = 0
+    step(data[4])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_rate_that_was_loaded_to_the_host_is_put_on_the_device():
+    """And an optimizer whose rate is read on the host takes its scheduled steps one by one."""
+    schedule = Schedule("cosine", total_steps=40)
+    data = [batch.cuda() for batch in batches(8)]
+    model = make_model().cuda()
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), schedule=schedule)
+    state = step.optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["lr"] = group["lr"].cpu()
+    step.optimizer.load_state_dict(state)
+    step.many(data)
+    assert step._recording is not None and step.optimizer.param_groups[0]["lr"].is_cuda
+    other = make_model().cuda()
+    step = CapturedStep(other, torch.optim.SGD(other.parameters(), lr=0.1), schedule=schedule)
+    step.many(data)
+    assert step._recording is None
 
 
 @pytest.mark.gpu
