@@ -892,7 +892,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 // launchers
 
 // Blocks of pairs that a launch is to have, if the most splits allow it, and the bytes of the columns' sums of a launch.
-constexpr int64_t kPairBlocks = 2048, kMostSplits = 32, kColumnBytes = int64_t{1} << 27;
+constexpr int64_t kPairBlocks = 2048, kMostSplits = 128, kColumnBytes = int64_t{1} << 27;
 
 // body(Form) with the form as a constant.
 template <typename Body>
@@ -972,9 +972,9 @@ struct Rows {
   int64_t x_first, x_count, y_first, y_count;
 };
 
-// Without `rows` all points are rows, and each pair is met once.
+// Without `rows` all points are rows, and each pair is met once. The columns are not cut into splits yet.
 template <typename T>
-Meeting meeting_of(const Points<T>& x, const Points<T>& y, const Rows* rows, int64_t tile_rows, int64_t stage) {
+Meeting meeting_of(const Points<T>& x, const Points<T>& y, const Rows* rows, int64_t tile_rows) {
   Meeting meeting{};
   meeting.is_symmetric = rows == nullptr;
   const Rows all{0, x.rows, 0, y.rows};
@@ -990,11 +990,16 @@ Meeting meeting_of(const Points<T>& x, const Points<T>& y, const Rows* rows, int
   meeting.tile_rows = tile_rows;
   meeting.x_tiles = ceil_div(own.x_count, tile_rows);
   meeting.tiles = meeting.x_tiles + ceil_div(own.y_count, tile_rows);
-  const int64_t splits = std::min(kMostSplits, ceil_div(kPairBlocks, std::max<int64_t>(1, meeting.tiles)));
-  meeting.split = std::max<int64_t>(1, ceil_div(ceil_div(x.rows + y.rows, splits), stage)) * stage;
-  meeting.x_splits = ceil_div(x.rows, meeting.split);
-  meeting.splits = meeting.x_splits + ceil_div(y.rows, meeting.split);
   return meeting;
+}
+
+// Into splits of whole stages, as many as give a launch of so many tiles its blocks.
+inline void cut_columns(Meeting& meeting, int64_t tiles_of_launch, int64_t stage) {
+  const int64_t splits = std::min(kMostSplits, ceil_div(kPairBlocks, std::max<int64_t>(1, tiles_of_launch)));
+  const int64_t columns = meeting.x_count + meeting.y_count;
+  meeting.split = std::max<int64_t>(1, ceil_div(ceil_div(columns, splits), stage)) * stage;
+  meeting.x_splits = ceil_div(meeting.x_count, meeting.split);
+  meeting.splits = meeting.x_splits + ceil_div(meeting.y_count, meeting.split);
 }
 
 // What a launch of pairs is made of.
@@ -1042,18 +1047,18 @@ void launch_mmd(const Points<T>& x, const Points<T>& y, const Rows* rows, const 
   const int dimensions = static_cast<int>(x.columns);
   const bool has_gradient = x_gradient != nullptr || y_gradient != nullptr;
   with_pairs<A>(kernel.form, dimensions, has_gradient, [&](const auto& pairs) {
-    const Meeting meeting = meeting_of(x, y, rows, pairs.rows, pairs.columns);
+    Meeting meeting = meeting_of(x, y, rows, pairs.rows);
+    const int64_t of_tile = pairs.width * meeting.count * static_cast<int64_t>(sizeof(A));
+    const int64_t most = has_gradient && meeting.is_symmetric ? std::max<int64_t>(4, kColumnBytes / std::max<int64_t>(1, of_tile))
+                                                              : meeting.tiles;
+    const int64_t tiles_of_launch = std::min(meeting.tiles, most);
+    cut_columns(meeting, tiles_of_launch, pairs.columns);
     const auto array = [&](auto zero, int64_t count) {
       return static_cast<decltype(zero)*>(allocate(count * static_cast<int64_t>(sizeof(zero))));
     };
     const int64_t mixtures = meeting.tiles > 0 ? static_cast<int64_t>(kernel.mixtures.size()) : 0;
     const int64_t value_count = mixtures * meeting.tiles * meeting.splits;
     double* const values = array(0.0, value_count);
-    // Tiles of a launch.
-    const int64_t of_tile = pairs.width * meeting.count * static_cast<int64_t>(sizeof(A));
-    const int64_t most = has_gradient && meeting.is_symmetric ? std::max<int64_t>(4, kColumnBytes / std::max<int64_t>(1, of_tile))
-                                                              : meeting.tiles;
-    const int64_t tiles_of_launch = std::min(meeting.tiles, most);
     A *points = nullptr, *row_sums = nullptr, *column_sums = nullptr;
     if (mixtures > 0) {
       const int64_t means = std::min(kMostMeanBlocks, ceil_div(x.rows + y.rows, kThreads));

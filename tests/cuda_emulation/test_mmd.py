@@ -362,7 +362,7 @@ def barriers():
 @pytest.fixture(scope="module")
 def altered(compile_emulated, tmp_path_factory):
     """The launchers of one copy of the kernels, in which a test takes away the barrier of a line, and says of how many
-    bytes the columns' sums may be."""
+    bytes the columns' sums may be. It has few splits, so that a thousand columns make some of several stages."""
     source = KERNELS.read_text()
     before = source.index(" values_kernel(")
 
@@ -371,7 +371,8 @@ def altered(compile_emulated, tmp_path_factory):
 
     changed = BARRIER.sub(unless_missing, source[:before]) + source[before:]
     bytes_of_columns = "int64_t{1} << 27"
-    changed, found = re.subn(rf", kColumnBytes = {re.escape(bytes_of_columns)};", ";", changed)
+    limits = rf"kMostSplits = 128, kColumnBytes = {re.escape(bytes_of_columns)};"
+    changed, found = re.subn(limits, "kMostSplits = 32;", changed)
     assert found == 1
     declared = f"int missing_barrier = 0;\nint64_t kColumnBytes = {bytes_of_columns};\n"
     declared = f'#pragma once\n#include <cstdint>\nextern "C" {{\n{declared}}}\n'
