@@ -115,24 +115,30 @@ double tournament(int64_t players, const Body& body) {
 // Dimensions from which distances are found from products.
 constexpr int64_t kLeastOfProducts = 16;
 
+// Distances from products, and gradients Σ w x - y Σ w, err by some 10⁻⁷ of the points' squared norms, whatever the
+// distances are, and a kernel by as much as that times its slope. Where this product is larger at the norm of some point,
+// differences are summed.
+constexpr double kMostOfProducts = 32.0;
+
 // Two samples in blocks, none of which has points of both.
 class Blocks {
  public:
-  Blocks(const Points& x, const Points& y, const std::vector<double>& centre, Kind kind)
-      : of_x_(blocks_of(x.count)),
-        counts_{x.count, y.count},
-        dimensions_(x.dimensions),
-        is_double_(x.scalar == Scalar::float64),
-        row_bytes_(kPoints * padded(dimensions_, element_size()) * element_size()),
-        column_bytes_(kPoints * (dimensions_ + 1) * element_size()),
-        has_products_(!is_double_ && dimensions_ >= kLeastOfProducts && !pairwise::sums_differences(kind)),
-        rows_(size_of_all(row_bytes_)),
-        columns_(size_of_all(column_bytes_)) {
-    for_each(count(), [&](int64_t block) {
-      pairwise_kernels().pack(is_double_, has_products_, sample(block) ? y : x, centre.data(), first(block),
-                              points(block), rows(block), columns(block));
-    });
+  // `steepness` is the largest slope of the kernel by the squared distance.
+  Blocks(const Points& x, const Points& y, const std::vector<double>& centre, Kind kind, double steepness)
+      : Blocks(x, y, centre,
+               x.scalar != Scalar::float64 && x.dimensions >= kLeastOfProducts && !pairwise::sums_differences(kind),
+               pairwise::sums_differences(kind)) {
+    // A norm that is not finite is too large.
+    if (is_double_ || sums_differences_ || largest_norm() * steepness <= kMostOfProducts) return;
+    sums_differences_ = true;
+    has_products_ = false;
+    pack(x, y, origin());
   }
+
+  // As others are, which have the same centre.
+  Blocks(const Points& x, const Points& y, const std::vector<double>& centre, const Blocks& others)
+      : Blocks(x, y, others.sums_differences_ ? others.origin() : centre, others.has_products_,
+               others.sums_differences_) {}
 
   int64_t count() const { return of_x_ + blocks_of(counts_[1]); }
   int64_t dimensions() const { return dimensions_; }
@@ -148,17 +154,54 @@ class Blocks {
   char* rows(int64_t block) const { return rows_.get() + block * row_bytes_; }
   char* columns(int64_t block) const { return columns_.get() + block * column_bytes_; }
   char* norms(int64_t block) const { return columns(block) + kPoints * dimensions_ * element_size(); }
+  // How distances and gradients are found.
   bool has_products() const { return has_products_; }
+  bool sums_differences() const { return sums_differences_; }
 
  private:
+  Blocks(const Points& x, const Points& y, const std::vector<double>& centre, bool has_products, bool sums_differences)
+      : of_x_(blocks_of(x.count)),
+        counts_{x.count, y.count},
+        dimensions_(x.dimensions),
+        is_double_(x.scalar == Scalar::float64),
+        row_bytes_(kPoints * padded(dimensions_, element_size()) * element_size()),
+        column_bytes_(kPoints * (dimensions_ + 1) * element_size()),
+        has_products_(has_products),
+        sums_differences_(sums_differences),
+        rows_(size_of_all(row_bytes_)),
+        columns_(size_of_all(column_bytes_)) {
+    pack(x, y, centre);
+  }
+
+  // What is subtracted where differences are summed, to which the points as they are lose no digits.
+  std::vector<double> origin() const { return std::vector<double>(dimensions_); }
+
   int64_t size_of_all(int64_t bytes) const { return count() * bytes; }
+
+  void pack(const Points& x, const Points& y, const std::vector<double>& centre) {
+    for_each(count(), [&](int64_t block) {
+      pairwise_kernels().pack(is_double_, has_products_, sample(block) ? y : x, centre.data(), first(block),
+                              points(block), rows(block), columns(block));
+    });
+  }
+
+  // NaN if there is one.
+  float largest_norm() const {
+    float largest = 0.0f;
+    for (int64_t block = 0; block < count(); ++block) {
+      const float* const norms = reinterpret_cast<const float*>(this->norms(block));
+      for (int64_t point = 0; point < points(block); ++point)
+        if (!(norms[point] <= largest)) largest = norms[point];
+    }
+    return largest;
+  }
 
   int64_t of_x_;
   std::array<int64_t, 2> counts_;
   int64_t dimensions_;
   bool is_double_;
   int64_t row_bytes_, column_bytes_;
-  bool has_products_;
+  bool has_products_, sums_differences_;
   Buffer rows_, columns_;
 };
 
@@ -274,6 +317,12 @@ class KernelFunction {
   Function<A> function_;
 };
 
+// The largest slope by the squared distance, of kernels that have one there.
+double steepness_of(Kind kind, const std::vector<double>& rates, double alpha, double unit) {
+  const double largest = rates.empty() ? 0.0 : *std::max_element(rates.begin(), rates.end());
+  return largest / unit * (kind == Kind::rational_quadratic ? alpha : 1.0);
+}
+
 template <typename A>
 double unit_of(const OptionalTensor& unit) {
   return unit ? static_cast<double>(*static_cast<const A*>(unit->const_data_ptr())) : 1.0;
@@ -285,11 +334,15 @@ class Weighted {
  public:
   Weighted(const std::string& name, const std::vector<double>& rates, double alpha, const OptionalTensor& unit,
            const std::vector<double>& weights)
-      : kind_(kind_of(name, alpha)), weights_(weights), functions_{make(rates, alpha, unit, 2.0 * weights[0]),
+      : kind_(kind_of(name, alpha)),
+        steepness_(steepness_of(kind_, rates, alpha, unit_of<A>(unit))),
+        weights_(weights),
+        functions_{make(rates, alpha, unit, 2.0 * weights[0]),
                                                             make(rates, alpha, unit, 2.0 * weights[1]),
                                                             make(rates, alpha, unit, weights[2])} {}
 
   Kind kind() const { return kind_; }
+  double steepness() const { return steepness_; }
   double weight(int sample_i, int sample_j) const { return weights_[index(sample_i, sample_j)]; }
 
   double sum(int sample_i, int sample_j, const Tile& tile) const {
@@ -305,6 +358,7 @@ class Weighted {
   }
 
   Kind kind_;
+  double steepness_;
   std::vector<double> weights_;
   std::array<std::unique_ptr<KernelFunction<A>>, 3> functions_;
 };
@@ -312,14 +366,14 @@ class Weighted {
 Tile tile_of(const Blocks& of_i, int64_t i, void* gradient_i, const Blocks& of_j, int64_t j, void* gradient_j,
              int64_t excluded) {
   return {of_i.rows(i), of_i.norms(i), of_j.rows(j), of_j.columns(j), gradient_i, gradient_j, nullptr, of_i.points(i),
-          of_j.points(j), of_i.dimensions(), excluded, of_i.has_products()};
+          of_j.points(j), of_i.dimensions(), excluded, of_i.has_products(), of_i.sums_differences()};
 }
 
 template <typename A>
 std::tuple<Tensor, Tensor, Tensor> sum_of_all(const Tensor& x, const Tensor& y, const Weighted<A>& weighted,
                                               double constant, int64_t needs) {
   const Points of_x = points_of(x), of_y = points_of(y);
-  const Blocks blocks(of_x, of_y, centre_of(of_x, of_y, weighted.kind()), weighted.kind());
+  const Blocks blocks(of_x, of_y, centre_of(of_x, of_y, weighted.kind()), weighted.kind(), weighted.steepness());
   const Gradients gradients(blocks, needs);
   const double total = constant + tournament(blocks.count(), [&](int64_t i, int64_t j) {
     const int sample_i = blocks.sample(i), sample_j = blocks.sample(j);
@@ -341,7 +395,8 @@ std::tuple<Tensor, Tensor, Tensor> sum_of_rows(const Tensor& x, const Tensor& y,
                                                const Weighted<A>& weighted, int64_t needs) {
   const Points of_x = points_of(all_x), of_y = points_of(all_y);
   const std::vector<double> centre = centre_of(of_x, of_y, weighted.kind());
-  const Blocks columns(of_x, of_y, centre, weighted.kind()), rows(points_of(x), points_of(y), centre, weighted.kind());
+  const Blocks columns(of_x, of_y, centre, weighted.kind(), weighted.steepness());
+  const Blocks rows(points_of(x), points_of(y), centre, columns);
   const Gradients gradients(rows, needs);
   std::vector<double> parts(rows.count());
   for_each(rows.count(), [&](int64_t i) {
@@ -401,7 +456,7 @@ Tensor kernel_values(Tensor x, Tensor y, OptionalTensor unit, String kernel, std
     const Kind kind = kind_of(kernel, alpha);
     const KernelFunction<A> function(kind, rates, alpha, unit_of<A>(unit), 0.0);
     const Points of_x = points_of(x), of_y = points_of(y);
-    const Blocks blocks(of_x, of_y, centre_of(of_x, of_y, kind), kind);
+    const Blocks blocks(of_x, of_y, centre_of(of_x, of_y, kind), kind, steepness_of(kind, rates, alpha, unit_of<A>(unit)));
     const int64_t rows = blocks_of(x.size(0)), columns = blocks_of(y.size(0));
     for_each(rows * columns, [&](int64_t task) {
       const int64_t i = task / columns, j = rows + task % columns;

@@ -47,7 +47,7 @@ void find(const Tensor& x, const Tensor& y, A* least, int64_t* index) {
     for (int64_t block = 0; block < of_y; ++block) {
       const int64_t first_j = block * kPoints, count_j = std::min(kPoints, y.size(1) - first_j);
       const Tile tile{rows.get(), nullptr, nullptr, block_of_columns(cloud * of_y + block), nullptr, nullptr, nullptr, count, count_j,
-                      dimensions, kPoints, false};
+                      dimensions, kPoints, false, false};
       pairwise_kernels().nearest(kIsDouble, tile, first_j, least + at, index + at);
     }
   });

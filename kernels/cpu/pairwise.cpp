@@ -429,7 +429,7 @@ AEFAST_HD void add_both_products(const A* w, const A* x, const A* y, int64_t cou
 
 template <Kind kKind, int kSquarings, typename A>
 double sum_tile(const Function<A>& function, const Tile& tile) {
-  constexpr bool kDifferences = pairwise::sums_differences(kKind);
+  const bool sums_differences = pairwise::sums_differences(kKind) || tile.sums_differences;
   const WithoutSubnormals mode;
   const int64_t width = padded(tile.dimensions, sizeof(A));
   const A* const x = static_cast<const A*>(tile.rows_i);
@@ -447,20 +447,25 @@ double sum_tile(const Function<A>& function, const Tile& tile) {
     const bool is_whole = tile.count_j == kPoints && first + kRows <= tile.count_i &&
                           (first + tile.excluded + kRows <= 0 || first + tile.excluded >= kPoints);
     total += is_whole ? sum_rows<kKind, kSquarings>(function, w) : sum_pairs<kKind, kSquarings>(function, tile, first, w);
-    if constexpr (!kDifferences)
-      if (x_gradient && y_gradient && width == kWidth<A>) {
-        add_both_products(w, rows, y, tile.count_j, x_gradient + first * width, products, column_sums);
+    if constexpr (!pairwise::sums_differences(kKind))
+      if (!sums_differences) {
+        if (x_gradient && y_gradient && width == kWidth<A>) {
+          add_both_products(w, rows, y, tile.count_j, x_gradient + first * width, products, column_sums);
+          continue;
+        }
+        if (x_gradient) add_row_gradients<false>(w, rows, y, tile.count_j, width, x_gradient + first * width);
+        if (y_gradient) add_column_products<false>(w, rows, y, tile.count_j, width, products, column_sums);
         continue;
       }
-    if (x_gradient) add_row_gradients<kDifferences>(w, rows, y, tile.count_j, width, x_gradient + first * width);
-    if (y_gradient) add_column_products<kDifferences>(w, rows, y, tile.count_j, width, products, column_sums);
+    if (x_gradient) add_row_gradients<true>(w, rows, y, tile.count_j, width, x_gradient + first * width);
+    if (y_gradient) add_column_products<true>(w, rows, y, tile.count_j, width, products, column_sums);
   }
   if (y_gradient)
     for (int64_t j = 0; j < tile.count_j; ++j)
       for (int64_t k = 0; k < width; k += kWidth<A>) {
         const int64_t at = j * width + k;
         Vector<A> sum = -read<Vector<A>>(products + at);
-        if constexpr (!kDifferences) sum += broadcast(column_sums[j]) * read<Vector<A>>(y + at);
+        if (!sums_differences) sum += broadcast(column_sums[j]) * read<Vector<A>>(y + at);
         write(y_gradient + at, read<Vector<A>>(y_gradient + at) + sum);
       }
   return total;

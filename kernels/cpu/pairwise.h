@@ -39,9 +39,10 @@ struct Tile {
   void* scratch;     // room for as much as gradient_j has, if that is wanted
   int64_t count_i, count_j, dimensions;
   int64_t excluded;  // point i and point i + excluded make no pair; kPoints for none
-  // Distances from products take half of the instructions, and lose the digits of those of close points, which a
-  // kernel that is smooth in them never had use for.
-  bool has_products;
+  // Distances from products take half of the instructions, and lose the digits of those of close points, for which a
+  // kernel that is smooth in them has no use unless the points are far from the centre. `sums_differences` is for
+  // gradients, where kernels of distances sum them always.
+  bool has_products, sums_differences;
 };
 
 // Functions are those of the coordinates' type, float where `is_double` is false.

@@ -94,6 +94,12 @@ def check(x, y, kernel, bandwidths, estimator, **settings):
         assert (our.double() - true).abs().max() <= 12 * 2.0**-24 * size
 
 
+def exact_by_differences(x, y, **settings):
+    """MMD² and its gradients in float64, by the reference, which sums differences of so few points."""
+    with aefast.backend("eager"):
+        return found(x.double(), y.double(), **settings)
+
+
 def test_three_points_by_hand():
     """x at 0, 1 and 3, y at 0 and 2, kernel exp(-u / 2)."""
     numerics.require_backend("cpu", "mmd", "cpu", torch.float32)
@@ -208,6 +214,36 @@ def test_far_points_and_narrow_bandwidths_are_zero(instruction_set):
         value, *gradients = found(x, y, kernel=kernel, bandwidth=1e-6)
         assert value.item() == 0
         assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("d", [3, 16, 40])
+@pytest.mark.parametrize("kernel", ["rbf", "imq", "rational_quadratic"])
+def test_clusters_far_from_their_centre_keep_their_digits(instruction_set, kernel, d):
+    """What distances from products, and sums of products of far points, would lose: all of it."""
+    x, y = draw(90, d, dtype=torch.float32), draw(70, d, seed=2, dtype=torch.float32) + 0.5
+    x[::2, 0] += 1e4
+    y[::3, 0] += 1e4
+    settings = {"kernel": kernel, "bandwidth": math.sqrt(d), "alpha": 0.7}
+    truth = exact_by_differences(x, y, **settings)
+    for our, true in zip(found(x, y, **settings), truth, strict=True):
+        # Half of the pairs are of one cluster, whose coordinates by 10⁴ are rounded before they come here.
+        torch.testing.assert_close(our.double(), true, rtol=0, atol=1e-5 * true.abs().max().item())
+    # Parts find distances as the whole does, however their own points lie.
+    spec = _pairwise.kernel_of("mmd", kernel, math.sqrt(d), 0.7)
+    weights = op.weights_of("unbiased", spec, len(x), len(y))
+    settings = (None, spec.name, spec.rates, spec.alpha, weights, 3)
+    _, whole, _ = torch.ops.aefast_cpu.mmd(x, y, *settings)
+    _, part, _ = torch.ops.aefast_cpu.mmd_rows(x[:1], y[:0], x, y, 0, 0, *settings)
+    torch.testing.assert_close(part[0], whole[0], rtol=0, atol=1e-5 * whole.abs().max().item())
+
+
+@pytest.mark.parametrize("bandwidth", [1.0, 0.3, 0.05])
+def test_points_that_coincide_count_whole_among_others(instruction_set, bandwidth):
+    x = draw(50, 64, dtype=torch.float32).repeat(2, 1)
+    y = draw(70, 64, seed=2, dtype=torch.float32)
+    settings = {"kernel": "rbf", "bandwidth": bandwidth, "alpha": 1.0}
+    value = exact_by_differences(x, y, **settings)[0].item()
+    assert found(x, y, **settings)[0].item() == pytest.approx(value, rel=1e-5)
 
 
 def test_default_bandwidths_follow_the_data():
