@@ -122,20 +122,21 @@ class Form:
 def _form_of(
     pyramid: str, loss: _loss.Loss, weights: Sequence[float], reduction: str, shape: torch.Size, folded: bool
 ) -> Form:
-    """With `folded` the normaliser is in the factors."""
+    """With `folded` the normaliser is in the factors, else the largest weight in the normaliser: what is kept of the
+    gradient has the size of the data then, which half precision holds."""
     samples, channels, height, width = shape
     counts = [channels * rows * columns for rows, columns in sizes_of(pyramid, len(weights), height, width)]
-    if reduction == "sum":
-        factors, normalizer = list(weights), 1.0
-    else:
+    scale = max(weights) or 1.0
+    factors, total = [weight / scale for weight in weights], 1
+    if reduction != "sum":
         # Of a mean the levels count alike, whatever their size.
         factors = [
-            weight * (counts[0] / max(1, count)) for weight, count in zip(weights, counts, strict=True)
+            factor * (counts[0] / max(1, count)) for factor, count in zip(factors, counts, strict=True)
         ]
         total = counts[0] * (samples if reduction == "mean" else 1)
-        normalizer = 1.0 / total if total > 0 else math.nan
-        if folded and total > 0:
-            factors, normalizer = [factor * normalizer for factor in factors], 1.0
+    normalizer = scale / total if total > 0 else math.nan
+    if folded and total > 0:
+        factors, normalizer = [factor * normalizer for factor in factors], 1.0
     power = {"l1": 1.0, "mse": 2.0, "lp": loss.parameter}.get(loss.kind)
     penalty, parameter = ("charbonnier", loss.parameter) if power is None else ("power", power)
     return Form(pyramid, penalty, parameter, tuple(factors), normalizer, reduction != "none")

@@ -163,6 +163,24 @@ def test_any_shape_and_layout(instruction_set, pyramid, shape, levels, p, reduct
     numerics.check(OP, "cpu", sample, torch.float32)
 
 
+@pytest.mark.parametrize("weight, p, scale", [(1000.0, 2, 1.0), (1e-8, 1, 2.0**16)])
+def test_large_and_small_weights_in_float16(weight, p, scale):
+    """Gradients that float16 holds, of which what is kept beside the normaliser has to be held too."""
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float16)
+    input, target = (255 * one.detach() for one in pair(2, 1, 16, 16, dtype=torch.float16))
+    for reduction in ("mean", "sum", "none"):
+        options = {"levels": 3, "p": p, "weights": [weight, weight / 2, 0.0], "reduction": reduction}
+        found, expected = (one.requires_grad_() for one in (input.clone(), input.double()))
+        # A sum's gradients have the batch's and the images' sizes more.
+        its_scale = scale if reduction == "mean" else scale / (512 if reduction == "sum" else 2)
+        (AF.pyramid_loss(found, target, **options).sum() * its_scale).backward()
+        (OP.reference(expected, target.double(), **options).sum() * its_scale).backward()
+        largest = expected.grad.abs().max().item()
+        assert 1e-8 < largest < 60000
+        # Rounded to float16 as it is kept, as it is scaled, and below 6e-5 to 2⁻²⁴.
+        torch.testing.assert_close(found.grad.double(), expected.grad, rtol=2.0**-9, atol=2.0**-24)
+
+
 def test_average_is_the_loop_over_avg_pool2d():
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
     input, target = pair(4, 3, 50, 38, dtype=torch.float32)
