@@ -67,10 +67,17 @@ class Dataset:
                 samples and their validation losses compare.
         """
         if self.held_out is not None:
+            if not 1 <= self.held_out < len(self):
+                raise InputError(
+                    f"held_out={self.held_out!r}: expected from 1 to below the number of samples, {len(self):,}"
+                )
             rows = torch.arange(len(self))
             return rows[: -self.held_out], rows[-self.held_out :]
         size = 1 if self.block_rows is None else self.block_rows
         total = -(-len(self) // size)
+        if total < 2:
+            what = "samples" if self.block_rows is None else f"blocks of {size:,} samples"
+            raise InputError(f"data={self.name!r}: expected at least 2 {what} to split, got {total}")
         count = min(max(1, round(fraction * total)), total - 1)
         drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
         # In order, so that files are read in order.

@@ -73,12 +73,17 @@ class ImageRows(FileRows):
 
 
 def _shape(image: Image, path: Path) -> tuple[int, ...]:
-    if image.mode in _UNBOUNDED:
+    if image.mode in _UNBOUNDED and not _has_words(image):
         raise DataError(
             f"data={str(path)!r}: expected pixels of 8 or 16 bits, got Pillow's mode {image.mode!r}"
         )
     size = (image.height, image.width)
-    return size if image.mode in (*_GREY, *_WORDS) else (3, *size)
+    return size if image.mode in _GREY or _has_words(image) else (3, *size)
+
+
+def _has_words(image: Image) -> bool:
+    """Whether pixels have 16 bits, which Pillow widens to 32 when it reads a .pgm file."""
+    return image.mode in _WORDS or (image.mode == "I" and image.format == "PPM")
 
 
 def _described(shape: tuple[int, ...]) -> str:
@@ -88,7 +93,7 @@ def _described(shape: tuple[int, ...]) -> str:
 
 def _values(image: Image) -> np.ndarray:
     """The pixels in [0, 1], float32, in the order of a sample's shape."""
-    if image.mode in _WORDS:
+    if _has_words(image):
         return np.asarray(image).astype(np.float32) * _WORD_SCALE
     if image.mode in _GREY:
         return np.asarray(image.convert("L")).astype(np.float32) * BYTE_SCALE

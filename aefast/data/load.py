@@ -103,9 +103,13 @@ def _of_folder(path: Path) -> Dataset:
     where = f"data={str(path)!r}"
     try:
         # Hidden files are notes that systems take of a folder.
-        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        entries = [file for file in path.iterdir() if not file.name.startswith(".")]
+        files = sorted(file for file in entries if file.is_file())
     except OSError as error:
         raise DataError(f"{where}: expected a folder that can be read ({error.strerror})") from None
+    for file in sorted(set(entries) - set(files)):
+        if file.is_symlink() and not file.exists() and file.suffix.lower() in (".npy", *IMAGE_SUFFIXES):
+            raise DataError(f"{where}: expected files, found the link {file.name} to one that does not exist")
     arrays = [file for file in files if file.suffix.lower() == ".npy"]
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if arrays and images:

@@ -258,7 +258,8 @@ class SparseAutoencoder(Model):
         info = torch.finfo(weight.dtype)
         # What is of length 1 up to rounding stays as it is, so that it does not matter how often this is done.
         is_one = (norms - 1.0).abs() <= 4 * info.eps
-        weight.div_(torch.where(is_one, 1.0, norms.clamp_min(info.tiny)))
+        # Behind autograd, which would take a step for spoilt where nothing changes between its forward and its backward.
+        weight.data.div_(torch.where(is_one, 1.0, norms.clamp_min(info.tiny)))
 
     def train(self, mode: bool = True) -> SparseAutoencoder:
         if not mode and self.config.unit_norm:
@@ -549,7 +550,8 @@ def _note_use(module: nn.Module, config: SparseConfig, code: SparseCode) -> None
     used[torch.where(is_used, code.indices, config.latent).flatten()] = True
     module.unused.add_(len(code.values)).masked_fill_(used[:-1], 0)
     if config.sparsity == "batchtopk":
-        least = torch.where(is_used, code.values, math.inf).min().float()
         kept = module.kept_above
+        values = torch.where(is_used, code.values, math.inf).flatten().to(kept.dtype)
+        least = torch.cat((values, values.new_full((1,), math.inf))).min()
         new = torch.where(kept > 0, torch.lerp(kept, least, _THRESHOLD_RATE), least)
         kept.copy_(torch.where(least.isfinite(), new, kept))

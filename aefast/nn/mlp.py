@@ -93,6 +93,7 @@ class MLP(nn.Module):
         for layer, activation in zip(layers, self.activations, strict=True):
             if (
                 type(layer) is not LinearAct
+                or "forward" in vars(layer)
                 or layer._forward_pre_hooks
                 or layer._forward_hooks
                 or layer._backward_pre_hooks

@@ -61,6 +61,8 @@ class TensorBoard(Callback):
             if name not in ("step", "epoch"):
                 self._writer.add_scalar(name, value, record["step"])
         self._writer.add_scalar("epoch", record["epoch"], record["step"])
+        # A run that fails ends without `on_end`.
+        self._writer.flush()
 
     def on_end(self, trainer: Trainer, result: TrainResult) -> None:
         if self._writer is not None:

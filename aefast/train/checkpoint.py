@@ -67,7 +67,7 @@ class CheckpointStore:
             for group, tensors in checkpoint.tensors.items()
             for name, tensor in tensors.items()
         }
-        state = json.dumps({"step": checkpoint.step, **checkpoint.state}, sort_keys=True)
+        state = json.dumps({"step": checkpoint.step, **checkpoint.state})
         header = {
             "format_version": str(FORMAT_VERSION),
             "state": state,

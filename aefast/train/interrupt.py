@@ -42,5 +42,7 @@ class Interrupt:
         traceback: TracebackType | None,
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # Python cannot put back one that it has not set itself.
+            if handler is not None:
+                signal.signal(number, handler)
         self._previous.clear()

@@ -111,16 +111,20 @@ class MetricsLog:
     """``metrics.jsonl``: one JSON object a line, written as soon as it is known.
 
     Args:
-        path: the file; it is cut to `size` bytes, then appended to.
+        path: the file; it is cut to whole lines of `size` bytes at most, then appended to.
         size: bytes to keep.
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
         self._path = path
-        self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
-        if self._file.tell() > size:
-            self._file.truncate(size)
-            self._file.seek(0, os.SEEK_END)
+        self._file = open(path, "a+b")  # noqa: SIM115 (closed by close)
+        end = self._file.seek(0, os.SEEK_END)
+        self._file.seek(0)
+        # A machine that lost its power may have kept less of the file than of the checkpoint that knows its size.
+        kept = self._file.read(min(size, end)).rfind(b"\n") + 1
+        if kept < end:
+            self._file.truncate(kept)
+        self._file.seek(0, os.SEEK_END)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line."""

@@ -88,7 +88,7 @@ class Processes:
 
 
 class AgreedInterrupt:
-    """An `Interrupt` of several processes: a signal that one of them got counts once they have agreed on it.
+    """An `Interrupt` of several processes: what one of them was asked counts once they have agreed on it.
 
     Attributes:
         signal: the signal that they agreed on, or None.
@@ -100,14 +100,14 @@ class AgreedInterrupt:
         self._processes = processes
         self._device = device
 
-    def agree(self, is_due: bool) -> bool:
-        """Take over what any process was asked; whether something is due in one of them."""
-        asked = 0 if self._own.signal is None else int(self._own.signal)
-        number, due = self._processes.largest(
-            torch.tensor([asked, int(is_due)], device=self._device)
+    def agree(self, *asked: bool) -> list[bool]:
+        """Take over the signal that any process got; of the rest that is asked, whether some process does."""
+        own = 0 if self._own.signal is None else int(self._own.signal)
+        number, *agreed = self._processes.largest(
+            torch.tensor([own, *map(int, asked)], device=self._device)
         ).tolist()
         self.signal = signal.Signals(number) if number else None
-        return bool(due)
+        return [bool(one) for one in agreed]
 
 
 @contextlib.contextmanager

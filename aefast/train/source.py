@@ -104,8 +104,17 @@ class Source:
         """What tells the data from other data."""
         return (self._data if isinstance(self._data, Dataset) else self.training).fingerprint()
 
+    def division(self) -> str | None:
+        """How a data set is divided into samples to train on and samples to validate on; None of an iterable."""
+        if isinstance(self.training, IterableBatches):
+            return None
+        held_out = "batches" if isinstance(self.held_out, IterableBatches) else "none"
+        if isinstance(self.held_out, Batches):
+            held_out = f"{len(self.held_out.rows):,}"
+        return f"{len(self.training.rows):,} samples to train on, {held_out} held out"
+
     def state(self) -> dict[str, torch.Tensor]:
-        """What `restore` needs to go on within an epoch."""
+        """What `restore` needs to go on within an epoch, of this process."""
         if isinstance(self.training, IterableBatches):
             return self.training.state()
         return {"block_rows": torch.tensor(self._data.block_rows or 0)}

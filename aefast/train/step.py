@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -70,12 +70,16 @@ def _loss_of_model(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor,
 def _with_terms(loss: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The scalar and the terms of what a loss gave."""
     value, terms = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, {"loss": loss})
-    if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(loss).__name__
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not isinstance(terms, Mapping):
+        got = type(loss).__name__
+        if isinstance(value, torch.Tensor):
+            got = f"shape {tuple(value.shape)}" if value.numel() != 1 else f"one and {type(terms).__name__}"
         raise InputError(f"loss: expected a scalar tensor, or one and its terms by name, got {got}")
     for name, term in terms.items():
-        if not isinstance(term, torch.Tensor):
-            raise InputError(f"loss: expected scalar tensors as terms, got {type(term).__name__} as {name!r}")
+        if not isinstance(term, torch.Tensor) or term.numel() != 1:
+            is_tensor = isinstance(term, torch.Tensor)
+            got = f"shape {tuple(term.shape)}" if is_tensor else type(term).__name__
+            raise InputError(f"loss: expected scalar tensors as terms, got {got} as {name!r}")
     return value, {name: term.detach() for name, term in terms.items()}
 
 
@@ -140,6 +144,9 @@ class CapturedStep:
         ema_decay: decay of an exponential moving average of the parameters after each step; None for none.
         steps_per_replay: steps of a CUDA graph, on the CPU one each; 0 records none, as `DistributedDataParallel` needs
             it.
+
+    Attributes:
+        schedule: the schedule that steps follow, to be exchanged for one of the same kind alone.
     """
 
     _replays = True
@@ -175,13 +182,13 @@ class CapturedStep:
         self._products = _bfloat16_products if rounds_products else contextlib.nullcontext
         self._type = None if rounds_products else PRECISIONS[precision]
         self._scaler = torch.amp.GradScaler(self.device.type) if self._type is torch.float16 else None
-        self._schedule = Schedule() if schedule is None else schedule
+        self.schedule = Schedule() if schedule is None else schedule
         # Steps taken, where the schedule reads them.
         self._count = torch.zeros((), dtype=torch.float64, device=self.device)
         # By the name that torch's schedulers give it, it goes with the optimizer and its state: the rate of the moment
         # is a share of it.
         self._rates = [
-            group["lr"] if self._schedule.is_constant else group.setdefault("initial_lr", float(group["lr"]))
+            group["lr"] if self.schedule.is_constant else group.setdefault("initial_lr", float(group["lr"]))
             for group in optimizer.param_groups
         ]
         self.ema = None if ema_decay is None else [one.detach().clone() for one in self._parameters]
@@ -211,7 +218,7 @@ class CapturedStep:
             else None
             for group in groups
         ]
-        are_rates_read = self._schedule.is_constant or None not in self._places
+        are_rates_read = self.schedule.is_constant or None not in self._places
         if are_rates_read and self._scaler is None and getattr(self.model, "can_be_captured", True):
             self._replayed = steps_per_replay
 
@@ -305,8 +312,8 @@ class CapturedStep:
         return terms
 
     def _step(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        if not self._schedule.is_constant:
-            share = self._schedule(self._count)
+        if not self.schedule.is_constant:
+            share = self.schedule(self._count)
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 if isinstance(group["lr"], torch.Tensor):
                     group["lr"].copy_(rate * share)

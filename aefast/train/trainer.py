@@ -166,18 +166,30 @@ class Trainer:
         # The lowest loss on held-out samples, and how many epochs ago that was.
         self._best = math.inf
         self._epochs_since_best = 0
-        self._is_stopped = False
+        # Whether it was told to stop, and whether all processes know.
+        self._is_asked_to_stop = self._is_stopped = False
 
     def _share(self) -> tuple[int, int]:
         return self.processes.rank, self.processes.count
 
     def _joint_model(self) -> DistributedDataParallel:
-        for module in self.model.modules():
-            if isinstance(module, MMDLoss):
-                module.group = dist.group.WORLD
         return DistributedDataParallel(
             self.model, device_ids=None if self.device.type == "cpu" else [torch.cuda.current_device()]
         )
+
+    @contextlib.contextmanager
+    def _joint_losses(self) -> Iterator[None]:
+        """Within it an MMD is of the codes of all processes, which have to ask for it together."""
+        losses = [one for one in self.model.modules() if isinstance(one, MMDLoss)]
+        groups = [one.group for one in losses]
+        try:
+            if not self.processes.is_one:
+                for one in losses:
+                    one.group = dist.group.WORLD
+            yield
+        finally:
+            for one, group in zip(losses, groups, strict=True):
+                one.group = group
 
     def _total_steps(self) -> int | None:
         """Steps of the whole run, or None if the data does not tell."""
@@ -208,8 +220,11 @@ class Trainer:
         return Schedule(config.schedule, config.warmup_steps, steps)
 
     def stop(self) -> None:
-        """End the run at the next good moment, as if this had been its last step."""
-        self._is_stopped = True
+        """End the run at the next good moment, as if this had been its last step.
+
+        Of several processes it is enough that one asks for it.
+        """
+        self._is_asked_to_stop = True
 
     def fit(self, *, resume: bool = False, overwrite: bool = False, compare: bool = True) -> TrainResult:
         """Train to the last epoch, or until SIGINT or SIGTERM asks to stop after the current step.
@@ -244,19 +259,18 @@ class Trainer:
             ) from error
 
     def _output_file(self, error: OSError) -> Path | None:
-        """Which file of the run `error` is about, or None if it is not about the run's folder."""
+        """Which file of the run `error` is about, or None if it is not about one of them."""
         # A reader that closed the pipe behind standard output says nothing about the folder.
         if isinstance(error, BrokenPipeError):
             return None
         # Of a rename, the target is what the user knows.
         name = error.filename if error.filename2 is None else error.filename2
-        if name is None:
-            return self.directory
         path = Path(os.fsdecode(name)) if isinstance(name, (str, bytes, os.PathLike)) else None
         return path if path is not None and path.is_relative_to(self.directory) else None
 
     def _fit(self, resume: bool, overwrite: bool, compare: bool) -> TrainResult:
         self._is_replacing = False
+        self._is_asked_to_stop = self._is_stopped = False
         self._metrics_size = self._open(resume, overwrite)
         if not self._is_replacing:
             self._begin_metrics()
@@ -267,7 +281,8 @@ class Trainer:
                     request = AgreedInterrupt(interrupt, self.processes, self.device)
                 for callback in self.callbacks:
                     callback.on_start(self)
-                self._train(request)
+                with self._joint_losses():
+                    self._train(request)
                 self._save()
         finally:
             if self.metrics is not None:
@@ -324,9 +339,16 @@ class Trainer:
             self.processes.first(functools.partial(self._start_afresh, resume, overwrite))
             torch.manual_seed(self._seed())
             return 0
+        goes_on = self.source.restore(self._of_process(checkpoint.tensors.get("data", {})))
+        # How memory was when the run began decides how many steps an epoch has.
+        self.step.schedule = self._schedule()
         self._check_same_run(checkpoint.state["settings"])
         self._restore(checkpoint)
-        if self._has_ended():
+        if self.batch and not goes_on:
+            self._say(
+                f"notice: reading the first {self.batch:,} batches of this epoch again, to leave them out"
+            )
+        if self._has_ended() and self.window.is_empty:
             reached, more = f"epoch {self.epoch}", "epochs"
             if self._is_stopped:
                 more = "epochs of patience"
@@ -367,11 +389,16 @@ class Trainer:
         if resume:
             self._say(f"notice: no checkpoint in {self.directory} to resume from; starting afresh")
         elif overwrite:
-            self._is_replacing = True
+            self._is_replacing = not self.steps_taken
         elif self.store.paths() or weights.exists():
             raise InputError(
                 f"out={str(self.directory)!r}: holds a run already; add --resume to go on with it, "
                 "--overwrite to replace it, or choose another folder"
+            )
+        if self.steps_taken:
+            raise InputError(
+                f"overwrite={overwrite!r}, resume={resume!r}: this Trainer has taken {self.steps_taken:,} steps and "
+                "cannot start afresh; make another one"
             )
 
     def _begin_metrics(self) -> None:
@@ -406,6 +433,7 @@ class Trainer:
             "ema_decay": self.config.ema_decay,
             "seed": self.config.seed,
             "data": self.source.fingerprint(),
+            "division": self.source.division(),
         }
 
     def _check_same_run(self, stored: dict[str, Any]) -> None:
@@ -425,7 +453,7 @@ class Trainer:
         window = self.window.state()
         self._check_finite(window["sums"])
         self._check_weights()
-        random = self._random_state()
+        random, data = self._random_state(), self._of_processes(self.source.state())
         self._last_checkpoint = time.monotonic()
         if not self.processes.is_first:
             return
@@ -449,7 +477,7 @@ class Trainer:
             "model": self.model.cpu_state(),
             "optimizer": optimizer,
             "rng": random,
-            "data": self.source.state(),
+            "data": data,
         }
         of_step = self.step.state_dict()
         if "ema" in of_step:
@@ -464,10 +492,24 @@ class Trainer:
         own = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self.device)
-        states = self.processes.gathered(own)
+        return self._of_processes(own)
+
+    def _of_processes(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What each process has, by name and rank."""
         return {
-            f"{kind}/{rank}": state for rank, of_rank in enumerate(states) for kind, state in of_rank.items()
+            f"{name}/{rank}": value
+            for rank, of_rank in enumerate(self.processes.gathered(own))
+            for name, value in of_rank.items()
         }
+
+    def _of_process(self, of_all: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What this process had, or the first one where the run did not have this one."""
+        parts = [(*name.rpartition("/"), value) for name, value in of_all.items()]
+        for rank in (self.processes.rank, 0):
+            found = {name: value for name, _, its_rank, value in parts if its_rank == str(rank)}
+            if found:
+                return found
+        return {}
 
     def _keep_model(self, directory: Path) -> None:
         training = {"data": self.source.name, "step": self.steps_taken, **dataclasses.asdict(self.config)}
@@ -499,7 +541,7 @@ class Trainer:
         self._best = math.inf if best is None else best
         self._epochs_since_best = checkpoint.state["epochs_since_best"]
         if self.config.patience is not None and self._epochs_since_best >= self.config.patience:
-            self.stop()
+            self._is_asked_to_stop = self._is_stopped = True
         of_step: dict[str, Any] = {"count": self.steps_taken}
         if "ema" in checkpoint.tensors:
             averages = checkpoint.tensors["ema"]
@@ -507,10 +549,6 @@ class Trainer:
         if "scaler" in checkpoint.state:
             of_step["scaler"] = checkpoint.state["scaler"]
         self.step.load_state_dict(of_step)
-        if not self.source.restore(checkpoint.tensors.get("data", {})) and self.batch:
-            self._say(
-                f"notice: reading the first {self.batch:,} batches of this epoch again, to leave them out"
-            )
 
     # The loop
 
@@ -523,10 +561,14 @@ class Trainer:
         )
         self._started = time.monotonic()
         with view:
+            if self.config.steps is not None and self._has_ended() and not self.window.is_empty:
+                # The run was interrupted once its last step was taken.
+                self._validate_and_log(view, interrupt)
             while self._goes_on(interrupt):
                 for group in self._groups():
                     # Not before the next batch is there: the last window of an epoch is logged at its end.
-                    if self.batch and self.steps_taken % self.config.log_every == 0:
+                    is_due = self.steps_taken % self.config.log_every == 0 and not self.window.is_empty
+                    if self.batch and is_due:
                         self._log(view)
                     count = sum(len(batch) for batch in group)
                     if len(group) == 1:
@@ -553,7 +595,9 @@ class Trainer:
         last = self._started if self._last_checkpoint is None else self._last_checkpoint
         is_due = may_save and time.monotonic() - last >= self.config.checkpoint_seconds
         if isinstance(interrupt, AgreedInterrupt):
-            is_due = interrupt.agree(is_due)
+            is_due, self._is_stopped = interrupt.agree(is_due, self._is_asked_to_stop)
+        else:
+            self._is_stopped = self._is_asked_to_stop
         if interrupt.signal is not None or self._has_ended():
             return False
         if is_due:

@@ -161,6 +161,14 @@ def test_shards_that_do_not_fit_together(tmp_path, rows, change, message):
         load(folder)
 
 
+def test_links_to_nothing_are_named(tmp_path, rows):
+    np.save(tmp_path / "a.npy", rows)
+    (tmp_path / "b.npy").symlink_to(tmp_path / "c.npy.elsewhere")
+    (tmp_path / "notes.txt").symlink_to("/nowhere")
+    with pytest.raises(DataError, match="expected files, found the link b.npy to one that does not exist"):
+        load(tmp_path)
+
+
 def test_damaged_shards_are_named(tmp_path, rows):
     folder = shards(tmp_path / "folder", rows, (20, 20, 20))
     whole = (folder / "part-02.npy").read_bytes()
@@ -244,6 +252,11 @@ def test_images_of_other_kinds(tmp_path):
         assert dataset.sample_shape == expected.shape
         # The product with float32's 1/255 or 1/65535 is rounded twice.
         np.testing.assert_allclose(dataset.samples[1].numpy(), expected.reshape(-1), rtol=3e-7)
+    folder = tmp_path / "portable"
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"{number}.pgm").write_bytes(b"P5 4 3 65535\n" + (grey.astype(">u2") * 257).tobytes())
+    np.testing.assert_allclose(load(folder).samples[1].numpy(), grey.reshape(-1) / 255, rtol=3e-7)
     # Few bits a pixel, and a palette.
     for mode, shape in (("1", (3, 4)), ("P", (3, 3, 4)), ("LA", (3, 4)), ("CMYK", (3, 3, 4))):
         folder = tmp_path / mode

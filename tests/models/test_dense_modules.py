@@ -100,6 +100,10 @@ def add_pre_hooks(mlp):
     mlp.layers[1].register_forward_pre_hook(lambda layer, inputs: (inputs[0] + 1,))
 
 
+def replace_forward(mlp):
+    mlp.layers[1].forward = lambda x: torch.ones(len(x), 5)
+
+
 def other_activation(mlp):
     mlp.add_module("2", LinearAct(6, 5, activation="tanh"))
 
@@ -112,11 +116,22 @@ def other_activation(mlp):
         lambda mlp: prune.l1_unstructured(mlp.layers[0], "weight", amount=0.5),
         add_hooks,
         add_pre_hooks,
+        replace_forward,
         lambda mlp: mlp.add_module("2", Adapted(mlp.layers[1])),
         lambda mlp: mlp.add_module("1", Adapted(nn.Identity())),
         other_activation,
     ],
-    ids=["spectral", "parametrized", "pruned", "hook", "pre-hook", "replaced", "added", "activation"],
+    ids=[
+        "spectral",
+        "parametrized",
+        "pruned",
+        "hook",
+        "pre-hook",
+        "forward",
+        "replaced",
+        "added",
+        "activation",
+    ],
 )
 def test_mlp_respects_what_sits_on_its_children(change):
     torch.manual_seed(3)

@@ -136,6 +136,38 @@ def test_directions_stay_of_length_one(sparsity, tied):
     assert torch.equal(directions(model), kept)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_several_forwards_before_a_backward(sparsity, tied):
+    """And the model in eval mode between them: directions that have length 1 are not touched."""
+    torch.manual_seed(0)
+    model = SparseAutoencoder(
+        input_size=8, latent=24, sparsity=sparsity, tied=tied, **SPARSE[sparsity]
+    ).train()
+    x, y = torch.rand(16, 8), torch.rand(16, 8)
+    loss = model(x).loss + model(y).loss
+    model.eval()
+    model(x)
+    model.train()
+    loss.backward()
+    found = [one.grad.clone() for one in model.parameters()]
+    model.zero_grad()
+    model(x).loss.backward()
+    model(y).loss.backward()
+    for one, gradient in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(one.grad, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_batchtopk_trains_in_another_dtype_and_takes_an_empty_batch(dtype):
+    model = SparseAutoencoder(input_size=8, latent=24, sparsity="batchtopk", k=3).to(dtype).train()
+    model(torch.rand(16, 8, dtype=dtype)).loss.backward()
+    kept = model.kept_above.clone()
+    assert kept > 0 and kept.dtype == dtype
+    model(torch.rand(0, 8, dtype=dtype))
+    assert model.kept_above == kept
+
+
 def test_without_unit_norm_directions_are_free():
     model, x = make(unit_norm=False), data()
     with torch.no_grad():

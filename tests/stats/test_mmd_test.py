@@ -2,6 +2,7 @@ import dataclasses
 import importlib
 import itertools
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -113,6 +114,42 @@ def test_power(kernel):
     assert mmd_test(x, y, kernel=kernel, permutations=199, seed=0).p_value == 1 / 200
     x, y = samples(150, 150, 2, shift=0.0)
     assert mmd_test(x, 2 * y, kernel=kernel, permutations=199, seed=0).p_value <= 0.01
+
+
+def exact_p_value(z, counts, permutations, seed):
+    """Of data of two values: the MMD² of a permutation depends on how many points of the rarer one x gets."""
+    n, m = counts
+    member = module._draw(n + m, n, permutations, torch.Generator().manual_seed(seed))
+    total = int(z.sum())
+
+    def statistic(count):
+        other = total - count
+        within = Fraction(-2 * count * (n - count), n * (n - 1)) + Fraction(
+            -2 * other * (m - other), m * (m - 1)
+        )
+        return within + 2 * Fraction(count * (m - other) + (n - count) * other, n * m)
+
+    statistics = [statistic(count) for count in (member & (z[:, 0] > 0)).sum(1).tolist()]
+    return (1 + sum(one >= statistics[0] for one in statistics[1:])) / (1 + permutations)
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "dtypes"),
+    [
+        ((1200, 100), 0.002, (torch.float32, torch.float64)),
+        ((40, 1500), 0.002, (torch.float32, torch.float64)),
+        ((400, 24), 0.01, (torch.float32, torch.float64)),
+        ((700, 700), 0.01, (torch.float64,)),
+    ],
+)
+def test_p_values_of_data_with_ties(counts, share, dtypes):
+    """Most permutations have the same MMD² then: none of them may count as less for its rounding errors."""
+    for dtype, kernel, seed in itertools.product(dtypes, KERNELS, range(4)):
+        generator = torch.Generator().manual_seed(seed)
+        z = (torch.rand(sum(counts), 1, generator=generator) < share).to(dtype)
+        z[5] = 1
+        found = mmd_test(*z.split(counts), kernel=kernel, permutations=49, seed=seed)
+        assert found.p_value == exact_p_value(z, counts, 49, seed)
 
 
 def test_equal_partitions_count_as_equal():

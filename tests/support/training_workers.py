@@ -14,6 +14,24 @@ from aefast.train import Callback, TrainConfig, Trainer, TrainingError
 MODELS = {"autoencoder": (Autoencoder, {}), "infovae": (InfoVAE, {"mmd_weight": 5.0})}
 
 
+class _Stop(Callback):
+    """This process asks for the end once a line of a step is logged."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_log(self, trainer, record):
+        if record["step"] == self.step:
+            trainer.stop()
+
+
+class _Groups(Callback):
+    """How many processes an MMD was of while the model was trained."""
+
+    def on_log(self, trainer, record):
+        self.found = [dist.get_world_size(m.group) for m in trainer.model.modules() if isinstance(m, MMDLoss)]
+
+
 class _Signal(Callback):
     """This process gets a signal once a line of a step is logged."""
 
@@ -25,7 +43,13 @@ class _Signal(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def trainer(directory, model="autoencoder", callbacks=(), **options):
+def loader(rank, generator):
+    """Batches of 8 of 48 samples of a process of its own, in the order that a generator draws."""
+    samples = torch.arange(48.0)[:, None].repeat(1, 16) / 48 + rank
+    return torch.utils.data.DataLoader(samples, batch_size=8, shuffle=True, generator=generator)
+
+
+def trainer(directory, model="autoencoder", callbacks=(), data=None, plots=False, **options):
     """On 6 batches an epoch, all whole, and 32 held-out samples."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(5)
@@ -36,28 +60,45 @@ def trainer(directory, model="autoencoder", callbacks=(), **options):
     torch.manual_seed(0)
     make, of_model = MODELS[model]
     made = make(input_size=16, hidden=(8,), latent=4, **of_model)
-    data = Dataset("low-rank", samples, (4, 4), held_out=32)
+    if data is None:
+        data = Dataset("low-rank", samples, (4, 4), held_out=32)
     made = Trainer(made, data, config, directory, callbacks=callbacks, console=Console(quiet=True))
-    made._plot = lambda: None
+    if not plots:
+        made._plot = lambda: None
     return made
 
 
 def train(rank, ranks, meeting, directory, resume, signals, options):
-    """A process of a run, which gets `signals[rank]`, (signal, step), if there is one; keeps what it ends with."""
+    """A process of a run, which gets `signals[rank]`, (signal, step), if there is one; keeps what it ends with.
+
+    With `stops` for an option, (rank, step), that process asks for the end; with `own_batches` each has a loader of its
+    own samples.
+    """
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
-    callbacks = [_Signal(*signals[rank])] if rank in signals else []
+    groups = _Groups()
+    callbacks = [groups, *([_Signal(*signals[rank])] if rank in signals else [])]
+    stopping, step = options.pop("stops", (None, None))
+    if rank == stopping:
+        callbacks.append(_Stop(step))
+    seen = []
+    if options.pop("own_batches", False):
+        options["data"] = loader(rank, torch.Generator().manual_seed(rank))
     made = trainer(directory, callbacks=callbacks, **options)
+    gradients = made.step._gradients
+
+    def noted(batch):
+        seen.append(batch[0][:, 0].clone())
+        return gradients(batch)
+
+    made.step._gradients = noted
     try:
         result = made.fit(resume=resume, compare=False)
         ending = {"step": result.step, "interrupted": result.interrupted}
     except TrainingError as error:
         ending = {"error": str(error)}
     weights = torch.cat([parameter.detach().flatten() for parameter in made.model.parameters()])
-    groups = [
-        dist.get_world_size(m.group) for m in made.model.modules() if isinstance(m, MMDLoss) and m.group
-    ]
-    torch.save(
-        {**ending, "weights": weights, "groups": groups}, directory.with_name(f"{directory.name}-{rank}.pt")
-    )
+    left = [m.group for m in made.model.modules() if isinstance(m, MMDLoss) and m.group is not None]
+    ending |= {"weights": weights, "groups": groups.found, "groups_left": left, "seen": seen}
+    torch.save(ending, directory.with_name(f"{directory.name}-{rank}.pt"))
     # Tearing a broken group down may wait for the process that is lost.
     os._exit(0)

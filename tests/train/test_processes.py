@@ -70,6 +70,36 @@ def test_codes_of_all_processes_are_compared_with_the_prior(run, tmp_path):
     assert first["groups"] == second["groups"] == [2]
     assert first["step"] == second["step"] == 18
     assert torch.equal(first["weights"], second["weights"])
+    # Afterwards each process may ask for what it likes.
+    assert first["groups_left"] == second["groups_left"] == []
+
+
+def test_the_first_process_draws_alone(run, tmp_path):
+    """Reconstructions of a model whose loss is of all processes' codes, when the others are done."""
+    first, second = run(tmp_path / "two", model="infovae", plots=True, epochs=1)
+    assert first["step"] == second["step"] == 6
+    assert (tmp_path / "two" / "plots" / "reconstructions.png").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_stops_all(run, tmp_path, rank):
+    first, second = run(tmp_path / "two", stops=(rank, 8))
+    # Heeded with the line after the one that was logged when it asked.
+    assert first["step"] == second["step"] == 10
+    assert torch.equal(first["weights"], second["weights"])
+    assert "val_loss" in metrics(tmp_path / "two")[-1]
+
+
+def test_batches_of_each_process_go_on(run, tmp_path):
+    whole = run(tmp_path / "whole", own_batches=True, epochs=2)
+    before = run(tmp_path / "parts", own_batches=True, epochs=2, signals={0: (signal.SIGTERM, 2)})
+    after = run(tmp_path / "parts", own_batches=True, epochs=2, resume=True)
+    for rank in range(2):
+        found = before[rank]["seen"] + after[rank]["seen"]
+        assert len(before[rank]["seen"]) < 6
+        assert torch.equal(torch.stack(found), torch.stack(whole[rank]["seen"]))
+        # Each epoch has each of the process's samples once.
+        assert len(set(torch.cat(found[:6]).tolist())) == 48
 
 
 def test_a_signal_to_one_process_interrupts_both(run, tmp_path):

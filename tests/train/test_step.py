@@ -284,6 +284,11 @@ def test_a_loss_without_terms_is_its_one_term():
             lambda model, x: (model(x).sum(), {"mse": 0.5}),
             "loss: expected scalar tensors as terms, got float as 'mse'",
         ),
+        (
+            lambda model, x: (model(x).sum(), {"mse": x}),
+            r"loss: expected scalar tensors as terms, got shape \(12, 16\) as 'mse'",
+        ),
+        (lambda model, x: (model(x).sum(), x), "loss: expected a scalar tensor, .* got one and Tensor"),
     ],
 )
 def test_bad_losses_are_named(loss, message):

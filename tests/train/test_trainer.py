@@ -1,5 +1,6 @@
 """Training runs: what they write, how they stop, and that they go on as if they had not."""
 
+import dataclasses
 import io
 import json
 import math
@@ -326,6 +327,135 @@ def test_interrupted_validation_is_done_by_the_resumed_run(make_trainer, tmp_pat
     assert len(lines) == 1 and "held out" in lines[0] and "samples/s" not in lines[0]
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("stop", [10, "validation"])
+def test_a_run_of_steps_that_was_interrupted_at_its_end_is_validated(
+    make_trainer, tmp_path, monkeypatch, stop
+):
+    options = {"steps": 10, "keep_best": True}
+    make_trainer(tmp_path / "whole", **options).fit(compare=False)
+    with monkeypatch.context() as patch:
+        trainer = make_trainer(tmp_path / "parts", **options)
+        if stop == "validation":
+            evaluate = trainer.model.eval
+
+            def interrupted_eval():
+                if trainer.steps_taken == 10:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return evaluate()
+
+            patch.setattr(trainer.model, "eval", interrupted_eval)
+        else:
+            interrupt_after(patch, stop)
+        assert trainer.fit(compare=False).interrupted is signal.SIGINT
+    result = make_trainer(tmp_path / "parts", **options).fit(resume=True, compare=False)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert result.held_out["loss"] == metrics(tmp_path / "whole")[-1]["val_loss"]
+    assert torch.equal(weights(tmp_path / "parts" / "best"), weights(tmp_path / "whole" / "best"))
+    # And once is enough.
+    make_trainer(tmp_path / "parts", **options).fit(resume=True, compare=False)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_run_that_gets_more_steps_logs_no_empty_line(make_trainer, tmp_path):
+    """Its first part ended within an epoch, with a line that was due."""
+    make_trainer(tmp_path, steps=6).fit(compare=False)
+    make_trainer(tmp_path, steps=9).fit(resume=True, compare=False)
+    assert [record["step"] for record in metrics(tmp_path)] == [3, 6, 7, 9]
+    assert all(record["loss"] > 0 for record in metrics(tmp_path))
+
+
+def test_a_loss_of_three_terms_goes_on_bit_for_bit(make_trainer, tmp_path, monkeypatch):
+    """Added in one order, and told in it."""
+    which = {"model": InfoVAE, "model_options": {"kl_weight": 0.3, "mmd_weight": 3.0}, "log_every": 7}
+    make_trainer(tmp_path / "whole", **which).fit(compare=False)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 12)
+        make_trainer(tmp_path / "parts", **which).fit(compare=False)
+    make_trainer(tmp_path / "parts", **which).fit(resume=True, compare=False)
+    assert [list(one.items()) for one in losses(tmp_path / "parts")] == [
+        list(one.items()) for one in losses(tmp_path / "whole")
+    ]
+
+
+def test_another_split_is_another_run(make_trainer, tmp_path, dataset):
+    make_trainer(tmp_path, epochs=1).fit(compare=False)
+    trainer = make_trainer(tmp_path, data=dataclasses.replace(dataset, held_out=5))
+    message = (
+        "division='225 samples to train on, 5 held out': expected '207 samples to train on, 23 held out'"
+    )
+    with pytest.raises(InputError, match=message):
+        trainer.fit(resume=True, compare=False)
+
+
+def test_a_trainer_that_has_trained_starts_no_other_run(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, epochs=1)
+    trainer.fit(compare=False)
+    kept = losses(tmp_path)
+    with pytest.raises(InputError, match="overwrite=True, resume=False: this Trainer has taken 7 steps"):
+        trainer.fit(overwrite=True, compare=False)
+    assert losses(tmp_path) == kept and list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_stopped_trainer_goes_on(make_trainer, tmp_path):
+    class Stop(Callback):
+        def on_log(self, trainer, record):
+            if record["step"] == 3:
+                trainer.stop()
+
+    trainer = make_trainer(tmp_path)
+    trainer.callbacks = [Stop()]
+    assert trainer.fit(compare=False).step < 7
+    assert trainer.fit(resume=True, compare=False).step == 21
+
+
+def test_errors_of_others_are_not_of_the_folder(make_trainer, tmp_path):
+    class Fail(Callback):
+        def on_log(self, trainer, record):
+            raise ConnectionError("no route")
+
+    trainer = make_trainer(tmp_path)
+    trainer.callbacks = [Fail()]
+    with pytest.raises(ConnectionError, match="no route"):
+        trainer.fit(compare=False)
+
+
+@pytest.mark.parametrize("held_out", [0, 230, -1])
+def test_a_split_leaves_something_to_both_sides(make_trainer, tmp_path, dataset, held_out):
+    with pytest.raises(InputError, match=f"held_out={held_out}: expected from 1 to below .* 230"):
+        make_trainer(tmp_path, data=dataclasses.replace(dataset, held_out=held_out))
+    single = Dataset("one", torch.ones(1, 16), (16,))
+    with pytest.raises(InputError, match="data='one': expected at least 2 samples to split, got 1"):
+        make_trainer(tmp_path, data=single)
+
+
+def test_a_torn_line_of_metrics_is_cut(make_trainer, tmp_path, monkeypatch):
+    """As a machine that lost its power leaves it, whose checkpoint is whole."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 9)
+        make_trainer(tmp_path).fit(compare=False)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    make_trainer(tmp_path).fit(resume=True, compare=False)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    # The line that was torn is lost, and no other.
+    assert [record["step"] for record in records] == [3, 6, 9, 12, 14, 15, 18, 21]
+
+
+def test_handlers_that_python_did_not_set_are_left(monkeypatch):
+    """It tells None of them, and cannot put them back."""
+    put = []
+
+    def set_handler(number, handler):
+        if handler is None:
+            raise TypeError("signal handler must be signal.SIG_IGN, signal.SIG_DFL, or a callable object")
+        put.append(number)
+
+    monkeypatch.setattr(signal, "signal", set_handler)
+    with Interrupt():
+        pass
+    assert put == [signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("stop", [4, 14])
