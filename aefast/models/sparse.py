@@ -258,7 +258,7 @@ class SparseAutoencoder(Model):
         info = torch.finfo(weight.dtype)
         # What is of length 1 up to rounding stays as it is, so that it does not matter how often this is done.
         is_one = (norms - 1.0).abs() <= 4 * info.eps
-        # Behind autograd, which would take a step for spoilt where nothing changes between its forward and its backward.
+        # Behind autograd, for which even a division by 1 would spoil a forward whose backward is to come.
         weight.data.div_(torch.where(is_one, 1.0, norms.clamp_min(info.tiny)))
 
     def train(self, mode: bool = True) -> SparseAutoencoder:

@@ -180,13 +180,14 @@ def as_laid_out(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _has_no_gaps(tensor: Tensor) -> bool:
+    left = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
     expected = 1
-    for stride, size in sorted(
-        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1
-    ):
-        if stride != expected:
+    # One after the other and not sorted, which a compiler does not do with sizes that it does not know.
+    while left:
+        found = next((index for index, (stride, _) in enumerate(left) if stride == expected), None)
+        if found is None:
             return False
-        expected *= size
+        expected *= left.pop(found)[1]
     return True
 
 

@@ -294,7 +294,9 @@ def linear_reconstruction_loss(
     activation = specification(output_activation, float(negative_slope), float(alpha))
     normalizer = _loss.normalizer_of(loss, reduction, target.shape, loss_weight)
     backend = _registry.choose("linear_reconstruction_loss", h, weight, bias, target)
-    if backend == "eager" or _is_differentiated(target) or not loss.is_kept(h.dtype):
+    # Under autocast a target may be of any dtype.
+    is_known = target.dtype in (h.dtype, _arguments.accumulator(h.dtype))
+    if backend == "eager" or _is_differentiated(target) or not loss.is_kept(h.dtype) or not is_known:
         output = linear_act.linear_act(
             h, weight, bias, output_activation, negative_slope=negative_slope, alpha=alpha
         )
@@ -317,8 +319,18 @@ def linear_reconstruction_loss(
     try:
         value = _launch(*operands, activation, plain, normalizer, backend)
     except RuntimeError:
-        # The kernel has come upon numbers that are no probabilities; it does not say which.
+        # Where the kernel has come upon numbers that are no probabilities, it does not say which.
         if loss.is_penalty or not h.is_cpu or _registry.is_watched():
+            raise
+        probabilities = [target]
+        if loss.kind == "bce":
+            with torch.no_grad():
+                probabilities.append(
+                    linear_act.linear_act(
+                        h, weight, bias, output_activation, negative_slope=negative_slope, alpha=alpha
+                    )
+                )
+        if not any(_is_outside(one).any() for one in probabilities):
             raise
         raise _range_error(plain, target, output_activation) from None
     biases = {} if bias is None else {"bias": bias}

@@ -36,6 +36,8 @@ def squared_to(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
 
 # Differences that _search holds at once: they are to stay in a cache.
 _DIFFERENCES = 1 << 18
+# A multiple of the columns that torch sums at a time on any processor.
+_VECTOR = 64
 
 
 def _search(x: Tensor, y: Tensor) -> Tensor:
@@ -58,7 +60,12 @@ def _search_block(x: Tensor, y: Tensor, wide: int) -> Tensor:
     """Of x (*, D, N) and y (*, D, M), so many columns of y at a time."""
     best, index = None, None
     for first in range(0, y.shape[-1], wide):
-        apart = x[..., :, None] - y[..., None, first : first + wide]
+        columns = y[..., first : first + wide]
+        if columns.is_cpu:
+            # Whole vectors of columns: torch sums the rest in another order, and equal columns would differ.
+            rest = -columns.shape[-1] % _VECTOR
+            columns = torch.cat((columns, columns[..., -1:].expand(*columns.shape[:-1], rest)), -1)
+        apart = x[..., :, None] - columns[..., None, :]
         least, at = apart.mul_(apart).sum(-3).min(-1)
         if best is None:
             best, index = least, at

@@ -138,6 +138,28 @@ def test_under_a_grad_scaler(poisoned_memory, kind, dtype):
         assert error <= bound
 
 
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["mse", "bce", "bce_with_logits"])
+def test_under_autocast_targets_are_of_any_dtype(kind, half, wide):
+    h, weight = torch.randn(4, 3, dtype=wide), torch.randn(5, 3, dtype=wide)
+    options = {"kind": kind, "output_activation": "sigmoid" if kind == "bce" else "identity"}
+    for dtype in numerics.DTYPES:
+        target = torch.rand(4, 5).to(dtype)
+        with torch.autocast("cpu", dtype=half):
+            found = AF.linear_reconstruction_loss(h, weight, None, target, **options)
+            with aefast.backend("eager"):
+                expected = AF.linear_reconstruction_loss(h, weight, None, target, **options)
+        torch.testing.assert_close(found.double(), expected.double(), rtol=2e-2, atol=1e-3)
+        if kind != "mse":
+            target[1, 1] = 1.5
+            with (
+                torch.autocast("cpu", dtype=half),
+                pytest.raises(InputError, match="target must be from 0 to 1"),
+            ):
+                AF.linear_reconstruction_loss(h, weight, None, target, **options)
+
+
 def test_autocast():
     operands = layer(20, 9, 33)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -246,6 +246,16 @@ def test_points_that_coincide_count_whole_among_others(instruction_set, bandwidt
     assert found(x, y, **settings)[0].item() == pytest.approx(value, rel=1e-5)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_an_infinite_point_is_named(kernel):
+    x, y = draw(8, 3, dtype=torch.float32), draw(9, 3, seed=2, dtype=torch.float32)
+    for changed in (x, y):
+        others = [one.clone() for one in (x, y)]
+        others[changed is y][3, 0] = math.inf
+        with pytest.raises(InputError, match=f"mmd: {'xy'[changed is y]} must be finite, got 1 elements"):
+            AF.mmd(*others, kernel=kernel, bandwidth=1.0)
+
+
 def test_default_bandwidths_follow_the_data():
     x, y = draw(50, 3), draw(40, 3, seed=2) + 1
     points = torch.cat((x, y))

@@ -184,6 +184,17 @@ def test_no_gradient_where_the_distance_is_zero(on_cpu):
             assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("columns", [1, 7, 50, 64, 131])
+def test_of_equal_rows_the_reference_takes_the_first(columns):
+    """Whatever the order in which PyTorch sums the last columns of a matrix."""
+    generator = torch.Generator().manual_seed(250)
+    for size in (2, 5, 17):
+        x = torch.randn(40, size, generator=generator)
+        y = torch.randn(1, size, generator=generator).repeat(columns, 1)
+        with aefast.backend("eager"):
+            assert (AF.nearest(x, y)[1] == 0).all()
+
+
 def test_first_and_second_derivatives(on_cpu):
     for batch in ((), (2,), (2, 1)):
         tensors = clouds(batch=batch)

@@ -379,6 +379,21 @@ def test_compiled_code_checks_no_contents():
     torch.testing.assert_close(compiled(input, target), F.binary_cross_entropy_with_logits(input, target))
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
+def test_compiles_for_other_sizes_in_other_layouts(layout):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, t: AF.reconstruction_loss(x, t, "l1", reduction="sum"), fullgraph=True, backend="aot_eager"
+    )
+    for size in (8, 5, 7):
+        pairs = torch.rand(2, size, 3, 6, 4)
+        if layout == "channels_last":
+            x, t = (one.contiguous(memory_format=torch.channels_last) for one in pairs)
+        else:
+            x, t = (one.transpose(2, 3) for one in pairs)
+        torch.testing.assert_close(compiled(x, t), F.l1_loss(x, t, reduction="sum"))
+
+
 @pytest.mark.parametrize("kind", ["mse", "lp", "bce"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_with_any_gradient(kind, dtype):
