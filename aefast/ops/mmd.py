@@ -250,7 +250,7 @@ def mmd(
     _pairwise.check_counts("mmd", estimator, x=x.shape[0], y=y.shape[0])
     unit = unit_of(spec, bandwidth, x, y)
     value = weighted_sum(x, y, unit, spec, weights_of(estimator, spec, x.shape[0], y.shape[0]))
-    _check_finite(spec, value, x, y)
+    _pairwise.check_points_are_finite("mmd", value, x=x, y=y)
     return value
 
 
@@ -288,13 +288,6 @@ class _RowsOfMMD(torch.autograd.Function):
         ), None
 
 
-def _check_finite(kernel: _pairwise.Kernel, value: Tensor, x: Tensor, y: Tensor) -> None:
-    if kernel.name == "laplacian" and value.is_cpu and not _registry.is_watched():
-        # It is 0 of infinite distances, and NaN of infinity times 0.
-        value = value.detach() + sum(0.0 * one.detach().sum() for one in (x, y))
-    _pairwise.check_finite("mmd", value, x=x, y=y)
-
-
 def _of_group(
     x: Tensor,
     y: Tensor,
@@ -327,7 +320,7 @@ def _of_group(
     total = part.detach().clone()
     distributed.all_reduce(total, group=group)
     total += weights[-1]
-    _check_finite(kernel, total, all_x, all_y)
+    _pairwise.check_points_are_finite("mmd", total, x=all_x, y=all_y)
     return total + ranks * (part - part.detach()) if part.requires_grad else total
 
 

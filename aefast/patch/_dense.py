@@ -52,7 +52,8 @@ _PARAMETERS = {
 }
 # Other callables may have no hash.
 _FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
-# Their results are kept for the backward, where torch keeps their operand: nothing may change them in place.
+# Their results are kept for the backward, where torch keeps their operand and lets results be changed in place. Who gets
+# them cannot be known: they are fused within a stack alone.
 KEEP_RESULT = frozenset(("leaky_relu", "elu", "selu", "softplus"))
 
 
@@ -79,6 +80,12 @@ def of_module(module: Any) -> Activation | None:
     if name is None or not is_plain(module):
         return None
     return _activation(name, {key: getattr(module, key) for key in _PARAMETERS.get(name, ())})
+
+
+def keeps_result(module: Any) -> bool:
+    """Whether `module` is an activation of `KEEP_RESULT`."""
+    found = of_module(module)
+    return found is not None and found[0] in KEEP_RESULT
 
 
 def of_function(
@@ -144,9 +151,9 @@ def run_at(
         layers.append((modules[index], activation))
         index += 1 if follower is None else 2
         ends.append(index)
-    if layers and index < count and getattr(modules[index], "inplace", False):
-        layers.pop()
-        ends.pop()
+    if layers and layers[-1][1][0] in KEEP_RESULT:
+        layers[-1] = (layers[-1][0], ("identity", {}))
+        ends[-1] -= 1
     if all(name == "identity" for _, (name, _) in layers):
         return [], 0
     return layers, ends[-1]
@@ -230,7 +237,7 @@ def apply(activation: Any, linear: Any, x: Any) -> Any:
     if is_linear(linear):
         is_module = isinstance(activation, nn.Module)
         found = of_module(activation) if is_module else of_function(activation)
-        if found is not None:
+        if found is not None and found[0] not in KEEP_RESULT:
             return _of_layers([(linear, found)], x)
     return activation(linear(x))
 

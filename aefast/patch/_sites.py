@@ -183,11 +183,6 @@ class _Visitor(ast.NodeTransformer):
         self.locals = {local for one in _codes(code) for local in (*one.co_varnames, *one.co_cellvars)}
         nodes = list(ast.walk(definition))
         self.uses = Counter(node.id for node in nodes if isinstance(node, ast.Name))
-        self.is_in_place = any(
-            isinstance(node, ast.AugAssign)
-            or (isinstance(node, ast.Attribute) and node.attr.endswith("_") and not node.attr.endswith("__"))
-            for node in nodes
-        )
         self.self_name = code.co_varnames[0] if code.co_argcount else None
         bound = [
             node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
@@ -263,8 +258,6 @@ class _Visitor(ast.NodeTransformer):
             activation = _dense.of_module(function)
             if len(node.args) > 1 or node.keywords or (function is not _LOCAL and activation is None):
                 return None
-            if function is _LOCAL and self.is_in_place:
-                return None
             site = _dense.apply
         else:
             try:
@@ -276,7 +269,7 @@ class _Visitor(ast.NodeTransformer):
             if activation is None:
                 return None
             site = _dense.applied(function, values, by_name)
-        if activation is not None and activation[0] in _dense.KEEP_RESULT and self.is_in_place:
+        if activation is not None and activation[0] in _dense.KEEP_RESULT:
             return None
         if self._may_be_skipped(linear) or self._may_be_skipped(function):
             if not is_trial:
