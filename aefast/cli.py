@@ -256,7 +256,8 @@ def train(
         typer.Option(
             "--resume",
             help="Go on from the newest checkpoint in --out, bit for bit; the other options must be those of "
-            "the run, only --epochs may grow. Without a checkpoint there, start afresh.",
+            "the run, but for --epochs, --steps and --patience, which may grow, and for what is logged and kept. "
+            "Without a checkpoint there, start afresh.",
             rich_help_panel=_RUN,
         ),
     ] = False,

@@ -52,8 +52,8 @@ _PARAMETERS = {
 }
 # Other callables may have no hash.
 _FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
-# Their results are kept for the backward, where torch keeps their operand and lets results be changed in place. Who gets
-# them cannot be known: they are fused within a stack alone.
+# Their results are kept for the backward, where torch keeps their operand and lets results be changed in place. Who
+# gets them cannot be known: they are fused within a stack alone.
 KEEP_RESULT = frozenset(("leaky_relu", "elu", "selu", "softplus"))
 
 

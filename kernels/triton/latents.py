@@ -75,8 +75,9 @@ def dots_kernel(
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    entries = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
+    parts = tl.cdiv(K, ENTRIES)
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    entries = tl.program_id(0) % parts * ENTRIES + tl.arange(0, ENTRIES)
     index = tl.load(indices + row * K + entries, mask=entries < K, other=-1)
     is_latent = (index >= 0) & (index < F)
     wide: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
@@ -187,7 +188,7 @@ def dots(grad, indices, weight):
         return out
     grad, weight = with_unit_columns(grad), with_unit_columns(weight)
     columns = power_of_two(D, 16, 256)
-    dots_kernel[(N, triton.cdiv(K, DOTS))](
+    dots_kernel[(N * triton.cdiv(K, DOTS),)](
         grad,
         indices.contiguous(),
         weight,

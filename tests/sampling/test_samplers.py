@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import safetensors.torch
+import sklearn.mixture  # noqa: F401 (it draws from random's generator when it is first imported)
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 
