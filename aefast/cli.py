@@ -88,7 +88,8 @@ def _read_options(context: typer.Context, file: str | None) -> str | None:
         raise InputError(
             f"config={file!r}: expected lines such as 'epochs: 20', got {type(options).__name__}"
         )
-    names = {parameter.name for parameter in context.command.params} - {"config_file", "help"}
+    parameters = {parameter.name: parameter for parameter in context.command.params}
+    names = parameters.keys() - {"config_file", "help"}
     defaults = {}
     for name, value in options.items():
         known = str(name).replace("-", "_")
@@ -96,6 +97,8 @@ def _read_options(context: typer.Context, file: str | None) -> str | None:
             from aefast.models._base import did_you_mean
 
             raise InputError(f"config={file!r}: unknown option {name!r}{did_you_mean(known, names)}")
+        if isinstance(value, bool) and not parameters[known].is_flag:
+            raise InputError(f"config={file!r}: expected a value for {name!r}, got {str(value).lower()}")
         # A list is what the command line has with commas between.
         defaults[known] = ",".join(map(str, value)) if isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **defaults}

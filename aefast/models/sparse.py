@@ -551,7 +551,7 @@ def _note_use(module: nn.Module, config: SparseConfig, code: SparseCode) -> None
     module.unused.add_(len(code.values)).masked_fill_(used[:-1], 0)
     if config.sparsity == "batchtopk":
         kept = module.kept_above
-        values = torch.where(is_used, code.values, math.inf).flatten().to(kept.dtype)
-        least = torch.cat((values, values.new_full((1,), math.inf))).min()
+        values = torch.where(is_used, code.values, math.inf).to(kept.dtype)
+        least = values.min() if values.numel() > 0 else torch.full_like(kept, math.inf)
         new = torch.where(kept > 0, torch.lerp(kept, least, _THRESHOLD_RATE), least)
         kept.copy_(torch.where(least.isfinite(), new, kept))

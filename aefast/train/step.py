@@ -291,7 +291,8 @@ class CapturedStep:
         """Put learning rates to where the device reads them: who sets one may have put a number in their place."""
         for group, place in zip(self.optimizer.param_groups, self._places, strict=False):
             if place is not None and group["lr"] is not place:
-                place.copy_(torch.as_tensor(group["lr"]))
+                # Filled with a number it waits for nothing.
+                place.copy_(rate) if isinstance(rate := group["lr"], torch.Tensor) else place.fill_(rate)
                 group["lr"] = place
 
     def _alone(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:

@@ -254,6 +254,8 @@ def test_options_come_from_a_file_and_the_command_line_goes_before_it(data, tmp_
         ("epochs: !!python/object/apply:os.getcwd []\n", "config='.*': expected a readable YAML file"),
         ("epochs: many\n", r"'--epochs'.*integer.*\(from --config .*run.yaml\)"),
         ("keep_best: 3\n", r"'--keep-best'.*boolean.*\(from --config .*run.yaml\)"),
+        ("epochs: true\n", "config='.*': expected a value for 'epochs', got true"),
+        ("hidden: no\n", "config='.*': expected a value for 'hidden', got false"),
         ("epochs: 0\n", "epochs=0: expected a positive integer"),
         ("hidden: [8, a]\n", "hidden='8,a': expected positive integers"),
     ],
