@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import pickle
+import typing
 
 import pytest
 import torch
@@ -127,6 +128,43 @@ def test_a_result_that_is_changed_in_place_is_left():
     )
     report = check(model, torch.randn(5, 6))
     assert swapped(report) == [("0-2", "Linear + LeakyReLU + Linear → mlp")]
+
+
+class Registered(nn.Module):
+    """A family that knows its members, each name once."""
+
+    members: typing.ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, **options):
+        if cls.__name__ in Registered.members:
+            raise TypeError(f"{cls.__name__} is there twice")
+        Registered.members[cls.__name__] = cls
+
+    def __init__(self, size=6):
+        super().__init__()
+        self.size = size
+        self.fc = nn.Linear(size, size)
+
+    def __reduce__(self):
+        return type(self), (self.size,)
+
+    def forward(self, x):
+        return F.relu(self.fc(x))
+
+
+class Member(Registered):
+    pass
+
+
+def test_families_of_classes_get_no_members():
+    model = Member()
+    check(model, torch.randn(5, 6))
+    assert Registered.members == {"Member": Member}
+    patch(model)
+    # As it is copied unpatched: by its arguments alone.
+    copied = copy.deepcopy(model)
+    assert isinstance(copied, Member) and isinstance(copied, aefast.patch._classes.Patched)
+    assert copied.fc.weight.shape == (6, 6)
 
 
 class Residual(nn.Module):

@@ -23,6 +23,9 @@ class Patched:
     # Names of children that are called as they are.
     aefast_skipped: ClassVar[frozenset[str]] = frozenset()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Nothing: classes of users may keep a register of their subclasses, of which these are none."""
+
     def __reduce_ex__(self, protocol: int) -> Any:
         # Of protocol 2 and above, pickle insists on the class that the object has.
         function, arguments, *rest = super().__reduce_ex__(1)
@@ -34,10 +37,12 @@ class Patched:
         if inherited is not None:
             made = inherited(memo)
         else:
-            function, arguments, state = self.__reduce_ex__(1)[:3]
+            # A class may say that its arguments make it, without a state.
+            function, arguments, *rest = self.__reduce_ex__(1)
             made = function(*arguments)
             memo[id(self)] = made
-            made.__setstate__(copy.deepcopy(state, memo))
+            if rest and rest[0] is not None:
+                made.__setstate__(copy.deepcopy(rest[0], memo))
         made.__class__ = type(self)
         return made
 
