@@ -216,14 +216,6 @@ def check_finite(op: str, result: Tensor, **operands: Tensor) -> None:
             )
 
 
-def check_points_are_finite(op: str, value: Tensor, **points: Tensor) -> None:
-    """That all are, of which kernels have made the scalar `value`; looks as `check_finite` does."""
-    if value.is_cpu and not _registry.is_watched():
-        # Kernels of infinite distances are 0, and infinity times 0 is NaN.
-        value = value.detach() + sum(0.0 * one.detach().sum() for one in points.values())
-        check_finite(op, value, **points)
-
-
 def exponentials(rates: Sequence[float]) -> int:
     """How many exponentials Σ exp(-c u) takes, if powers of two of each other need but one between them."""
     return len({round(math.log2(rate) % 1.0, 9) % 1.0 for rate in rates})

@@ -250,7 +250,7 @@ def mmd(
     _pairwise.check_counts("mmd", estimator, x=x.shape[0], y=y.shape[0])
     unit = unit_of(spec, bandwidth, x, y)
     value = weighted_sum(x, y, unit, spec, weights_of(estimator, spec, x.shape[0], y.shape[0]))
-    _pairwise.check_points_are_finite("mmd", value, x=x, y=y)
+    _pairwise.check_finite("mmd", value, x=x, y=y)
     return value
 
 
@@ -320,7 +320,7 @@ def _of_group(
     total = part.detach().clone()
     distributed.all_reduce(total, group=group)
     total += weights[-1]
-    _pairwise.check_points_are_finite("mmd", total, x=all_x, y=all_y)
+    _pairwise.check_finite("mmd", total, x=all_x, y=all_y)
     return total + ranks * (part - part.detach()) if part.requires_grad else total
 
 

@@ -291,7 +291,7 @@ def mmd_to_normal(
     _pairwise.check_counts("mmd_to_normal", estimator, x=x.shape[0])
     (x,) = _pairwise.without_autocast(x)
     value = _discrepancy(x, spec, unit_of(spec, bandwidth, x.shape[1]), estimator, mmd.weighted_sum)
-    _pairwise.check_points_are_finite("mmd_to_normal", value, x=x)
+    _pairwise.check_finite("mmd_to_normal", value, x=x)
     return value
 
 

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <string>
 #include <thread>
@@ -112,6 +113,34 @@ double tournament(int64_t players, const Body& body) {
 
 // --- points ----------------------------------------------------------------------------------------------------
 
+// The sums of all points' coordinates.
+std::vector<double> sums_of(const Points& x, const Points& y) {
+  const int64_t of_x = blocks_of(x.count), blocks = of_x + blocks_of(y.count), dimensions = x.dimensions;
+  std::vector<double> parts(blocks * dimensions), sums(dimensions);
+  for_each(blocks, [&](int64_t block) {
+    const Points& points = block < of_x ? x : y;
+    const int64_t first = (block < of_x ? block : block - of_x) * kPoints;
+    pairwise_kernels().add_coordinates(points, first, std::min(kPoints, points.count - first),
+                                       parts.data() + block * dimensions);
+  });
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t k = 0; k < dimensions; ++k) sums[k] += parts[block * dimensions + k];
+  return sums;
+}
+
+bool are_finite(const std::vector<double>& values) {
+  return std::all_of(values.begin(), values.end(), [](double value) { return std::isfinite(value); });
+}
+
+// What is subtracted from all points. It is the mean of both samples where products are summed, which of points far from
+// 0 would lose their digits; differences of the points as they are lose none.
+std::vector<double> centre_of(const Points& x, const Points& y, Kind kind) {
+  if (pairwise::sums_differences(kind)) return std::vector<double>(x.dimensions);
+  std::vector<double> mean = sums_of(x, y);
+  for (double& one : mean) one /= static_cast<double>(std::max<int64_t>(1, x.count + y.count));
+  return mean;
+}
+
 // Dimensions from which distances are found from products.
 constexpr int64_t kLeastOfProducts = 16;
 
@@ -119,6 +148,8 @@ constexpr int64_t kLeastOfProducts = 16;
 // distances are, and a kernel by as much as that times its slope. Where this product is larger at the norm of some point,
 // differences are summed.
 constexpr double kMostOfProducts = 32.0;
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // Two samples in blocks, none of which has points of both.
 class Blocks {
@@ -128,8 +159,11 @@ class Blocks {
       : Blocks(x, y, centre,
                x.scalar != Scalar::float64 && x.dimensions >= kLeastOfProducts && !pairwise::sums_differences(kind),
                pairwise::sums_differences(kind)) {
+    const double norm = is_double_ ? largest_norm<double>() : largest_norm<float>();
+    // Norms of large numbers overflow.
+    is_finite_ = std::isfinite(norm) || are_finite(sums_of(x, y));
     // A norm that is not finite is too large.
-    if (is_double_ || sums_differences_ || largest_norm() * steepness <= kMostOfProducts) return;
+    if (is_double_ || sums_differences_ || norm * steepness <= kMostOfProducts) return;
     sums_differences_ = true;
     has_products_ = false;
     pack(x, y, origin());
@@ -139,6 +173,10 @@ class Blocks {
   Blocks(const Points& x, const Points& y, const std::vector<double>& centre, const Blocks& others)
       : Blocks(x, y, others.sums_differences_ ? others.origin() : centre, others.has_products_,
                others.sums_differences_) {}
+
+  // With distances from differences of the points as they are: each depends on its two points alone.
+  Blocks(const Points& x, const Points& y)
+      : Blocks(x, y, std::vector<double>(x.dimensions), false, true) {}
 
   int64_t count() const { return of_x_ + blocks_of(counts_[1]); }
   int64_t dimensions() const { return dimensions_; }
@@ -157,6 +195,8 @@ class Blocks {
   // How distances and gradients are found.
   bool has_products() const { return has_products_; }
   bool sums_differences() const { return sums_differences_; }
+  // Whether all points are finite. Kernels of infinite distances are 0.
+  bool is_finite() const { return is_finite_; }
 
  private:
   Blocks(const Points& x, const Points& y, const std::vector<double>& centre, bool has_products, bool sums_differences)
@@ -186,10 +226,11 @@ class Blocks {
   }
 
   // NaN if there is one.
-  float largest_norm() const {
-    float largest = 0.0f;
+  template <typename A>
+  double largest_norm() const {
+    A largest = 0;
     for (int64_t block = 0; block < count(); ++block) {
-      const float* const norms = reinterpret_cast<const float*>(this->norms(block));
+      const A* const norms = reinterpret_cast<const A*>(this->norms(block));
       for (int64_t point = 0; point < points(block); ++point)
         if (!(norms[point] <= largest)) largest = norms[point];
     }
@@ -201,27 +242,9 @@ class Blocks {
   int64_t dimensions_;
   bool is_double_;
   int64_t row_bytes_, column_bytes_;
-  bool has_products_, sums_differences_;
+  bool has_products_, sums_differences_, is_finite_ = true;
   Buffer rows_, columns_;
 };
-
-// What is subtracted from all points. It is the mean of both samples where products are summed, which of points far from
-// 0 would lose their digits; differences of the points as they are lose none.
-std::vector<double> centre_of(const Points& x, const Points& y, Kind kind) {
-  if (pairwise::sums_differences(kind)) return std::vector<double>(x.dimensions);
-  const int64_t of_x = blocks_of(x.count), blocks = of_x + blocks_of(y.count), dimensions = x.dimensions;
-  std::vector<double> sums(blocks * dimensions), mean(dimensions);
-  for_each(blocks, [&](int64_t block) {
-    const Points& points = block < of_x ? x : y;
-    const int64_t first = (block < of_x ? block : block - of_x) * kPoints;
-    pairwise_kernels().add_coordinates(points, first, std::min(kPoints, points.count - first),
-                                       sums.data() + block * dimensions);
-  });
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t k = 0; k < dimensions; ++k) mean[k] += sums[block * dimensions + k];
-  for (double& one : mean) one /= static_cast<double>(std::max<int64_t>(1, x.count + y.count));
-  return mean;
-}
 
 // Gradients of the points of a Blocks whose samples want one, in rows as the points are.
 class Gradients {
@@ -375,7 +398,7 @@ std::tuple<Tensor, Tensor, Tensor> sum_of_all(const Tensor& x, const Tensor& y, 
   const Points of_x = points_of(x), of_y = points_of(y);
   const Blocks blocks(of_x, of_y, centre_of(of_x, of_y, weighted.kind()), weighted.kind(), weighted.steepness());
   const Gradients gradients(blocks, needs);
-  const double total = constant + tournament(blocks.count(), [&](int64_t i, int64_t j) {
+  const double total = (blocks.is_finite() ? constant : kNaN) + tournament(blocks.count(), [&](int64_t i, int64_t j) {
     const int sample_i = blocks.sample(i), sample_j = blocks.sample(j);
     const bool is_same = sample_i == sample_j;
     // In a tile of a block with itself each pair is met in both orders, in a tile of two in one.
@@ -409,7 +432,7 @@ std::tuple<Tensor, Tensor, Tensor> sum_of_rows(const Tensor& x, const Tensor& y,
       parts[i] += (is_same ? 1.0 : 0.5) * weighted.weight(sample_i, sample_j) * weighted.sum(sample_i, sample_j, tile);
     }
   });
-  double total = 0.0;
+  double total = columns.is_finite() ? 0.0 : kNaN;
   for (const double part : parts) total += part;
   const auto [x_gradient, y_gradient] = gradients.tensors(x, y);
   return {new_scalar(x, total), x_gradient, y_gradient};
@@ -456,7 +479,7 @@ Tensor kernel_values(Tensor x, Tensor y, OptionalTensor unit, String kernel, std
     const Kind kind = kind_of(kernel, alpha);
     const KernelFunction<A> function(kind, rates, alpha, unit_of<A>(unit), 0.0);
     const Points of_x = points_of(x), of_y = points_of(y);
-    const Blocks blocks(of_x, of_y, centre_of(of_x, of_y, kind), kind, steepness_of(kind, rates, alpha, unit_of<A>(unit)));
+    const Blocks blocks(of_x, of_y);
     const int64_t rows = blocks_of(x.size(0)), columns = blocks_of(y.size(0));
     for_each(rows * columns, [&](int64_t task) {
       const int64_t i = task / columns, j = rows + task % columns;
