@@ -17,11 +17,15 @@ from aefast.ops._pairwise import Kernel
 
 # Points whose kernel values with as many others are held at once: 4 MB of float32 on a CPU, in reach of its caches.
 _BLOCK = {"cpu": 1024, "cuda": 4096}
-# Spacings of a mean of kernel values by which statistics may differ that count as equal. Of float32's there are few
-# enough that statistics of data without ties seldom differ by less.
-_SPACINGS = {torch.float32: 8.0, torch.float64: 256.0}
+# Spacings of a mean of kernel values by which statistics that count as equal may differ. Of float64's, in which they
+# are summed: rounding a sum of 1024 equal values may cost half a spacing for each. Of their own dtype's, where those of
+# equal points are not the same: so few that statistics of data without ties seldom differ by less.
+_SPACINGS_OF_SUMS, _SPACINGS_OF_VALUES = 1024.0, 8.0
 # Points up to which everything is computed in float64: of so few, permutations may well be the same.
 _FEW = 1024
+# Backends with kernels for the values of a block. The value of a pair depends on its two points alone, not on where
+# they are, as it may in a product.
+_WITH_KERNELS = ("cpu", "cuda")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +55,7 @@ def kernel_block(x_rows: Tensor, x_columns: Tensor, kernel: Kernel, unit: Tensor
     """The kernel values of all pairs of rows of (R, D) and (C, D), (R, C), the caller's own. Points are centred; `unit`
     is what squared distances are divided by, a scalar, or None for 1."""
     backend = mmd.backend_of(x_rows, x_columns)
-    if backend in ("cpu", "cuda"):
+    if backend in _WITH_KERNELS:
         launch = _registry.kernels(backend, "mmd").kernel_values
         return launch(x_rows, x_columns, unit, kernel.name, kernel.rates, kernel.alpha)
     if not kernel.is_smooth:
@@ -129,23 +133,23 @@ def _block_sums(
     aᵀ K a, 1ᵀ r - 2 aᵀ r + aᵀ K a and aᵀ r - aᵀ K a; K is symmetric, and half of its blocks are enough. x should be the
     smaller sample: the sum of a small y would be what is left of much larger ones.
     """
-    count, dtype, device = len(points), points.dtype, points.device
+    count, device = len(points), points.device
     block = _BLOCK["cpu" if device.type == "cpu" else "cuda"]
     within = torch.zeros(len(member), dtype=torch.float64, device=device)
     sums = torch.zeros(count, dtype=torch.float64, device=device)
     for first in range(0, count, block):
         rows = slice(first, first + block)
-        of_rows = member[:, rows].to(dtype)
+        of_rows = member[:, rows].double()
         for start in range(first, count, block):
             columns = slice(start, start + block)
-            values = kernel_block(points[rows], points[columns], kernel, unit)
+            values = kernel_block(points[rows], points[columns], kernel, unit).double()
             if start == first:
                 values.diagonal().zero_()
-            sums[rows] += values.sum(1, dtype=torch.float64)
+            sums[rows] += values.sum(1)
             if start > first:
-                sums[columns] += values.sum(0, dtype=torch.float64)
+                sums[columns] += values.sum(0)
             products = torch.mm(of_rows, values).mul_(member[:, columns])
-            within += (1.0 if start == first else 2.0) * products.sum(1, dtype=torch.float64)
+            within += (1.0 if start == first else 2.0) * products.sum(1)
     of_x = torch.zeros_like(within)
     for first in range(0, count, block):
         of_x += member[:, first : first + block].double() @ sums[first : first + block]
@@ -192,7 +196,9 @@ def mmd_test(
     the labels x and y are exchangeable: with B permutations of them, b of which have an MMD² at least as large as that
     of the samples, the p-value is (1 + b) / (1 + B). To reject at p ≤ level is then wrong with a probability of at most
     `level`, however few the permutations (Phipson and Smyth, Permutation P-values Should Never Be Zero, 2010). What
-    differs from the samples' MMD² by no more than rounding errors counts as at least as large.
+    differs from the samples' MMD² by no more than rounding errors counts as at least as large: data with ties, of which
+    many permutations have the same MMD², have the p-values of exact arithmetic. Where no compiled kernel serves float32
+    points, what counts so may differ by more, and p-values of large samples are rather too large.
 
     All permutations are evaluated in one pass over the pairs of points, and the matrix of kernel values is never
     stored: memory grows with (N + M) · permutations. Samples of up to 1024 points together are computed in float64,
@@ -252,7 +258,10 @@ def mmd_test(
     # The same partition of the points in another column of a product may be rounded otherwise. Four means of kernel
     # values make a statistic. Errors of equal values do not average out: each of the means may be off by some spacings.
     size = 4.0 * abs((of_x + of_y + 2.0 * across)[0].item()) / (count * (count - 1))
-    slack = _SPACINGS[dtype] * torch.finfo(dtype).eps * size
+    spacings = _SPACINGS_OF_SUMS * torch.finfo(torch.float64).eps
+    if mmd.backend_of(points, points) not in _WITH_KERNELS:
+        spacings = max(spacings, _SPACINGS_OF_VALUES * torch.finfo(dtype).eps)
+    slack = spacings * size
     as_large = int((statistics[1:] >= statistics[0] - slack).sum())
     return MMDTest(
         statistic=statistics[0].item(),

@@ -139,7 +139,8 @@ def exact_p_value(z, counts, permutations, seed):
         ((1200, 100), 0.002, (torch.float32, torch.float64)),
         ((40, 1500), 0.002, (torch.float32, torch.float64)),
         ((400, 24), 0.01, (torch.float32, torch.float64)),
-        ((700, 700), 0.01, (torch.float64,)),
+        ((700, 700), 0.01, (torch.float32, torch.float64)),
+        ((3000, 3000), 0.01, (torch.float32,)),
     ],
 )
 def test_p_values_of_data_with_ties(counts, share, dtypes):
@@ -150,6 +151,14 @@ def test_p_values_of_data_with_ties(counts, share, dtypes):
         z[5] = 1
         found = mmd_test(*z.split(counts), kernel=kernel, permutations=49, seed=seed)
         assert found.p_value == exact_p_value(z, counts, 49, seed)
+
+
+def test_large_samples_have_no_ties():
+    """None of their permutations counts as equal, though they differ by little."""
+    x, y = samples(2500, 2000, 16, shift=0.0, dtype=torch.float32)
+    for kernel in KERNELS:
+        found = mmd_test(x, y, kernel=kernel, permutations=200, seed=0)
+        assert found.p_value == (1 + int((found.permuted >= found.statistic).sum())) / 201
 
 
 def test_equal_partitions_count_as_equal():
