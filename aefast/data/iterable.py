@@ -112,9 +112,13 @@ class IterableBatches:
         self._has_ended = True
 
     def in_order(self) -> Iterator[torch.Tensor]:
-        """All batches, as they come."""
-        for number, batch in enumerate(self._iterator()):
-            yield self._prepared(batch, f"batch {number}")
+        """All batches, as they come. The iterable's generators are left as they were before."""
+        before = self._random()[1:]
+        try:
+            for number, batch in enumerate(self._iterator()):
+                yield self._prepared(batch, f"batch {number}")
+        finally:
+            self._set_generators(before)
 
     def spread(self, count: int) -> torch.Tensor:
         """The first `count` samples (n, features), or all if they are fewer."""
@@ -150,9 +154,16 @@ class IterableBatches:
         if self._is_positioned:
             self._source.load_state_dict(content["source"])
         else:
-            for generator, value in zip(self._generators(), content["now"], strict=False):
-                generator.set_state(value)
+            self._set_generators(content["now"])
         return self._is_positioned
+
+    def generator_state(self) -> torch.Tensor:
+        """The state of the iterable's generators alone, (n,) uint8, for `restore_generators`."""
+        return _to_bytes({"now": self._random()[1:]})
+
+    def restore_generators(self, state: torch.Tensor) -> None:
+        """Put the generators where `state` was taken."""
+        self._set_generators(_from_bytes(state)["now"])
 
     def _is_stateful(self) -> bool:
         return hasattr(self._source, "state_dict") and hasattr(self._source, "load_state_dict")
@@ -168,6 +179,10 @@ class IterableBatches:
         found = [getattr(part, "generator", None) for part in self._parts()]
         return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
+    def _set_generators(self, states: list[torch.Tensor]) -> None:
+        for generator, state in zip(self._generators(), states, strict=False):
+            generator.set_state(state)
+
     def _random(self) -> list[torch.Tensor]:
         """The states of PyTorch's generator and of the source's own ones."""
         return [torch.get_rng_state(), *(generator.get_state() for generator in self._generators())]
@@ -180,8 +195,7 @@ class IterableBatches:
         present = torch.get_rng_state()
         if self._before:
             torch.set_rng_state(self._before[0])
-            for generator, value in zip(self._generators(), self._before[1:], strict=False):
-                generator.set_state(value)
+            self._set_generators(self._before[1:])
         else:
             self._before = self._random()
         try:

@@ -116,11 +116,17 @@ class Source:
     def state(self) -> dict[str, torch.Tensor]:
         """What `restore` needs to go on within an epoch, of this process."""
         if isinstance(self.training, IterableBatches):
-            return self.training.state()
-        return {"block_rows": torch.tensor(self._data.block_rows or 0)}
+            state = self.training.state()
+        else:
+            state = {"block_rows": torch.tensor(self._data.block_rows or 0)}
+        if isinstance(self.held_out, IterableBatches):
+            state["validation"] = self.held_out.generator_state()
+        return state
 
     def restore(self, state: dict[str, torch.Tensor]) -> bool:
         """Go on as the run did that `state` is from; whether no batch has to be read again for it."""
+        if isinstance(self.held_out, IterableBatches):
+            self.held_out.restore_generators(state["validation"])
         if isinstance(self.training, IterableBatches):
             return self.training.restore(state)
         # Whether rows are shuffled by blocks was decided by the memory that was free when that run began.

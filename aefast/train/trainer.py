@@ -777,9 +777,9 @@ class Trainer:
         folder.mkdir(exist_ok=True)
         title = f"{self.model.name} on {self.source.name}"
         if self.held_out is not None:
-            samples = self.held_out.spread(PLOTTED_SAMPLES)
             self.model.eval()
             with self._validation_noise(), self.step.averaged(), torch.no_grad():
+                samples = self.held_out.spread(PLOTTED_SAMPLES)
                 shown = self.model.illustrate(samples)
             self.model.train()
             plot_samples(

@@ -152,6 +152,18 @@ def test_a_shuffled_epoch_goes_on(own_generator, stop):
         assert ours[1] == theirs[1]
 
 
+def test_generators_are_left_as_they_were():
+    batches = shuffling(own_generator=True)
+    first = list(batches.in_order())
+    assert torch.equal(batches.spread(6), torch.cat(first)[:6])
+    assert equal(list(batches.in_order()), first)
+    state = batches.generator_state()
+    assert equal(all_of(batches), first)
+    assert not equal(list(batches.in_order()), first)
+    batches.restore_generators(state)
+    assert equal(list(batches.in_order()), first)
+
+
 class Stateful:
     """Goes through 20 samples, four at a time and from another one in each epoch, and can say where it is."""
 

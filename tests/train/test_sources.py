@@ -152,6 +152,36 @@ def test_a_run_on_batches_goes_on_bit_for_bit(train_on, tmp_path, monkeypatch, d
     assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("stop", [3, 8, 12])
+def test_validation_on_a_shuffled_part_goes_on_bit_for_bit(train_on, tmp_path, monkeypatch, dataset, stop):
+    """One generator for both loaders, and a last batch of other samples that validation drops."""
+
+    def trainer(name):
+        generator = torch.Generator().manual_seed(3)
+        validation = loader(dataset, batch_size=50, drop_last=True, generator=generator)
+        return train_on(loader(dataset, generator=generator), tmp_path / name, validation)
+
+    trainer("whole").fit(compare=False)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, stop)
+        assert trainer("parts").fit(compare=False).step == stop
+    trainer("parts").fit(resume=True, compare=False)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_generators_of_validation_are_the_runs(train_on, tmp_path, dataset):
+    def trainer(name, seed, **options):
+        generator = torch.Generator().manual_seed(seed)
+        validation = loader(dataset, batch_size=50, drop_last=True, generator=generator)
+        return train_on(dataset, tmp_path / name, validation, batch_size=32, **options)
+
+    trainer("whole", 3).fit(compare=False)
+    trainer("parts", 3, epochs=1).fit(compare=False)
+    trainer("parts", 4).fit(resume=True, compare=False)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
 def test_a_loader_of_another_length_is_another_run(train_on, tmp_path, dataset):
     train_on(loader(dataset), tmp_path, epochs=1).fit(compare=False)
     with pytest.raises(
