@@ -17,7 +17,7 @@ import torch
 from aefast.errors import AefastError, InputError
 from aefast.models._files import write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
@@ -86,7 +86,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: there are checkpoints, but all are damaged.
-            InputError: the newest was written by a newer version of aefast.
+            InputError: the newest is in a format of another version of aefast.
         """
         damaged: list[tuple[Path, str]] = []
         for path in reversed(self.paths()):
@@ -120,8 +120,13 @@ def _read(path: Path) -> Checkpoint:
         version = int(header["format_version"])
         if version > FORMAT_VERSION:
             raise InputError(
-                f"{path}: format_version={version} is newer than this aefast reads (up to {FORMAT_VERSION}); "
+                f"{path}: format_version={version} is newer than this aefast reads ({FORMAT_VERSION}); "
                 "upgrade aefast to resume"
+            )
+        if version < FORMAT_VERSION:
+            raise InputError(
+                f"{path}: format_version={version} is older than this aefast reads ({FORMAT_VERSION}); go on with the "
+                "aefast that wrote it, or start afresh"
             )
         if header["checksum"] != _checksum(header["state"], flat):
             raise _DamagedError("its checksum does not match")

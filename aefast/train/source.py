@@ -50,6 +50,7 @@ class Source:
         share: tuple[int, int] = (0, 1),
     ) -> None:
         self._data = data
+        self._validation = validation
         self._options = {
             "batch_size": config.batch_size,
             "seed": config.seed,
@@ -104,14 +105,15 @@ class Source:
         """What tells the data from other data."""
         return (self._data if isinstance(self._data, Dataset) else self.training).fingerprint()
 
-    def division(self) -> str | None:
-        """How a data set is divided into samples to train on and samples to validate on; None of an iterable."""
-        if isinstance(self.training, IterableBatches):
+    def validation_fingerprint(self) -> str | None:
+        """What tells the held-out samples from others; None if there are none."""
+        if isinstance(self._validation, Dataset):
+            return self._validation.fingerprint()
+        if isinstance(self.held_out, IterableBatches):
+            return self.held_out.fingerprint()
+        if self.held_out is None:
             return None
-        held_out = "batches" if isinstance(self.held_out, IterableBatches) else "none"
-        if isinstance(self.held_out, Batches):
-            held_out = f"{len(self.held_out.rows):,}"
-        return f"{len(self.training.rows):,} samples to train on, {held_out} held out"
+        return "a drawn part" if self._data.held_out is None else f"the last {self._data.held_out} samples"
 
     def state(self) -> dict[str, torch.Tensor]:
         """What `restore` needs to go on within an epoch, of this process."""

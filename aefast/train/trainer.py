@@ -339,16 +339,20 @@ class Trainer:
             self.processes.first(functools.partial(self._start_afresh, resume, overwrite))
             torch.manual_seed(self._seed())
             return 0
-        goes_on = self.source.restore(self._of_process(checkpoint.tensors.get("data", {})))
+        settings = checkpoint.state["settings"]
+        # A model's options follow from which model it is and from the data, so those are told first, and what was kept
+        # of other data is not for this.
+        self._check_same_run(settings, ("model", "data", "validation"))
+        goes_on = self.source.restore(self._of_process(checkpoint.tensors["data"]))
         # How memory was when the run began decides how many steps an epoch has.
         self.step.schedule = self._schedule()
-        self._check_same_run(checkpoint.state["settings"])
+        self._check_same_run(settings)
         self._restore(checkpoint)
         if self.batch and not goes_on:
             self._say(
                 f"notice: reading the first {self.batch:,} batches of this epoch again, to leave them out"
             )
-        if self._has_ended() and self.window.is_empty:
+        if self._has_ended() and not self._is_to_be_validated():
             reached, more = f"epoch {self.epoch}", "epochs"
             if self._is_stopped:
                 more = "epochs of patience"
@@ -433,13 +437,13 @@ class Trainer:
             "ema_decay": self.config.ema_decay,
             "seed": self.config.seed,
             "data": self.source.fingerprint(),
-            "division": self.source.division(),
+            "validation": self.source.validation_fingerprint(),
         }
 
-    def _check_same_run(self, stored: dict[str, Any]) -> None:
+    def _check_same_run(self, stored: dict[str, Any], names: Sequence[str] = ()) -> None:
+        """That the options of those names, by default all, are those of the run."""
         current = self._settings()
-        # A model's options follow from which model it is and from the data, so those two are told first.
-        for name in ("model", "data", *current):
+        for name in names or current:
             if current.get(name) != stored.get(name):
                 raise InputError(
                     f"{name}={current.get(name)!r}: expected {stored.get(name)!r}, with which the run in "
@@ -561,8 +565,7 @@ class Trainer:
         )
         self._started = time.monotonic()
         with view:
-            if self.config.steps is not None and self._has_ended() and not self.window.is_empty:
-                # The run was interrupted once its last step was taken.
+            if self._is_to_be_validated():
                 self._validate_and_log(view, interrupt)
             while self._goes_on(interrupt):
                 for group in self._groups():
@@ -609,6 +612,10 @@ class Trainer:
         if self.config.steps is not None and self.steps_taken >= self.config.steps:
             return True
         return self._is_stopped or (self.config.steps is None and self.epoch >= self.config.epochs)
+
+    def _is_to_be_validated(self) -> bool:
+        """Whether a run of so many steps was interrupted once it had taken them, but not told what they led to."""
+        return self.steps_taken == self.config.steps and not self.window.is_empty
 
     def _groups(self) -> Iterator[list[torch.Tensor]]:
         """The batches that are left of the epoch, by as many as a CUDA graph takes.

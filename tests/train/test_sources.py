@@ -190,6 +190,42 @@ def test_a_loader_of_another_length_is_another_run(train_on, tmp_path, dataset):
         train_on(loader(dataset, batch_size=24), tmp_path).fit(resume=True, compare=False)
 
 
+def test_another_split_is_another_run(train_on, tmp_path, dataset):
+    def split(held_out):
+        return Dataset("x", dataset.samples, (16,), held_out)
+
+    def other(count):
+        return Dataset("other", dataset.samples[:count], (16,))
+
+    given = {
+        "part": (dataset, None),
+        "last 23": (split(23), None),
+        "last 40": (split(40), None),
+        "other": (dataset, other(50)),
+        "shorter": (dataset, other(40)),
+        "batches": (dataset, loader(other(50))),
+        "loader": (loader(dataset), None),
+        "loader, other": (loader(dataset), other(50)),
+    }
+    for before, after, message in (
+        # As many as are drawn.
+        ("part", "last 23", "validation='the last 23 samples': expected 'a drawn part'"),
+        ("last 23", "last 40", "validation='the last 40 samples': expected 'the last 23 samples'"),
+        ("part", "other", "validation='50x16-.*expected 'a drawn part'"),
+        ("other", "part", "validation='a drawn part': expected '50x16-"),
+        ("other", "shorter", "validation='40x16-.*expected '50x16-"),
+        ("other", "batches", "validation='DataLoader of 2 batches': expected '50x16-"),
+        ("loader", "loader, other", "validation='50x16-.*expected None"),
+        ("part", "loader", "data='DataLoader of 8 batches': expected '230x16-"),
+        ("loader", "part", "data='230x16-.*': expected 'DataLoader of 8 batches'"),
+    ):
+        run = tmp_path / before
+        if not run.exists():
+            train_on(given[before][0], run, given[before][1], epochs=1).fit(compare=False)
+        with pytest.raises(InputError, match=message):
+            train_on(given[after][0], run, given[after][1]).fit(resume=True, compare=False)
+
+
 def test_what_is_no_data_is_named(train_on, tmp_path, dataset):
     with pytest.raises(DataError, match="dataset=3: expected a Dataset or an iterable of batches"):
         train_on(3, tmp_path)

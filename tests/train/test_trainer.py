@@ -358,6 +358,22 @@ def test_a_run_of_steps_that_was_interrupted_at_its_end_is_validated(
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+def test_a_run_that_gets_fewer_steps_than_it_took_is_left_as_it_is(
+    make_trainer, tmp_path, monkeypatch, capsys
+):
+    make_trainer(tmp_path / "whole", steps=12).fit(compare=False)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8)
+        make_trainer(tmp_path / "parts", steps=12).fit(compare=False)
+    for options in ({"steps": 5}, {"epochs": 1}):
+        trainer = make_trainer(tmp_path / "parts", **options)
+        trainer.console = Console()
+        assert trainer.fit(resume=True, compare=False).step == 8
+        assert "nothing left to train" in capsys.readouterr().out
+    make_trainer(tmp_path / "parts", steps=12).fit(resume=True, compare=False)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
 def test_a_run_that_gets_more_steps_logs_no_empty_line(make_trainer, tmp_path):
     """Its first part ended within an epoch, with a line that was due."""
     make_trainer(tmp_path, steps=6).fit(compare=False)
@@ -377,16 +393,6 @@ def test_a_loss_of_three_terms_goes_on_bit_for_bit(make_trainer, tmp_path, monke
     assert [list(one.items()) for one in losses(tmp_path / "parts")] == [
         list(one.items()) for one in losses(tmp_path / "whole")
     ]
-
-
-def test_another_split_is_another_run(make_trainer, tmp_path, dataset):
-    make_trainer(tmp_path, epochs=1).fit(compare=False)
-    trainer = make_trainer(tmp_path, data=dataclasses.replace(dataset, held_out=5))
-    message = (
-        "division='225 samples to train on, 5 held out': expected '207 samples to train on, 23 held out'"
-    )
-    with pytest.raises(InputError, match=message):
-        trainer.fit(resume=True, compare=False)
 
 
 def test_a_trainer_that_has_trained_starts_no_other_run(make_trainer, tmp_path):
@@ -617,6 +623,15 @@ def test_damage_without_a_predecessor_is_an_error(make_trainer, tmp_path, how):
         make_trainer(tmp_path).fit(resume=True, compare=False)
     assert str(paths[-1]) in str(error.value)
     assert sorted((tmp_path / "checkpoints").iterdir()) == paths
+
+
+@pytest.mark.parametrize(("version", "what"), [(1, "older"), (3, "newer")])
+def test_a_checkpoint_of_another_format_is_named(make_trainer, tmp_path, monkeypatch, version, what):
+    with monkeypatch.context() as patch:
+        patch.setattr("aefast.train.checkpoint.FORMAT_VERSION", version)
+        make_trainer(tmp_path, epochs=1).fit(compare=False)
+    with pytest.raises(InputError, match=rf"format_version={version} is {what} than this aefast reads \(2\)"):
+        make_trainer(tmp_path).fit(resume=True, compare=False)
 
 
 @pytest.mark.parametrize("where", ["log", "epoch end", "weights"])
