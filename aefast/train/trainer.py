@@ -178,18 +178,17 @@ class Trainer:
         )
 
     @contextlib.contextmanager
-    def _joint_losses(self) -> Iterator[None]:
-        """Within it an MMD is of the codes of all processes, which have to ask for it together."""
+    def _mmd_over(self, group: dist.ProcessGroup | None) -> Iterator[None]:
+        """Within it an MMD is of the codes of a group's processes, which have to ask for it together; None for one."""
         losses = [one for one in self.model.modules() if isinstance(one, MMDLoss)]
         groups = [one.group for one in losses]
         try:
-            if not self.processes.is_one:
-                for one in losses:
-                    one.group = dist.group.WORLD
+            for one in losses:
+                one.group = group
             yield
         finally:
-            for one, group in zip(losses, groups, strict=True):
-                one.group = group
+            for one, before in zip(losses, groups, strict=True):
+                one.group = before
 
     def _total_steps(self) -> int | None:
         """Steps of the whole run, or None if the data does not tell."""
@@ -281,7 +280,7 @@ class Trainer:
                     request = AgreedInterrupt(interrupt, self.processes, self.device)
                 for callback in self.callbacks:
                     callback.on_start(self)
-                with self._joint_losses():
+                with self._mmd_over(None if self.processes.is_one else dist.group.WORLD):
                     self._train(request)
                 self._save()
         finally:
@@ -785,7 +784,8 @@ class Trainer:
         title = f"{self.model.name} on {self.source.name}"
         if self.held_out is not None:
             self.model.eval()
-            with self._validation_noise(), self.step.averaged(), torch.no_grad():
+            # The first process draws alone.
+            with self._mmd_over(None), self._validation_noise(), self.step.averaged(), torch.no_grad():
                 samples = self.held_out.spread(PLOTTED_SAMPLES)
                 shown = self.model.illustrate(samples)
             self.model.train()

@@ -49,8 +49,8 @@ def loader(rank, generator):
     return torch.utils.data.DataLoader(samples, batch_size=8, shuffle=True, generator=generator)
 
 
-def trainer(directory, model="autoencoder", callbacks=(), data=None, plots=False, **options):
-    """On 6 batches an epoch, all whole, and 32 held-out samples."""
+def trainer(directory, model="autoencoder", callbacks=(), data=None, plots=False, grouped=False, **options):
+    """On 6 batches an epoch, all whole, and 32 held-out samples; `grouped`, its MMD is of all processes beforehand."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(5)
     samples = torch.rand(224, 3, generator=generator) @ torch.rand(3, 16, generator=generator) / 3
@@ -60,6 +60,8 @@ def trainer(directory, model="autoencoder", callbacks=(), data=None, plots=False
     torch.manual_seed(0)
     make, of_model = MODELS[model]
     made = make(input_size=16, hidden=(8,), latent=4, **of_model)
+    if grouped:
+        made.mmd.group = dist.group.WORLD
     if data is None:
         data = Dataset("low-rank", samples, (4, 4), held_out=32)
     made = Trainer(made, data, config, directory, callbacks=callbacks, console=Console(quiet=True))
@@ -97,7 +99,7 @@ def train(rank, ranks, meeting, directory, resume, signals, options):
     except TrainingError as error:
         ending = {"error": str(error)}
     weights = torch.cat([parameter.detach().flatten() for parameter in made.model.parameters()])
-    left = [m.group for m in made.model.modules() if isinstance(m, MMDLoss) and m.group is not None]
+    left = [dist.get_world_size(m.group) for m in made.model.modules() if isinstance(m, MMDLoss) and m.group]
     ending |= {"weights": weights, "groups": groups.found, "groups_left": left, "seen": seen}
     torch.save(ending, directory.with_name(f"{directory.name}-{rank}.pt"))
     # Tearing a broken group down may wait for the process that is lost.

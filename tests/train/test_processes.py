@@ -74,10 +74,13 @@ def test_codes_of_all_processes_are_compared_with_the_prior(run, tmp_path):
     assert first["groups_left"] == second["groups_left"] == []
 
 
-def test_the_first_process_draws_alone(run, tmp_path):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_first_process_draws_alone(run, tmp_path, grouped):
     """Reconstructions of a model whose loss is of all processes' codes, when the others are done."""
-    first, second = run(tmp_path / "two", model="infovae", plots=True, epochs=1)
+    first, second = run(tmp_path / "two", model="infovae", plots=True, epochs=1, grouped=grouped)
     assert first["step"] == second["step"] == 6
+    # As it was given.
+    assert first["groups_left"] == second["groups_left"] == ([2] if grouped else [])
     assert (tmp_path / "two" / "plots" / "reconstructions.png").exists()
 
 
