@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aefast.errors import InputError
+from aefast.models._files import named_errors
 
 if TYPE_CHECKING:
     from aefast.train.trainer import Trainer, TrainResult
@@ -55,15 +56,18 @@ class TensorBoard(Callback):
     def on_log(self, trainer: Trainer, record: dict[str, Any]) -> None:
         if not trainer.processes.is_first:
             return
-        if self._writer is None:
-            self._writer = self._make_writer(str(self.directory), purge_step=self._first_step)
-        for name, value in record.items():
-            if name not in ("step", "epoch"):
-                self._writer.add_scalar(name, value, record["step"])
-        self._writer.add_scalar("epoch", record["epoch"], record["step"])
-        # A run that fails ends without `on_end`.
-        self._writer.flush()
+        # What its thread could not write is told with what comes next.
+        with named_errors(self.directory):
+            if self._writer is None:
+                self._writer = self._make_writer(str(self.directory), purge_step=self._first_step)
+            for name, value in record.items():
+                if name not in ("step", "epoch"):
+                    self._writer.add_scalar(name, value, record["step"])
+            self._writer.add_scalar("epoch", record["epoch"], record["step"])
+            # A run that fails ends without `on_end`.
+            self._writer.flush()
 
     def on_end(self, trainer: Trainer, result: TrainResult) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with named_errors(self.directory):
+                self._writer.close()

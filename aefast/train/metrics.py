@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from aefast.models._files import named_errors
 from aefast.train.processes import Processes
 
 
@@ -118,18 +118,19 @@ class MetricsLog:
     def __init__(self, path: Path, size: int = 0) -> None:
         self._path = path
         self._file = open(path, "a+b")  # noqa: SIM115 (closed by close)
-        end = self._file.seek(0, os.SEEK_END)
-        self._file.seek(0)
-        # A machine that lost its power may have kept less of the file than of the checkpoint that knows its size.
-        kept = self._file.read(min(size, end)).rfind(b"\n") + 1
-        if kept < end:
-            self._file.truncate(kept)
-        self._file.seek(0, os.SEEK_END)
+        with named_errors(path):
+            end = self._file.seek(0, os.SEEK_END)
+            self._file.seek(0)
+            # A machine that lost its power may have kept less of the file than of the checkpoint that knows its size.
+            kept = self._file.read(min(size, end)).rfind(b"\n") + 1
+            if kept < end:
+                self._file.truncate(kept)
+            self._file.seek(0, os.SEEK_END)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line."""
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        with self._named_errors():
+        with named_errors(self._path):
             self._file.write(line)
             self._file.flush()
 
@@ -140,18 +141,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file."""
-        with self._named_errors():
+        with named_errors(self._path):
             # What could not be written is tried once more.
             self._file.close()
-
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            # A full disk names no file by itself.
-            error.filename = error.filename or str(self._path)
-            raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aefast.models._files import named_errors
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -59,7 +61,8 @@ def plot_samples(
     else:
         figure = _image_groups(shown, sample_shape)
     figure.suptitle(title, color=_INK, fontsize=11, parse_math=False)
-    figure.savefig(path)
+    with named_errors(path):
+        figure.savefig(path)
 
 
 def _image_groups(shown: dict[str, torch.Tensor], sample_shape: tuple[int, ...]) -> Figure:
@@ -154,7 +157,8 @@ def plot_loss(records: Sequence[dict[str, Any]], title: str, path: Path) -> None
     axis.grid(True, which="both", color="#eeeeee")
     axis.legend(frameon=False)
     _plain(axis)
-    figure.savefig(path)
+    with named_errors(path):
+        figure.savefig(path)
 
 
 def _plain(axis: Axes) -> None:

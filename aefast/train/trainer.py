@@ -259,9 +259,6 @@ class Trainer:
 
     def _output_file(self, error: OSError) -> Path | None:
         """Which file of the run `error` is about, or None if it is not about one of them."""
-        # A reader that closed the pipe behind standard output says nothing about the folder.
-        if isinstance(error, BrokenPipeError):
-            return None
         # Of a rename, the target is what the user knows.
         name = error.filename if error.filename2 is None else error.filename2
         path = Path(os.fsdecode(name)) if isinstance(name, (str, bytes, os.PathLike)) else None

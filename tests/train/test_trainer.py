@@ -1,11 +1,13 @@
 """Training runs: what they write, how they stop, and that they go on as if they had not."""
 
 import dataclasses
+import errno
 import io
 import json
 import math
 import os
 import signal
+import stat
 import sys
 
 import numpy as np
@@ -416,14 +418,48 @@ def test_a_stopped_trainer_goes_on(make_trainer, tmp_path):
     assert trainer.fit(resume=True, compare=False).step == 21
 
 
-def test_errors_of_others_are_not_of_the_folder(make_trainer, tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("no route"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        FileNotFoundError(errno.ENOENT, "No such file", "elsewhere"),
+    ],
+)
+def test_errors_of_others_are_not_of_the_folder(make_trainer, tmp_path, error):
     class Fail(Callback):
         def on_log(self, trainer, record):
-            raise ConnectionError("no route")
+            raise error
 
     trainer = make_trainer(tmp_path)
     trainer.callbacks = [Fail()]
-    with pytest.raises(ConnectionError, match="no route"):
+    with pytest.raises(OSError) as raised:
+        trainer.fit(compare=False)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("told", [(errno.ENOSPC, "disk full"), ("disk full",)])
+@pytest.mark.parametrize("what", ["plot", "tensorboard", "rename"])
+def test_a_disk_that_is_full_is_the_folders(make_trainer, tmp_path, monkeypatch, told, what):
+    def fail(*arguments, **options):
+        raise OSError(*told)
+
+    trainer = make_trainer(tmp_path, epochs=1, plots=True)
+    if what == "plot":
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+        file = tmp_path / "plots" / "reconstructions.png"
+    elif what == "tensorboard":
+        file = tmp_path / "tensorboard"
+        monkeypatch.setattr(pytest.importorskip("torch.utils.tensorboard").SummaryWriter, "flush", fail)
+        trainer.callbacks = [TensorBoard(file)]
+    else:
+        fsync = os.fsync
+        monkeypatch.setattr(
+            os, "fsync", lambda one: fail() if stat.S_ISDIR(os.fstat(one).st_mode) else fsync(one)
+        )
+        file = f"{tmp_path / 'checkpoints'}/step-0000000007.safetensors"
+    with pytest.raises(InputError, match=rf"cannot read or write {file} \(disk full\)"):
         trainer.fit(compare=False)
 
 
