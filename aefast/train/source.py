@@ -37,7 +37,7 @@ class Source:
         name: what the data is called in plots and config.json.
 
     Raises:
-        InputError: samples of another size, or something that gives no batches.
+        InputError: samples of another size, fewer than there are processes, or something that gives no batches.
     """
 
     def __init__(
@@ -86,6 +86,11 @@ class Source:
     def _cut(self, data: Dataset) -> None:
         training, held_out = data.split() if self._is_split else (data.rows(), None)
         self.training = Batches(self._samples, training, **self._options)
+        if len(self.training) == 0:
+            raise InputError(
+                f"dataset: expected at least {self.training.share[1]} samples to train on, one for each process, got "
+                f"{len(training)}"
+            )
         if held_out is not None:
             self.held_out = Batches(self._samples, held_out, **self._options)
 

@@ -13,6 +13,7 @@ from aefast.data import Blocks, DataError, Dataset, FileRows, load
 from aefast.errors import InputError
 from aefast.models import VAE, Autoencoder
 from aefast.train import TrainConfig, Trainer
+from aefast.train.source import Source
 from support.processes import environment, run
 from support.training import interrupt_after, losses, weights
 
@@ -121,6 +122,19 @@ def test_a_data_set_with_validation_of_its_own_is_trained_on_whole(train_on, tmp
     assert len(trainer.batches.rows) == 230
     assert len(trainer.held_out.rows) == 50
     assert trainer.fit(compare=False).step == 3 * 8
+
+
+def test_each_process_has_samples(dataset):
+    def source(count, processes):
+        config = TrainConfig(batch_size=32, device="cpu")
+        data = Dataset("few", dataset.samples[:count], (16,))
+        return Source(data, dataset, 16, config, torch.device("cpu"), (0, processes))
+
+    assert source(1, 1).steps_per_epoch() == source(2, 2).steps_per_epoch() == 1
+    for count, processes in ((0, 1), (1, 2)):
+        message = rf"dataset: expected at least {processes} samples to train on.*got {count}"
+        with pytest.raises(InputError, match=message):
+            source(count, processes)
 
 
 SOURCES = {
