@@ -42,7 +42,6 @@ class Interrupt:
         traceback: TracebackType | None,
     ) -> None:
         for number, handler in self._previous.items():
-            # Python cannot put back one that it has not set itself.
-            if handler is not None:
-                signal.signal(number, handler)
+            # Python knows none that it has not set itself. Left as it is, the next signal would ask nobody to stop.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()

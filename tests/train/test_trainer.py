@@ -485,19 +485,19 @@ def test_a_torn_line_of_metrics_is_cut(make_trainer, tmp_path, monkeypatch):
     assert [record["step"] for record in records] == [3, 6, 9, 12, 14, 15, 18, 21]
 
 
-def test_handlers_that_python_did_not_set_are_left(monkeypatch):
+def test_handlers_that_python_did_not_set_give_way_to_the_default(monkeypatch):
     """It tells None of them, and cannot put them back."""
     put = []
 
     def set_handler(number, handler):
         if handler is None:
             raise TypeError("signal handler must be signal.SIG_IGN, signal.SIG_DFL, or a callable object")
-        put.append(number)
+        put.append((number, handler))
 
     monkeypatch.setattr(signal, "signal", set_handler)
     with Interrupt():
         pass
-    assert put == [signal.SIGINT, signal.SIGTERM]
+    assert put[2:] == [(signal.SIGINT, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_DFL)]
 
 
 @pytest.mark.parametrize("stop", [4, 14])
