@@ -261,6 +261,13 @@ class SparseAutoencoder(Model):
         # Behind autograd, for which even a division by 1 would spoil a forward whose backward is to come.
         weight.data.div_(torch.where(is_one, 1.0, norms.clamp_min(info.tiny)))
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseAutoencoder:
+        super()._apply(fn, recurse)
+        if "kept_above" in self._buffers:
+            # Half precision would round away the steps of a mean that moves by a hundredth.
+            self.kept_above = self.kept_above.float()
+        return self
+
     def train(self, mode: bool = True) -> SparseAutoencoder:
         if not mode and self.config.unit_norm:
             self.normalize()

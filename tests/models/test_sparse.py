@@ -163,7 +163,7 @@ def test_batchtopk_trains_in_another_dtype_and_takes_an_empty_batch(dtype):
     model = SparseAutoencoder(input_size=8, latent=24, sparsity="batchtopk", k=3).to(dtype).train()
     model(torch.rand(16, 8, dtype=dtype)).loss.backward()
     kept = model.kept_above.clone()
-    assert kept > 0 and kept.dtype == dtype
+    assert kept > 0 and kept.dtype == torch.float32
     model(torch.rand(0, 8, dtype=dtype))
     assert model.kept_above == kept
 

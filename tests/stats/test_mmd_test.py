@@ -153,6 +153,19 @@ def test_p_values_of_data_with_ties(counts, share, dtypes):
         assert found.p_value == exact_p_value(z, counts, 49, seed)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("D", [3, 16, 70])
+def test_values_of_equal_pairs_are_equal(kernel, D):
+    """To the last bit, whatever points lie beside them: else permutations that are the same would not be."""
+    base = torch.randint(0, 2, (4, D), generator=torch.Generator().manual_seed(D)).float()
+    spec = _pairwise.kernel_of("test", kernel, 2.0, 0.7)
+    alone = module.kernel_block(base, base, spec, None)
+    beside = torch.cat((base, torch.full((300, D), 1e3), base))
+    found = module.kernel_block(beside, beside, spec, None)
+    for rows, columns in itertools.product((slice(4), slice(304, 308)), repeat=2):
+        assert torch.equal(found[rows, columns], alone)
+
+
 def test_large_samples_have_no_ties():
     """None of their permutations counts as equal, though they differ by little."""
     x, y = samples(2500, 2000, 16, shift=0.0, dtype=torch.float32)

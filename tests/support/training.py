@@ -46,3 +46,15 @@ def interrupt_after(monkeypatch, steps, number=signal.SIGINT):
         return original(self, batch)
 
     monkeypatch.setattr(CapturedStep, "__call__", call)
+
+
+def interrupt_in_validation(monkeypatch, trainer, steps):
+    """The process gets a signal as the trainer turns to validation behind so many steps."""
+    evaluate = trainer.model.eval
+
+    def interrupted():
+        if trainer.steps_taken == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate()
+
+    monkeypatch.setattr(trainer.model, "eval", interrupted)

@@ -33,7 +33,7 @@ from aefast.train import trainer as trainer_module
 from aefast.train.interrupt import Interrupt
 from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of, read_metrics
 from aefast.train.step import EagerStep, make_optimizer
-from support.training import interrupt_after, losses, metrics, weights
+from support.training import interrupt_after, interrupt_in_validation, losses, metrics, weights
 
 
 def test_a_run_leaves_everything(make_trainer, tmp_path):
@@ -309,14 +309,7 @@ def test_interrupted_again_and_again(make_trainer, tmp_path, monkeypatch):
 def test_interrupted_validation_is_done_by_the_resumed_run(make_trainer, tmp_path, monkeypatch, capsys):
     make_trainer(tmp_path / "whole").fit(compare=False)
     trainer = make_trainer(tmp_path / "parts")
-    evaluate = trainer.model.eval
-
-    def interrupted_eval():
-        if trainer.epoch == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return evaluate()
-
-    monkeypatch.setattr(trainer.model, "eval", interrupted_eval)
+    interrupt_in_validation(monkeypatch, trainer, 14)
     assert trainer.fit(compare=False).step == 14
     assert [record["step"] for record in metrics(tmp_path / "parts")][-1] == 12
     resumed = make_trainer(tmp_path / "parts")
@@ -340,14 +333,7 @@ def test_a_run_of_steps_that_was_interrupted_at_its_end_is_validated(
     with monkeypatch.context() as patch:
         trainer = make_trainer(tmp_path / "parts", **options)
         if stop == "validation":
-            evaluate = trainer.model.eval
-
-            def interrupted_eval():
-                if trainer.steps_taken == 10:
-                    os.kill(os.getpid(), signal.SIGINT)
-                return evaluate()
-
-            patch.setattr(trainer.model, "eval", interrupted_eval)
+            interrupt_in_validation(patch, trainer, 10)
         else:
             interrupt_after(patch, stop)
         assert trainer.fit(compare=False).interrupted is signal.SIGINT
