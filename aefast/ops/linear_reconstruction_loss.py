@@ -273,7 +273,7 @@ def linear_reconstruction_loss(
         loss_weight: at least 0, what the result is multiplied by.
 
     Returns:
-        A scalar, in float32 for half precision. A mean of nothing is NaN.
+        A scalar, in float32 for half precision. A mean of nothing is NaN, and has the gradients 0.
 
     Raises:
         InputError: a shape, dtype, device, name or number is not as above; on the CPU in eager mode, bce's target or
@@ -296,11 +296,13 @@ def linear_reconstruction_loss(
     backend = _registry.choose("linear_reconstruction_loss", h, weight, bias, target)
     # Under autocast a target may be of any dtype.
     is_known = target.dtype in (h.dtype, _arguments.accumulator(h.dtype))
-    if backend == "eager" or _is_differentiated(target) or not loss.is_kept(h.dtype) or not is_known:
+    # A mean of nothing is NaN, and gradients that were to be multiplied by its normaliser would be.
+    is_apart = _is_differentiated(target) or not loss.is_kept(h.dtype) or not is_known or target.numel() == 0
+    if backend == "eager" or is_apart:
         output = linear_act.linear_act(
             h, weight, bias, output_activation, negative_slope=negative_slope, alpha=alpha
         )
-        wide = target.dtype if target.dtype.itemsize > output.dtype.itemsize else output.dtype
+        wide = torch.promote_types(output.dtype, target.dtype)
         if output.is_cpu and not loss.is_penalty and not _registry.is_watched():
             probabilities = [output, target] if loss.kind == "bce" else [target]
             if any(_is_outside(one).any() for one in probabilities):

@@ -170,13 +170,23 @@ def test_autocast():
     assert [one.dtype for one in found] == [torch.float32] * 4
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * theirs.abs().max()
+    # Neither of two halves holds the other's numbers.
+    target = operands[3].half()
+    for backend in ("auto", "eager"):
+        with aefast.backend(backend), torch.autocast("cpu", dtype=torch.bfloat16):
+            value = AF.linear_reconstruction_loss(0 * operands[0], operands[1], None, target)
+        torch.testing.assert_close(value, target.float().square().mean())
 
 
-def test_empty():
+@pytest.mark.parametrize("dtype", numerics.DTYPES)
+def test_empty(dtype):
     for shape in ((0, 3, 5), (5, 3, 0)):
-        found = gradients(AF.linear_reconstruction_loss, layer(*shape), reduction="sum")
+        operands = layer(*shape, dtype)
+        found = gradients(AF.linear_reconstruction_loss, operands, reduction="sum")
         assert all((one == 0).all() for one in found)
-        assert AF.linear_reconstruction_loss(*layer(*shape)).isnan()
+        for kind in ("mse", "rmse"):
+            value, *found = gradients(AF.linear_reconstruction_loss, operands, kind=kind)
+            assert value.isnan() and all((one == 0).all() for one in found)
 
 
 @pytest.mark.parametrize(
