@@ -46,7 +46,7 @@ class Loss:
         return not self.kind.startswith("bce")
 
     def is_kept(self, dtype: torch.dtype) -> bool:
-        """Whether `dtype` holds the derivative, without a normaliser, wherever it holds input and target.
+        """Whether `dtype` holds the derivative, without a normaliser, of residuals of up to half its largest number.
 
         That of lp grows faster than the residual or vanishes before it, and that of bce is up to 10¹².
         """

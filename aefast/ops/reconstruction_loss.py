@@ -109,7 +109,9 @@ class _Reduced(torch.autograd.Function):
     def forward(ctx, input, target, call):
         loss, normalizer, backend, launchers = call
         wants = ctx.needs_input_grad[0] or loss.is_penalty
-        keeps = wants and loss.is_kept(input.dtype)
+        # Twice a residual may be beyond float16. To read the operands again costs what writing and reading it would.
+        is_held = loss.kind != "mse" or input.dtype != torch.float16
+        keeps = wants and is_held and loss.is_kept(input.dtype)
         # That of a root depends on the value.
         folded = keeps and not loss.root and _loss.is_folded(backend, input.dtype)
         arguments = (

@@ -133,6 +133,20 @@ def test_under_a_grad_scaler(poisoned_memory, kind, dtype):
     assert (error <= torch.finfo(dtype).eps * exact[1].abs() + smallest).all()
 
 
+@pytest.mark.parametrize("kind", ["mse", "rmse", "l1", "huber", "charbonnier"])
+def test_residuals_of_any_size_in_float16(kind):
+    input = torch.tensor([6e4, -4e4, 1.0, 6e4], dtype=torch.float16)
+    target = torch.tensor([-6e4, 0.0, 0.0, 6e4], dtype=torch.float16)
+    for weight in (0.25, 0.0):
+
+        def loss(x, t, weight=weight):
+            return AF.reconstruction_loss(x, t, kind, loss_weight=weight, **KINDS[kind])
+
+        found = value_and_gradient(loss, input, target)[1]
+        expected = value_and_gradient(loss, input.double(), target.double())[1]
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
+
+
 def test_one_pass_hands_on_its_gradient():
     """The buffer that the forward fills is the gradient, in float32 on the CPU; nothing is computed in the backward."""
     numerics.require_backend("cpu", "reconstruction_loss", "cpu", torch.float32)
