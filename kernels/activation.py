@@ -3,6 +3,8 @@
 ``include/activation.h`` holds the same names, in the same order, and the formulae.
 """
 
+from numbers import Real
+
 ACTIVATIONS = (
     "identity",
     "relu",
@@ -37,7 +39,11 @@ def specification(activation: str, negative_slope: float, alpha: float) -> str:
         raise ValueError(f"unknown activation {activation!r}")
     if activation not in PARAMETER:
         return activation
-    return f"{activation}:{alpha if activation == 'elu' else negative_slope!r}"
+    parameter = alpha if activation == "elu" else negative_slope
+    # What is no number is left as it is, for launchers to refuse.
+    if isinstance(parameter, Real) and not isinstance(parameter, bool):
+        parameter = float(parameter)
+    return f"{activation}:{parameter!r}"
 
 
 def specified(specification: str) -> tuple[str, float]:

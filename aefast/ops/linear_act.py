@@ -238,7 +238,7 @@ def linear_act(
     if backend == "eager":
         return reference(x, weight, bias, activation, negative_slope=negative_slope, alpha=alpha)
     flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    activation = specification(activation, float(negative_slope), float(alpha))
+    activation = specification(activation, negative_slope, alpha)
     if _registry.is_direct(backend, x, weight, bias):
         launchers = _registry.kernels(backend, "linear_act")
         out = _launch(flat, weight, bias, activation, backend, launchers)

@@ -41,7 +41,7 @@ def reference(
 ) -> Tensor:
     """`linear_reconstruction_loss` in plain PyTorch."""
     loss = _loss.loss_of("linear_reconstruction_loss", kind, p, eps, delta)
-    activation = specification(output_activation, float(negative_slope), float(alpha))
+    activation = specification(output_activation, negative_slope, alpha)
     normalizer = _loss.normalizer_of(loss, reduction, target.shape, loss_weight)
     return _reference(h, weight, bias, target, activation, loss, normalizer)
 
@@ -291,7 +291,7 @@ def linear_reconstruction_loss(
     h, weight, bias = _arguments.autocast(h, weight, bias)
     linear_act.check_layer(h, weight, bias, "linear_reconstruction_loss", "weight", "bias", "h")
     _check_target(target, h, weight)
-    activation = specification(output_activation, float(negative_slope), float(alpha))
+    activation = specification(output_activation, negative_slope, alpha)
     normalizer = _loss.normalizer_of(loss, reduction, target.shape, loss_weight)
     backend = _registry.choose("linear_reconstruction_loss", h, weight, bias, target)
     # Under autocast a target may be of any dtype.

@@ -240,7 +240,7 @@ def mlp(
     if backend == "eager":
         return reference(x, weights, biases, activations, negative_slope=negative_slope, alpha=alpha)
     flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    specifications = _specifications(activations, float(negative_slope), float(alpha))
+    specifications = _specifications(activations, negative_slope, alpha)
     if _registry.is_direct(backend, x, *weights, *biases):
         launchers = _registry.kernels(backend, "mlp")
         out = _launch(flat, weights, biases, specifications, backend, launchers)

@@ -26,7 +26,7 @@ def reference(
     alpha: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`penalized_linear_act` in plain PyTorch."""
-    specified = specification(activation, float(negative_slope), float(alpha))
+    specified = specification(activation, negative_slope, alpha)
     return _reference(x, weight, bias, specified, penalty, rate)
 
 
@@ -209,7 +209,7 @@ def penalized_linear_act(
         return reference(x, weight, bias, activation, **settings)
     leading = x.shape[:-1]
     flat = x if x.dim() == 2 else x.reshape(math.prod(leading), x.shape[-1])
-    specified = specification(activation, float(negative_slope), float(alpha))
+    specified = specification(activation, negative_slope, alpha)
     settings = (specified, penalty, float(rate) if penalty == "kl" else 0.0)
     if _registry.is_direct(backend, x, weight, bias):
         launchers = _registry.kernels(backend, "penalized_linear_act")

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import hypothesis
 import pytest
 import torch
@@ -512,6 +514,28 @@ def test_what_launchers_would_let_through_is_refused(change, shape):
     }
     with pytest.raises(InputError, match=list(change)[-1]):
         AF.linear_act(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
+def test_the_parameter_that_an_activation_reads_is_looked_at_alone(shape):
+    x, weight = torch.randn(shape), torch.randn(4, 5)
+    target = torch.randn(*shape[:-1], 4)
+    calls = {
+        "linear_act": lambda **given: AF.linear_act(x, weight, None, **given),
+        "penalized_linear_act": lambda **given: AF.penalized_linear_act(x, weight, None, **given)[0],
+        "mlp": lambda activation, **given: AF.mlp(x, [weight], [None], [activation], **given),
+        "linear_reconstruction_loss": lambda activation, **given: AF.linear_reconstruction_loss(
+            x, weight, None, target, output_activation=activation, **given
+        ),
+    }
+    for op, call in calls.items():
+        expected = call(activation="elu", alpha=0.5)
+        torch.testing.assert_close(
+            call(activation="elu", alpha=Fraction(1, 2), negative_slope=None), expected
+        )
+        torch.testing.assert_close(call(activation="relu", alpha=None), call(activation="relu"))
+        with pytest.raises(InputError, match=f"{op}: alpha must be a finite number of at least 0, got '2'"):
+            call(activation="elu", alpha="2")
 
 
 @pytest.mark.parametrize(
