@@ -269,7 +269,8 @@ def checked(
         loss = _loss.loss_of(op, "lp", p, eps, 1.0)
     _arguments.check_reduction(reduction, op)
     if weights is None:
-        return loss, (1.0,) * int(levels)
+        # No image has more levels, and who knows the image refuses them.
+        return loss, (1.0,) * min(int(levels), 64)
     if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != levels:
         raise InputError(
             f"{op}: weights must be a sequence of {levels} numbers, one a level, got {weights!r}"
