@@ -149,6 +149,8 @@ def test_such_a_tensor_is_one_like_others(keep, tmp_path):
     out.resize_(ROWS, COLS // 2)
     with pytest.raises(RuntimeError, match="not resizable"):
         out.resize_(2 * ROWS, COLS)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        out.untyped_storage().resize_(0)
 
 
 def test_threads_take_and_free_at_once(keep):
