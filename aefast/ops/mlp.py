@@ -239,6 +239,11 @@ def mlp(
     backend = _registry.choose("mlp", x, *weights, *biases)
     if backend == "eager":
         return reference(x, weights, biases, activations, negative_slope=negative_slope, alpha=alpha)
+    if torch.jit.is_tracing():
+        # The tracer's graphs hold no list in which a bias may be None.
+        for layer in zip(weights, biases, activations, strict=True):
+            x = linear_act.linear_act(x, *layer, negative_slope=negative_slope, alpha=alpha)
+        return x
     flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     specifications = _specifications(activations, negative_slope, alpha)
     if _registry.is_direct(backend, x, *weights, *biases):

@@ -155,6 +155,25 @@ def test_compiles_whole():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traced(shape):
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float64)
+    _, weights, (bias, _) = operands()
+
+    def stack(x, bias, *weights):
+        return AF.mlp(x, weights, [bias, None], ["elu", "gelu"], alpha=0.5)
+
+    def results(function):
+        x = torch.linspace(-1, 1, 120, dtype=torch.float64, requires_grad=True)
+        out = function(x.view(-1, *shape[1:]), bias, *weights)
+        return out, *torch.autograd.grad(out.square().sum(), (x, bias, *weights))
+
+    with aefast.backend("cpu"):
+        traced = torch.jit.trace(stack, (torch.ones(shape, dtype=torch.float64), bias, *weights))
+        torch.testing.assert_close(results(traced), results(stack))
+
+
 @pytest.mark.parametrize("lowest", [0, 1, 2])
 def test_nothing_below_the_lowest_gradient(lowest):
     """Frozen layers at the bottom: their gradients are not computed, those above are right."""
