@@ -520,6 +520,32 @@ def test_copies_are_patched_and_pickles_are_not():
         assert all(torch.equal(*pair) for pair in zip(results(one, x), before, strict=True))
 
 
+class Reduced(Base):
+    def __init__(self, options=None):
+        super().__init__()
+        self.options = options
+
+    def __reduce__(self):
+        return type(self), (self.options,)
+
+
+class Exported(Base):
+    def __reduce__(self):
+        return nn.Identity, ()
+
+
+def test_copies_and_pickles_of_what_says_how_it_is_made():
+    model, exported = Reduced({"alpha": 1}), Exported()
+    patch(model)
+    patch(exported)
+    twin = copy.deepcopy(model)
+    assert type(twin) is type(model) is not Reduced
+    assert twin.options == model.options
+    assert twin.options is not model.options
+    assert type(pickle.loads(pickle.dumps(model))) is Reduced
+    assert type(copy.deepcopy(exported)) is nn.Identity
+
+
 def test_under_compile_as_one_graph():
     model, x = Whole(), torch.randn(5, 6)
     model.eval()

@@ -207,7 +207,7 @@ class _Search:
             try:
                 self._classes[key] = derived(original, attributes)
             except Exception as error:
-                # Whatever the hooks of a class do when one is derived from it.
+                # Whatever a metaclass does when a class is derived from one of its own.
                 self.leave(name, original.__name__, f"no class can be derived from it: {error}")
                 return False
         self.changes.append(_Change(name, module, original, self._classes[key]))

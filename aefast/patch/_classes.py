@@ -29,8 +29,8 @@ class Patched:
     def __reduce_ex__(self, protocol: int) -> Any:
         # Of protocol 2 and above, pickle insists on the class that the object has.
         function, arguments, *rest = super().__reduce_ex__(1)
-        arguments = tuple(self.aefast_original if one is type(self) else one for one in arguments)
-        return function, arguments, *rest
+        call = [self.aefast_original if one is type(self) else one for one in (function, *arguments)]
+        return call[0], tuple(call[1:]), *rest
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         inherited = getattr(super(), "__deepcopy__", None)
@@ -39,11 +39,12 @@ class Patched:
         else:
             # A class may say that its arguments make it, without a state.
             function, arguments, *rest = self.__reduce_ex__(1)
-            made = function(*arguments)
+            made = function(*copy.deepcopy(arguments, memo))
             memo[id(self)] = made
             if rest and rest[0] is not None:
                 made.__setstate__(copy.deepcopy(rest[0], memo))
-        made.__class__ = type(self)
+        if type(made) is self.aefast_original:
+            made.__class__ = type(self)
         return made
 
 
