@@ -262,7 +262,7 @@ def check_layer(
         and isinstance(weight, Tensor)
         and weight.dim() == 2
         and x.dim() >= 1
-        and weight.shape[1] == x.shape[-1]
+        and weight.shape[1] == x.size(-1)
         and x.dtype in _arguments.DTYPES
         and weight.dtype == x.dtype
         and weight.device == x.device
@@ -278,9 +278,9 @@ def check_layer(
         raise InputError(
             f"{op}: {weight_name} must have two dimensions, (N, K), got shape {_arguments.shape_of(weight)}"
         )
-    if weight.shape[1] != x.shape[-1]:
+    if weight.shape[1] != x.size(-1):
         raise InputError(
-            f"{op}: {weight_name} must be (N, {x.shape[-1]}) to match {x_name} of shape {_arguments.shape_of(x)}, "
+            f"{op}: {weight_name} must be (N, {x.size(-1)}) to match {x_name} of shape {_arguments.shape_of(x)}, "
             f"got shape {_arguments.shape_of(weight)}"
         )
     _arguments.check_like(weight_name, weight, x_name, x, op)

@@ -491,6 +491,26 @@ def test_negative_views_meta_and_traced_tensors():
     assert out.device.type == "meta" and out.shape == (40, 20)
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("op", ["linear_act", "mlp"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors(op, layout):
+    parts = [torch.randn(rows, 4, requires_grad=True) for rows in (2, 3)]
+    weight, bias = torch.randn(5, 4, requires_grad=True), torch.randn(5, requires_grad=True)
+
+    def results(xs, function):
+        outs = [out for x in xs for out in function(x)]
+        inputs = (*parts, weight, bias)
+        return *outs, *torch.autograd.grad(sum(out.square().sum() for out in outs), inputs)
+
+    def ours(x):
+        out = AF.mlp(x, [weight], [bias], ["relu"]) if op == "mlp" else AF.linear_act(x, weight, bias)
+        return out.unbind()
+
+    found = results([torch.nested.as_nested_tensor(parts, layout=layout)], ours)
+    torch.testing.assert_close(found, results(parts, lambda x: [OP.reference(x, weight, bias)]))
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])
 @pytest.mark.parametrize(
     "change",
