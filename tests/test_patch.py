@@ -1,6 +1,7 @@
 """`aefast.patch`: what is swapped gives the same, what is not says why, and all of it can be undone."""
 
 import copy
+import functools
 import io
 import itertools
 import pickle
@@ -187,6 +188,28 @@ def test_a_caller_may_change_a_result_in_place(activation):
     ):
         (reason,) = left(check(model, x)).values()
         assert reason == f"it ends with {name}, whose result whoever gets it may change in place"
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        linear = functools.partial(nn.Linear, 6, 6, dtype=torch.complex64)
+        self.body = nn.Sequential(linear(), nn.Tanh(), linear())
+        self.stack = nn.ModuleList([linear()])
+        self.first, self.second, self.activation = linear(), linear(), nn.Tanh()
+
+    def forward(self, x):
+        x = torch.tanh(self.first(self.body(x)))
+        x = self.second(x).sigmoid()
+        for layer in self.stack:
+            x = self.activation(layer(x))
+        return x.abs()
+
+
+def test_operands_that_aefast_does_not_take(calls):
+    report = check(Complex(), torch.randn(5, 6, dtype=torch.complex64))
+    assert [what.rpartition(" ")[2] for _, what in swapped(report)] == ["linear_act"] * 3 + ["mlp"]
+    assert calls == ["mlp", *["linear_act"] * 3]
 
 
 class Odd(nn.Linear):

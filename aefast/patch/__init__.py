@@ -108,8 +108,9 @@ def patch(
 
     Modules and parameters stay the same objects, with their hooks, and the state dict keeps its keys: a patched module
     has another class, derived from its own, with other methods. What is swapped is looked up in each call, and whatever
-    does not fit then (a layer that has got hooks, a loss that broadcasts) runs as it was written. Copies by
-    `copy.deepcopy` are patched; a pickle, and so what ``torch.save(model)`` writes, holds the model as it was.
+    does not fit then (a layer that has got hooks, a complex operand, a loss that broadcasts) runs as it was written.
+    Copies by `copy.deepcopy` are patched; a pickle, and so what ``torch.save(model)`` writes, holds the model as it
+    was.
 
     Args:
         model: any module; also one in DistributedDataParallel or torch.compile.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aefast.functional as AF
+from aefast.errors import InputError
 from aefast.patch._classes import is_plain
 
 Activation = tuple[str, dict[str, float]]
@@ -164,10 +165,8 @@ def through(modules: Sequence[nn.Module], x: Any, skipped: Collection[int] = ())
     index = 0
     while index < len(modules):
         layers, end = run_at(modules, index, skipped)
-        if layers:
-            x, index = _of_layers(layers, x), end
-        else:
-            x, index = modules[index](x), index + 1
+        out = _of_layers(layers, x) if layers else None
+        x, index = (modules[index](x), index + 1) if out is None else (out, end)
     return x
 
 
@@ -188,11 +187,15 @@ def through_heads(
     return out.split([weight.shape[0] for weight in weights], 1)
 
 
-def _of_layers(layers: Sequence[Layer], x: Tensor) -> Tensor:
-    if len(layers) == 1:
-        linear, (name, settings) = layers[0]
-        return AF.linear_act(x, *parameters_of(linear), name, **settings)
-    return _stack(layers, x)
+def _of_layers(layers: Sequence[Layer], x: Any) -> Tensor | None:
+    """What `layers` give for x, or None where their op does not take it."""
+    try:
+        if len(layers) == 1:
+            linear, (name, settings) = layers[0]
+            return AF.linear_act(x, *parameters_of(linear), name, **settings)
+        return _stack(layers, x)
+    except InputError:
+        return None
 
 
 def _stack(
@@ -234,12 +237,13 @@ def indices_of(names: Collection[str], module: nn.Sequential) -> Collection[int]
 
 def apply(activation: Any, linear: Any, x: Any) -> Any:
     """``activation(linear(x))``, for whatever these are."""
+    out = None
     if is_linear(linear):
         is_module = isinstance(activation, nn.Module)
         found = of_module(activation) if is_module else of_function(activation)
         if found is not None and found[0] not in KEEP_RESULT:
-            return _of_layers([(linear, found)], x)
-    return activation(linear(x))
+            out = _of_layers([(linear, found)], x)
+    return activation(linear(x)) if out is None else out
 
 
 def applied(
@@ -250,9 +254,8 @@ def applied(
     found = of_function(function, arguments, named)
 
     def site(called: Any, linear: Any, x: Any) -> Any:
-        if called is function and is_linear(linear):
-            return _of_layers([(linear, found)], x)
-        return called(linear(x), *arguments, **named)
+        out = _of_layers([(linear, found)], x) if called is function and is_linear(linear) else None
+        return called(linear(x), *arguments, **named) if out is None else out
 
     return site
 
@@ -261,8 +264,7 @@ def method_applied(name: str) -> Callable[[Any, Any], Any]:
     """``site(linear, x)``, which is the method `name` of ``linear(x)``, one of `METHODS`."""
 
     def site(linear: Any, x: Any) -> Any:
-        if is_linear(linear):
-            return _of_layers([(linear, (name, {}))], x)
-        return getattr(linear(x), name)()
+        out = _of_layers([(linear, (name, {}))], x) if is_linear(linear) else None
+        return getattr(linear(x), name)() if out is None else out
 
     return site
