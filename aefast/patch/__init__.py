@@ -246,8 +246,6 @@ class _Search:
                 reason = "no activation follows it in its Sequential"
                 if follower and modules[index + 1] in self.skipped:
                     reason = f"the {follower} that follows it is skipped"
-                elif follower and _dense.keeps_result(modules[index + 1]):
-                    reason = f"it ends with {follower}, whose result whoever gets it may change in place"
                 elif follower:
                     reason = f"it is followed by {follower}, which is no activation that can be fused with it"
                 self._reasons.setdefault(child, reason)

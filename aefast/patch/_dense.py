@@ -54,8 +54,8 @@ _PARAMETERS = {
 # Other callables may have no hash.
 _FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
 # Their results are kept for the backward, where torch keeps their operand and lets results be changed in place. Who
-# gets them cannot be known: they are fused within a stack alone.
-KEEP_RESULT = frozenset(("leaky_relu", "elu", "selu", "softplus"))
+# gets them cannot be known: at the end of a run, they are copied.
+_KEEP_RESULT = frozenset(("leaky_relu", "elu", "selu", "softplus"))
 
 
 def _activation(name: str, given: Mapping[str, Any]) -> Activation | None:
@@ -81,12 +81,6 @@ def of_module(module: Any) -> Activation | None:
     if name is None or not is_plain(module):
         return None
     return _activation(name, {key: getattr(module, key) for key in _PARAMETERS.get(name, ())})
-
-
-def keeps_result(module: Any) -> bool:
-    """Whether `module` is an activation of `KEEP_RESULT`."""
-    found = of_module(module)
-    return found is not None and found[0] in KEEP_RESULT
 
 
 def of_function(
@@ -141,7 +135,7 @@ def run_at(
     among them. Those at `skipped` are left alone."""
     layers: list[Layer] = []
     settings: dict[str, float] = {}
-    count, ends = len(modules), []
+    count = len(modules)
     while index < count and index not in skipped and is_linear(modules[index]):
         has_follower = index + 1 < count and index + 1 not in skipped
         follower = of_module(modules[index + 1]) if has_follower else None
@@ -151,13 +145,9 @@ def run_at(
         settings.update(activation[1])
         layers.append((modules[index], activation))
         index += 1 if follower is None else 2
-        ends.append(index)
-    if layers and layers[-1][1][0] in KEEP_RESULT:
-        layers[-1] = (layers[-1][0], ("identity", {}))
-        ends[-1] -= 1
     if all(name == "identity" for _, (name, _) in layers):
         return [], 0
-    return layers, ends[-1]
+    return layers, index
 
 
 def through(modules: Sequence[nn.Module], x: Any, skipped: Collection[int] = ()) -> Any:
@@ -189,13 +179,13 @@ def through_heads(
 
 def _of_layers(layers: Sequence[Layer], x: Any) -> Tensor | None:
     """What `layers` give for x, or None where their op does not take it."""
+    linear, (name, settings) = layers[-1]
+    is_alone = len(layers) == 1
     try:
-        if len(layers) == 1:
-            linear, (name, settings) = layers[0]
-            return AF.linear_act(x, *parameters_of(linear), name, **settings)
-        return _stack(layers, x)
+        out = AF.linear_act(x, *parameters_of(linear), name, **settings) if is_alone else _stack(layers, x)
     except InputError:
         return None
+    return out.clone() if name in _KEEP_RESULT and out.requires_grad else out
 
 
 def _stack(
@@ -241,7 +231,7 @@ def apply(activation: Any, linear: Any, x: Any) -> Any:
     if is_linear(linear):
         is_module = isinstance(activation, nn.Module)
         found = of_module(activation) if is_module else of_function(activation)
-        if found is not None and found[0] not in KEEP_RESULT:
+        if found is not None:
             out = _of_layers([(linear, found)], x)
     return activation(linear(x)) if out is None else out
 

@@ -252,11 +252,12 @@ class _Visitor(ast.NodeTransformer):
         operands = [node.func, inner.func, inner.args[0]]
         function = self._resolved(node.func)
         if isinstance(node.func, ast.Attribute) and node.func.value is inner:
-            activation, operands = (node.func.attr, {}), operands[1:]
+            operands = operands[1:]
             site = _dense.method_applied(node.func.attr)
         elif isinstance(function, nn.Module) or function is _LOCAL:
-            activation = _dense.of_module(function)
-            if len(node.args) > 1 or node.keywords or (function is not _LOCAL and activation is None):
+            if len(node.args) > 1 or node.keywords:
+                return None
+            if function is not _LOCAL and _dense.of_module(function) is None:
                 return None
             site = _dense.apply
         else:
@@ -265,12 +266,9 @@ class _Visitor(ast.NodeTransformer):
                 by_name = {one.arg: ast.literal_eval(one.value) for one in node.keywords}
             except (ValueError, TypeError):
                 return None
-            activation = _dense.of_function(function, values, by_name)
-            if activation is None:
+            if _dense.of_function(function, values, by_name) is None:
                 return None
             site = _dense.applied(function, values, by_name)
-        if activation is not None and activation[0] in _dense.KEEP_RESULT:
-            return None
         if self._may_be_skipped(linear) or self._may_be_skipped(function):
             if not is_trial:
                 reason = "it calls a module that is skipped, or may do so"
