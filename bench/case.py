@@ -18,7 +18,8 @@ from aefast.bench.variants import COMPILED, Rival
 from aefast.models import Model
 from aefast.ops import _philox
 from aefast.ops._registry import OPS, Cost
-from aefast.train.step import CapturedStep, EagerStep, make_optimizer
+from aefast.train import replay
+from aefast.train.step import WARM_UP_STEPS, CapturedStep, EagerStep, make_optimizer
 
 DTYPE_NAMES = {
     torch.float32: "fp32",
@@ -260,12 +261,17 @@ class OpCase(Case):
 
 @dataclass(frozen=True)
 class Learner:
-    """Something that trains: ``loss(batch)`` depends on `parameters`, and ``step(batch)`` updates them."""
+    """Something that trains: ``step(batch)`` updates `parameters`.
+
+    ``loss(given)`` is the loss before the update, from what the step gave. ``prepare(batch)`` makes the next step, on a
+    batch of that shape, one as they are timed, and leaves parameters and buffers as they were. ``arranged`` gives the
+    parameters' gradients as those of the model that others are compared with.
+    """
 
     parameters: list[nn.Parameter]
-    loss: Callable[[Tensor], Tensor]
-    step: Callable[[Tensor], object]
-    # The parameters' gradients as those of the model that others are compared with.
+    step: Callable[[Tensor], Any]
+    loss: Callable[[Any], Tensor] = lambda given: given
+    prepare: Callable[[Tensor], None] = lambda batch: None
     arranged: Callable[[list[Tensor]], list[Tensor]] = list
 
     @classmethod
@@ -275,16 +281,18 @@ class Learner:
         loss: Callable[[Tensor], Tensor],
         arranged: Callable[[list[Tensor]], list[Tensor]] = list,
     ) -> Learner:
-        """One that takes steps as `CapturedStep` does."""
+        """One that takes steps as `EagerStep` does, with the loss ``loss(batch)``."""
         kept = list(parameters)
         optimizer = make_optimizer(kept, LEARNING_RATE)
 
-        def step(batch: Tensor) -> None:
+        def step(batch: Tensor) -> Tensor:
             optimizer.zero_grad(set_to_none=True)
-            loss(batch).backward()
+            value = loss(batch)
+            value.backward()
             optimizer.step()
+            return value.detach()
 
-        return cls(kept, loss, step, arranged)
+        return cls(kept, step, arranged=arranged)
 
     def results(self, batch: Tensor) -> list[Tensor]:
         """The loss and the gradient of each parameter, from a step, on noise that is every learner's.
@@ -292,11 +300,10 @@ class Learner:
         Raises:
             RuntimeError: the step has left all parameters as they were.
         """
-        torch.manual_seed(NOISE_SEED)
-        loss = self.loss(batch).detach()
+        self.prepare(batch)
         torch.manual_seed(NOISE_SEED)
         before = [parameter.detach().clone() for parameter in self.parameters]
-        self.step(batch)
+        loss = self.loss(self.step(batch))
         if all(torch.equal(old, new) for old, new in zip(before, self.parameters, strict=True)):
             raise RuntimeError("the step updates no parameter")
         return [loss, *self.arranged([parameter.grad.clone() for parameter in self.parameters])]
@@ -387,12 +394,19 @@ def _fused(make_model: Callable[[], Model], like: Model) -> Learner:
     model = make_model()
     model.load_state_dict(like.state_dict())
     step = CapturedStep(model.train(), make_optimizer(model.parameters(), LEARNING_RATE))
-    return Learner(list(model.parameters()), lambda batch: model(batch).loss, step)
+
+    def prepare(batch: Tensor) -> None:
+        """Records the step, which the first ones are not."""
+        for _ in range(max(WARM_UP_STEPS, replay.WARM_UP_STEPS) + 1):
+            step(batch)
+        model.load_state_dict(like.state_dict())
+
+    return Learner(list(model.parameters()), step, lambda terms: sum(terms.values()), prepare)
 
 
 def _eager(model: Model) -> Learner:
     step = EagerStep(model, LEARNING_RATE)
-    return Learner(list(step.twin.parameters()), lambda batch: model.eager_loss(step.twin, batch), step)
+    return Learner(list(step.twin.parameters()), step)
 
 
 def without_kinks(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
+from torch._C._profiler import _EventType
 
 from aefast import _library
 from aefast.train.step import without_replays
@@ -48,9 +49,27 @@ def peak_bytes(call: Callable[[int], object], device: torch.device) -> int:
         torch.autograd.profiler.profile(profile_memory=True) as profile,
     ):
         call(0)
-    changes = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+    sizes: dict[int, int] = {}
+    for address, nbytes in _changes(profile):
+        if nbytes > 0:
+            sizes[address] = nbytes
+            held += nbytes
+        else:
+            # What was there before the call, such as the last step's gradients, is none of its bytes.
+            held -= sizes.pop(address, 0)
         most = max(most, held)
     return most
+
+
+def _changes(profile: torch.autograd.profiler.profile) -> list[tuple[int, int]]:
+    """(address, bytes) of each allocation in its order, and of each release, whose bytes are negative."""
+    found, waiting = [], list(profile.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        kind, fields = event.typed
+        if kind == _EventType.Allocation:
+            found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    found.sort(key=lambda change: change[0])
+    return [change[1:] for change in found]

@@ -366,7 +366,9 @@ def _eager_batch_topk(x, weight, bias, k):
 
 
 def _eager_decode(values, indices, weight, bias=None):
-    decoded = SparseCode(values, indices).dense(len(weight)) @ weight
+    # Unused places have the value 0.
+    values = values.to(weight.dtype)
+    decoded = F.embedding_bag(indices.clamp_min(0), weight, per_sample_weights=values, mode="sum")
     return decoded if bias is None else decoded + bias
 
 

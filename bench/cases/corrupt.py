@@ -23,8 +23,8 @@ SEED = 11
 
 # Each takes x and what it draws: normal values for the gaussian, and values uniform in [0, 1) for the others.
 EAGER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "gaussian": lambda x, drawn: x + STD * drawn,
-    "salt_and_pepper": lambda x, drawn: torch.where(drawn < P / 2, 0.0, torch.where(drawn < P, 1.0, x)),
+    "gaussian": lambda x, drawn: torch.add(x, drawn, alpha=STD),
+    "salt_and_pepper": lambda x, drawn: torch.where(drawn < P, (drawn >= P / 2).to(x.dtype), x),
     "masking": lambda x, drawn: x * (drawn >= P),
     "dropout": lambda x, drawn: x * (drawn >= P) / (1 - P),
 }

@@ -64,8 +64,8 @@ class EpochCase(Case):
         loops = {name: self._fused(model, samples, "fp32") for name in ours}
         if self.dtype == torch.float32:
             loops["aefast[bf16]"] = self._fused(model, samples, "bf16")
-        loops["eager"] = self._eager(model, samples, torch.optim.Adam)
-        loops["eager, fused Adam"] = self._eager(model, samples, make_optimizer)
+        loops["eager"] = self._eager(model, samples, make_optimizer)
+        loops["eager, unfused Adam"] = self._eager(model, samples, torch.optim.Adam)
         if self.is_compiled:
             loops[COMPILED] = self._eager(model, samples, make_optimizer, is_compiled=True)
         with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,7 @@ from aefast.bench.timing import Timing
 from aefast.bench.variants import Rival, backends
 from aefast.ops import _registry
 from aefast.ops._registry import Cost
+from aefast.train import replay
 from aefast.train.step import CapturedStep
 
 CPU = torch.device("cpu")
@@ -259,7 +260,7 @@ def test_training_is_checked_by_its_gradients(monkeypatch):
 
 
 def test_a_step_that_does_nothing_is_no_step(monkeypatch):
-    monkeypatch.setattr(CapturedStep, "__call__", lambda self, batch: None)
+    monkeypatch.setattr(CapturedStep, "__call__", lambda self, batch: {"loss": torch.zeros(())})
     found = measured(train.autoencoder(64, 16, 8, 2, torch.float32, CPU), "step")
     assert (found.failure, found.timings) == ("aefast: RuntimeError: the step updates no parameter", {})
 
@@ -268,10 +269,24 @@ def test_a_step_with_wrong_gradients_is_wrong(monkeypatch):
     step = CapturedStep.__call__
 
     def wrong(self, batch):
-        step(self, batch)
+        terms = step(self, batch)
         self.model.encoder.layers[0].weight.grad *= 1 + 1e-4
+        return terms
 
     monkeypatch.setattr(CapturedStep, "__call__", wrong)
+    found = measured(train.autoencoder(64, 16, 8, 2, torch.float32, CPU), "step")
+    assert found.failure.startswith("aefast: wrong")
+
+
+def test_a_recorded_step_with_wrong_gradients_is_wrong(monkeypatch):
+    """Those that are timed are recorded."""
+
+    def wrong(self, batch):
+        terms, gradients = recorded(self, batch)
+        return terms, [gradient * (1 + 1e-4) for gradient in gradients]
+
+    recorded = replay._Recorded.__call__
+    monkeypatch.setattr(replay._Recorded, "__call__", wrong)
     found = measured(train.autoencoder(64, 16, 8, 2, torch.float32, CPU), "step")
     assert found.failure.startswith("aefast: wrong")
 

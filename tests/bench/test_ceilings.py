@@ -64,6 +64,17 @@ def test_peak_memory_counts_what_is_held_at_once():
     assert memory.peak_bytes(call, CPU) == pytest.approx(28_000, abs=100)
 
 
+def test_what_a_call_releases_is_none_of_its_memory():
+    weight = torch.nn.Parameter(torch.ones(1000))
+
+    def step(index):
+        weight.grad = None
+        (weight * 2).sum().backward()
+
+    first, second = (memory.peak_bytes(step, CPU) for _ in range(2))
+    assert first == second >= 4_000
+
+
 def test_peak_memory_sees_the_kernels_own():
     assert _library.load("cpu") is None
     x, weight = torch.ones(64, 512), torch.ones(512, 512)
