@@ -173,7 +173,7 @@ class DecoderLoss:
         return "mean" if self.reduction == "mean" else "sum"
 
     def _of_samples(self, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return value / len(x) if self.reduction == "batchmean" else value
+        return value / x.shape[0] if self.reduction == "batchmean" else value
 
 
 # Elements from which a reconstruction is better left out. Fewer fit the last-level cache, where the decoder as one op
@@ -186,8 +186,8 @@ def does_without(model: Any, samples: int) -> bool:
 
     A compiler gets the plain path: it makes what is returned in any case.
     """
+    if torch.compiler.is_compiling():
+        return False
     is_large = samples * model.config.input_size >= _LARGE
     is_training = model.training and torch.is_grad_enabled()
-    return (
-        is_large and is_training and model.decoder_loss.is_of_elements and not torch.compiler.is_compiling()
-    )
+    return is_large and is_training and model.decoder_loss.is_of_elements

@@ -70,7 +70,7 @@ class Autoencoder(Model):
         """What the model makes of `seen`, at the cost of its difference to `target`."""
         latent = self.encode(seen)
         flat = self.flatten(target)
-        if does_without(self, len(flat)):
+        if does_without(self, flat.shape[0]):
             loss = self.decoder_loss.of_latent(self.decoder, latent, flat)
             made = functools.partial(self._decoded, latent, target.shape)
         else:

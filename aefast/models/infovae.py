@@ -199,7 +199,7 @@ class InfoVAE(VAE):
         is_closed = config.mmd_prior == "closed_form"
         if is_closed and group is not None:
             raise InputError("mmd.group: expected None, because mmd_prior 'closed_form' has no group")
-        if _has_too_few(len(z), config.mmd_estimator) and (group is None or group.size() == 1):
+        if _has_too_few(z.shape[0], config.mmd_estimator) and (group is None or group.size() == 1):
             _say_once_of_few(self.training)
             return z.new_zeros((), dtype=_arguments.accumulator(z.dtype))
         if is_closed:
@@ -235,7 +235,7 @@ class InfoVAE(VAE):
         z, kl, _, _ = twin.head(twin.encoder(x))
         value = self.decoder_loss.eager(twin.decoder(z), x)
         loss = self._reconstruction_term(value, twin.log_variance) + weighted_kl(twin, kl)
-        if _has_too_few(len(z), config.mmd_estimator):
+        if _has_too_few(z.shape[0], config.mmd_estimator):
             return loss
         if config.mmd_prior == "closed_form":
             mmd = _to_normal(mmd_to_normal.reference, config, z)

@@ -513,7 +513,7 @@ def _terms(
     weights = _weights(module, config)
     seen = _seen(module, config, flat)
     code, penalty = _code_of(module, config, functions, seen, weights)
-    if penalty is not None and functions is _FUSED and does_without(module, len(flat)):
+    if penalty is not None and functions is _FUSED and does_without(module, flat.shape[0]):
         layer = _LastLayer(weights[1].t(), module.decoder.bias, config.output_activation)
         terms = {config.loss: module.decoder_loss.of_latent(layer, code, flat)}
         made = functools.partial(module._decoded, code, shape)
@@ -557,7 +557,7 @@ def _note_use(module: nn.Module, config: SparseConfig, code: SparseCode) -> None
     used = torch.zeros(config.latent + 1, dtype=torch.bool, device=code.values.device)
     # Entries that are 0 go to a place of their own.
     used[torch.where(is_used, code.indices, config.latent).flatten()] = True
-    module.unused.add_(len(code.values)).masked_fill_(used[:-1], 0)
+    module.unused.add_(code.values.shape[0]).masked_fill_(used[:-1], 0)
     if config.sparsity == "batchtopk":
         kept = module.kept_above
         values = torch.where(is_used, code.values, math.inf).to(kept.dtype)

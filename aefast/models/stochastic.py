@@ -88,7 +88,7 @@ class StochasticAutoencoder(Model):
         flat = self.flatten(x)
         mean = self.encoder(flat)
         latent = self.noise.corrupt(mean)
-        if does_without(self, len(flat)):
+        if does_without(self, flat.shape[0]):
             loss = self.decoder_loss.of_latent(self.decoder, latent, flat)
             made = functools.partial(self._decoded, latent, x.shape)
             return ModelOutput(made, latent, loss, {"reconstruction": loss})

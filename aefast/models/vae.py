@@ -177,7 +177,7 @@ class VAE(Model):
         """The reconstruction's loss and the KL divergence of x (B, ...); the reconstruction, or what makes it, and the
         latent, as the mode has them; and the sample that the former are of."""
         flat = self.flatten(x)
-        reconstruction, kl, output, z, mu = self._estimate(flat, not does_without(self, len(flat)))
+        reconstruction, kl, output, z, mu = self._estimate(flat, not does_without(self, flat.shape[0]))
         if output is None:
             return reconstruction, kl, functools.partial(self._decoded, z, x.shape), z, z
         latent, output = (z, output) if self.training else (mu, self.decoder(mu))

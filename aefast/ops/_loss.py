@@ -76,9 +76,9 @@ class Loss:
             return residual.abs().pow(self.parameter)
         return (residual.square() + self.parameter * self.parameter).sqrt()
 
-    def total(self, input: Tensor, target: Tensor, normalizer: float) -> Tensor:
-        """normalizer * Σ elements, or its root, in plain PyTorch. The root of 0 has the gradient 0."""
-        value = self.elements(input, target).sum() * normalizer
+    def total(self, input: Tensor, target: Tensor, factor: float, count: int) -> Tensor:
+        """factor / count * Σ elements, or its root, in plain PyTorch. The root of 0 has the gradient 0."""
+        value = self.elements(input, target).sum() * normalizer_of(factor, count)
         if not self.root:
             return value
         is_zero = value == 0
@@ -134,12 +134,20 @@ def check_weight(op: str, loss_weight: Any) -> None:
         _arguments.check_number("loss_weight", loss_weight, op, 0.0)
 
 
-def normalizer_of(loss: Loss, reduction: str, shape: torch.Size, loss_weight: float) -> float:
-    """What the sum of all losses is multiplied by, before a root; NaN for a mean of nothing."""
+def factor_and_count(loss: Loss, reduction: str, shape: torch.Size, loss_weight: float) -> tuple[float, int]:
+    """What the sum of all losses is multiplied by, before a root, and then divided by.
+
+    Ops are told of both, and not of the quotient: a compiler makes a graph of its own for each value of a float, but
+    one for all of an integer.
+    """
     factor = loss_weight * loss_weight if loss.root else loss_weight
     if reduction == "sum":
-        return float(factor)
-    count = shape[0] if reduction == "batchmean" else math.prod(shape)
+        return factor, 1
+    return factor, shape[0] if reduction == "batchmean" else math.prod(shape)
+
+
+def normalizer_of(factor: float, count: int) -> float:
+    """factor / count, NaN for a mean of nothing."""
     return factor / count if count > 0 else math.nan
 
 
@@ -199,35 +207,37 @@ def check_finite(op: str, value: Tensor, **operands: Tensor) -> None:
 
 # gradient of any shape, its elements filling a piece of memory in whatever order of its dimensions; grad in its
 # accumulator, a scalar, or (B,) for a gradient (B, ...) whose first dimension is the outermost in memory. The result,
-# in the layout of gradient, is gradient * (grad * normalizer), rounded once.
-define("loss_gradient(Tensor gradient, Tensor grad, float normalizer, str backend) -> Tensor")
+# in the layout of gradient, is gradient * (grad * (factor / count)), rounded once.
+define("loss_gradient(Tensor gradient, Tensor grad, float factor, SymInt count, str backend) -> Tensor")
 
 
 @implement("loss_gradient")
-def _(gradient, grad, normalizer, backend):
-    return _registry.kernels(backend, "loss_gradient").loss_gradient(gradient, grad, normalizer)
+def _(gradient, grad, factor, count, backend):
+    launch = _registry.kernels(backend, "loss_gradient").loss_gradient
+    return launch(gradient, grad, normalizer_of(factor, count))
 
 
 @torch.library.register_fake("aefast::loss_gradient", lib=LIBRARY)
-def _(gradient, grad, normalizer, backend):
+def _(gradient, grad, factor, count, backend):
     return torch.empty_like(gradient)
 
 
-def scaled(gradient: Tensor, grad: Tensor, normalizer: float, backend: str) -> Tensor:
-    """gradient * (grad * normalizer), for the backward of a loss.
+def scaled(gradient: Tensor, grad: Tensor, factor: float, count: int, backend: str) -> Tensor:
+    """gradient * (grad * (factor / count)), for the backward of a loss.
 
-    The factor is made in gradient's accumulator, and the product is rounded once. The host waits for no device. On the
-    CPU, where that leaves float32 and float64 gradients as they are, the result is `gradient` itself.
+    What multiplies is made in gradient's accumulator, and the product is rounded once. The host waits for no device. On
+    the CPU, where that leaves float32 and float64 gradients as they are, the result is `gradient` itself.
 
     Args:
         gradient: what the forward kept, dense, in whatever order of its dimensions.
         grad: of the loss, in its dtype: a scalar, or (B,) for a gradient (B, ...) that has its samples one after
             another in memory.
-        normalizer: what the gradient lacks.
+        factor, count: the quotient is what the gradient lacks.
         backend: the forward's.
     """
     if not _registry.is_direct(backend, gradient, grad):
-        return torch.ops.aefast.loss_gradient.default(gradient, grad, normalizer, backend)
-    if is_folded(backend, gradient.dtype) and normalizer == 1.0 and grad.dim() == 0 and grad.item() == 1.0:
+        return torch.ops.aefast.loss_gradient.default(gradient, grad, factor, count, backend)
+    if is_folded(backend, gradient.dtype) and factor == count and grad.dim() == 0 and grad.item() == 1.0:
         return gradient
-    return _registry.kernels(backend, "loss_gradient").loss_gradient(gradient, grad, normalizer)
+    launch = _registry.kernels(backend, "loss_gradient").loss_gradient
+    return launch(gradient, grad, normalizer_of(factor, count))

@@ -128,7 +128,7 @@ def kernel_of(op: str, kernel: Any, bandwidth: Any, alpha: Any) -> Kernel:
 def mean_squared_distance(points: Tensor) -> Tensor:
     """Of all pairs of rows (N, D), a detached scalar; 1 where it is 0 or there is no pair."""
     points = points.detach().to(_arguments.accumulator(points.dtype))
-    if len(points) < 2:
+    if points.shape[0] < 2:
         return points.new_ones(())
     # Each pair is counted twice in Σ_ij ‖x_i - x_j‖² = 2 N Σ ‖x_i - mean‖².
     mean = 2.0 * points.var(0).sum()

@@ -100,7 +100,7 @@ class _GaussianHead(torch.autograd.Function):
     def backward(ctx, *grads):
         low, high, reduction, backend, _ = ctx.call
         h, weight, bias, moments, seed = ctx.saved_tensors
-        grads = grads[0], _arguments.reduce_backward(grads[1], reduction, len(h)), grads[2]
+        grads = grads[0], _arguments.reduce_backward(grads[1], reduction, h.shape[0]), grads[2]
         some = next((grad for grad in grads if grad is not None), None)
         if some is None:
             return None, None, None, None, None

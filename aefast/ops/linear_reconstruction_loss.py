@@ -42,8 +42,8 @@ def reference(
     """`linear_reconstruction_loss` in plain PyTorch."""
     loss = _loss.loss_of("linear_reconstruction_loss", kind, p, eps, delta)
     activation = specification(output_activation, negative_slope, alpha)
-    normalizer = _loss.normalizer_of(loss, reduction, target.shape, loss_weight)
-    return _reference(h, weight, bias, target, activation, loss, normalizer)
+    fraction = _loss.factor_and_count(loss, reduction, target.shape, loss_weight)
+    return _reference(h, weight, bias, target, activation, loss, *fraction)
 
 
 def _reference(
@@ -53,19 +53,26 @@ def _reference(
     target: Tensor,
     activation: str,
     loss: Loss,
-    normalizer: float,
+    factor: float,
+    count: int,
 ) -> Tensor:
     output = linear_act.specified_reference(h, weight, bias, activation)
-    return loss.total(output, target, normalizer)
+    return loss.total(output, target, factor, count)
 
 
 # h (M, K), weight (N, K), bias (N,), target (M, N), in h's dtype or its accumulator; activation and needs as in
-# kernels/activation.py, kind and parameter as in Loss. normalizer * Σ losses, a scalar in the accumulator; and of h,
-# weight and bias scale * the gradients of Σ losses, in their dtype, of no elements where they are not wanted.
+# kernels/activation.py, kind and parameter as in Loss. factor / count * Σ losses, a scalar in the accumulator; and what
+# is kept of the gradients of h, weight and bias, in their dtype, of no elements where they are not wanted: those of the
+# value where `_loss.is_folded`, else `_scale_of` times those of Σ losses.
 define(
     "linear_reconstruction_loss(Tensor h, Tensor weight, Tensor? bias, Tensor target, str activation, str kind, "
-    "float parameter, float normalizer, float scale, int needs, bool checked, str backend) "
+    "float parameter, float factor, SymInt count, int needs, bool checked, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+# A gradient of the value times grad, a scalar, of what is kept where it is not folded, `rows` being those of h.
+define(
+    "linear_reconstruction_loss_backward(Tensor gradient, Tensor grad, float factor, SymInt count, SymInt rows, "
+    "str backend) -> Tensor"
 )
 
 
@@ -74,18 +81,31 @@ def _(*arguments):
     return _sweep(*arguments)
 
 
+@implement("linear_reconstruction_loss_backward")
+def _unscaled(gradient, grad, factor, count, rows, backend):
+    missing = _loss.normalizer_of(factor, count) / _scale_of(gradient.dtype, rows)
+    return _registry.kernels(backend, "loss_gradient").loss_gradient(gradient, grad, missing)
+
+
 @torch.library.register_fake("aefast::linear_reconstruction_loss", lib=LIBRARY)
-def _(h, weight, bias, target, activation, kind, parameter, normalizer, scale, needs, checked, backend):
+def _(h, weight, bias, target, activation, kind, parameter, factor, count, needs, checked, backend):
     value = h.new_empty((), dtype=_arguments.accumulator(h.dtype))
     operands = ((h, NEED_X), (weight, NEED_WEIGHT), (bias, NEED_BIAS))
     return value, *(h.new_empty(one.shape if needs & need else (0,)) for one, need in operands)
 
 
+@torch.library.register_fake("aefast::linear_reconstruction_loss_backward", lib=LIBRARY)
+def _(gradient, grad, factor, count, rows, backend):
+    return torch.empty_like(gradient)
+
+
 def _sweep(
-    h, weight, bias, target, activation, kind, parameter, normalizer, scale, needs, checked, backend
+    h, weight, bias, target, activation, kind, parameter, factor, count, needs, checked, backend
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the op is defined to give, by parts: of the rows, or where there are more of them of the features, so that
     the gradients that parts have in common are the smaller."""
+    normalizer = _loss.normalizer_of(factor, count)
+    scale = normalizer if _loss.is_folded(backend, h.dtype) else _scale_of(h.dtype, h.shape[0])
     if backend == "cpu":
         return _registry.kernels(backend, "linear_reconstruction_loss").linear_reconstruction_loss(
             *(h, weight, bias, target, activation, kind, parameter, normalizer, scale, needs, checked, _PART)
@@ -159,27 +179,25 @@ class _Gradient:
         return self._found.to(self._operand.dtype)
 
 
-def _scale_of(h: Tensor) -> float:
+def _scale_of(dtype: torch.dtype, rows: int) -> float:
     """Of gradients that are kept. Those of weight and bias are sums over the rows of h, of which float16 would hold
     neither such sums of derivatives as they are nor derivatives divided by the number of rows."""
-    if h.dtype.itemsize > 2:
+    if dtype.itemsize > 2:
         return 1.0
-    return 2.0 ** -round(0.5 * math.log2(max(1, h.shape[0])))
+    return 2.0 ** -round(0.5 * math.log2(max(1, rows)))
 
 
 class _LinearReconstructionLoss(torch.autograd.Function):
-    """`call` is (activation, loss, normalizer, whether probabilities are checked, backend)."""
+    """`call` is (activation, loss, factor, count, whether probabilities are checked, backend)."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, target, call):
-        activation, loss, normalizer, checked, backend = call
+        activation, loss, factor, count, checked, backend = call
         bits = zip((NEED_X, NEED_WEIGHT, NEED_BIAS), ctx.needs_input_grad, strict=False)
         needs = sum(bit for bit, need in bits if need)
-        is_folded = _loss.is_folded(backend, h.dtype)
-        scale = normalizer if is_folded else _scale_of(h)
         arguments = (
-            *(h, weight, bias, target, activation, loss.kind, loss.parameter, normalizer),
-            *(scale, needs, checked, backend),
+            *(h, weight, bias, target, activation, loss.kind, loss.parameter, factor, count),
+            *(needs, checked, backend),
         )
         if _registry.is_direct(backend, h, weight, bias, target):
             value, *gradients = _sweep(*arguments)
@@ -187,25 +205,31 @@ class _LinearReconstructionLoss(torch.autograd.Function):
             with below_autograd():
                 value, *gradients = torch.ops.aefast.linear_reconstruction_loss.default(*arguments)
         ctx.save_for_backward(h, weight, bias, target, *gradients)
-        ctx.call = activation, loss, normalizer, 1.0 if is_folded else normalizer / scale, backend
+        ctx.call = activation, loss, factor, count, backend
         return value
 
     @staticmethod
     def backward(ctx, grad):
-        activation, loss, normalizer, missing, backend = ctx.call
+        activation, loss, factor, count, backend = ctx.call
         h, weight, bias, target, *gradients = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         if needs[3] or _registry.wants_reference(grad):
 
             def function(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-                return _reference(h, weight, bias, target, activation, loss, normalizer)
+                return _reference(h, weight, bias, target, activation, loss, factor, count)
 
             return *_registry.differentiate(function, (h, weight, bias, target), needs, grad), None
+
+        def whole(gradient: Tensor) -> Tensor:
+            if _loss.is_folded(backend, h.dtype):
+                return _loss.scaled(gradient, grad, 1.0, 1, backend)
+            arguments = (gradient, grad, factor, count, h.shape[0], backend)
+            if _registry.is_direct(backend, gradient, grad):
+                return _unscaled(*arguments)
+            return torch.ops.aefast.linear_reconstruction_loss_backward.default(*arguments)
+
         return (
-            *(
-                _loss.scaled(gradient, grad, missing, backend) if need else None
-                for gradient, need in zip(gradients, needs, strict=False)
-            ),
+            *(whole(one) if need else None for one, need in zip(gradients, needs, strict=False)),
             None,
             None,
         )
@@ -219,18 +243,19 @@ def _is_differentiated(*operands: Tensor | None) -> bool:
 
 
 @torch.library.impl(LIBRARY, "linear_reconstruction_loss", "Autograd")
-def _(h, weight, bias, target, activation, kind, parameter, normalizer, scale, needs, checked, backend):
+def _(h, weight, bias, target, activation, kind, parameter, factor, count, needs, checked, backend):
     """The value's gradients are autograd's, and none are returned beside it."""
     operands = (h, weight, bias, target)
     loss = Loss(kind, parameter)
     if _registry.is_transformed():
-        value = _reference(*operands, activation, loss, normalizer)
+        value = _reference(*operands, activation, loss, factor, count)
     elif _is_differentiated(*operands):
-        value = _LinearReconstructionLoss.apply(*operands, (activation, loss, normalizer, checked, backend))
+        call = (activation, loss, factor, count, checked, backend)
+        value = _LinearReconstructionLoss.apply(*operands, call)
     else:
         with below_autograd():
             return torch.ops.aefast.linear_reconstruction_loss.default(
-                *operands, activation, kind, parameter, normalizer, scale, needs, checked, backend
+                *operands, activation, kind, parameter, factor, count, needs, checked, backend
             )
     return value, *(h.new_empty(0) for _ in range(3))
 
@@ -292,7 +317,7 @@ def linear_reconstruction_loss(
     linear_act.check_layer(h, weight, bias, "linear_reconstruction_loss", "weight", "bias", "h")
     _check_target(target, h, weight)
     activation = specification(output_activation, negative_slope, alpha)
-    normalizer = _loss.normalizer_of(loss, reduction, target.shape, loss_weight)
+    fraction = _loss.factor_and_count(loss, reduction, target.shape, loss_weight)
     backend = _registry.choose("linear_reconstruction_loss", h, weight, bias, target)
     # Under autocast a target may be of any dtype.
     is_known = target.dtype in (h.dtype, _arguments.accumulator(h.dtype))
@@ -319,7 +344,7 @@ def linear_reconstruction_loss(
     operands = (h.reshape(rows, h.shape[-1]), weight, bias, target.reshape(rows, weight.shape[0]))
     plain = dataclasses.replace(loss, root=False)
     try:
-        value = _launch(*operands, activation, plain, normalizer, backend)
+        value = _launch(*operands, activation, plain, fraction, backend)
     except RuntimeError:
         # Where the kernel has come upon numbers that are no probabilities, it does not say which.
         if loss.is_penalty or not h.is_cpu or _registry.is_watched():
@@ -350,14 +375,14 @@ def _launch(
     target: Tensor,
     activation: str,
     loss: Loss,
-    normalizer: float,
+    fraction: tuple[float, int],
     backend: str,
 ) -> Tensor:
     operands = (h, weight, bias, target)
     is_direct = _registry.is_direct(backend, *operands)
     if is_direct and _is_differentiated(*operands):
-        return _apply(*operands, (activation, loss, normalizer, True, backend))
-    arguments = (*operands, activation, loss.kind, loss.parameter, normalizer, 1.0, 0, is_direct, backend)
+        return _apply(*operands, (activation, loss, *fraction, True, backend))
+    arguments = (*operands, activation, loss.kind, loss.parameter, *fraction, 0, is_direct, backend)
     if is_direct:
         return _sweep(*arguments)[0]
     return torch.ops.aefast.linear_reconstruction_loss.default(*arguments)[0]

@@ -27,8 +27,12 @@ def reference(
     """`mmd` in plain PyTorch, of a single process."""
     spec = _pairwise.kernel_of("mmd", kernel, bandwidth, alpha)
     unit = unit_of(spec, bandwidth, x, y)
-    weights = weights_of(estimator, spec, x.shape[0], y.shape[0])
-    return sum_reference(x, y, unit, spec, weights)
+    return estimate(x, y, unit, spec, estimator)
+
+
+def estimate(x: Tensor, y: Tensor, unit: Tensor | None, kernel: Kernel, estimator: str) -> Tensor:
+    """`weighted_sum` in plain PyTorch."""
+    return sum_reference(x, y, unit, kernel, weights_of(estimator, kernel, x.shape[0], y.shape[0]))
 
 
 def unit_of(kernel: Kernel, bandwidth: Any, x: Tensor, y: Tensor) -> Tensor | None:
@@ -41,8 +45,12 @@ def unit_of(kernel: Kernel, bandwidth: Any, x: Tensor, y: Tensor) -> Tensor | No
 def weights_of(estimator: str, kernel: Kernel, x_count: int, y_count: int) -> tuple[float, ...]:
     """Of the sums over pairs of two rows of x, of two rows of y, and of one of each; and a number to be added.
 
-    Pairs of a row with itself are in none of the sums.
+    Pairs of a row with itself are in none of the sums. There may be no y, for `mmd_to_normal`.
     """
+    if y_count == 0:
+        if estimator == "unbiased":
+            return 1.0 / (x_count * (x_count - 1)), 0.0, 0.0, 0.0
+        return 1.0 / x_count**2, 0.0, 0.0, kernel.at_zero / x_count
     across = -2.0 / (x_count * y_count)
     if estimator == "unbiased":
         return 1.0 / (x_count * (x_count - 1)), 1.0 / (y_count * (y_count - 1)), across, 0.0
@@ -89,50 +97,50 @@ def rows_reference(
 
 
 # x (N, D) and y (M, D) of any strides, M possibly 0; unit a scalar in their accumulator, or absent for 1; the kernel as
-# in _pairwise.Kernel; weights as weights_of() gives them, and `needs` has bit 0 set if x's gradient is wanted, bit 1
-# y's. The value is a scalar and the gradients are contiguous, all in the accumulator; a gradient that is not wanted is
-# of no rows.
-_KERNEL = "Tensor? unit, str kernel, float[] rates, float alpha, float[] weights, int needs"
+# in _pairwise.Kernel; `needs` has bit 0 set if x's gradient is wanted, bit 1 y's. The value is a scalar and the
+# gradients are contiguous, all in the accumulator; a gradient that is not wanted is of no rows.
+_KERNEL = "Tensor? unit, str kernel, float[] rates, float alpha, str estimator, int needs"
 define(f"mmd(Tensor x, Tensor y, {_KERNEL}, str backend) -> (Tensor, Tensor, Tensor)")
 
 
 @implement("mmd")
-def _(x, y, unit, kernel, rates, alpha, weights, needs, backend):
+def _sum(x, y, unit, kernel, rates, alpha, estimator, needs, backend):
+    weights = weights_of(estimator, Kernel(kernel, rates, alpha), x.shape[0], y.shape[0])
     return _registry.kernels(backend, "mmd").mmd(x, y, unit, kernel, rates, alpha, weights, needs)
 
 
 @torch.library.register_fake("aefast::mmd", lib=LIBRARY)
-def _(x, y, unit, kernel, rates, alpha, weights, needs, backend):
+def _(x, y, unit, kernel, rates, alpha, estimator, needs, backend):
     wide = _arguments.accumulator(x.dtype)
     rows = (x.shape[0] if needs & 1 else 0, y.shape[0] if needs & 2 else 0)
     return x.new_empty((), dtype=wide), *(x.new_empty((count, x.shape[1]), dtype=wide) for count in rows)
 
 
 class _MMD(torch.autograd.Function):
-    """`call` is (kernel, weights, backend, launchers to call at once or None)."""
+    """`call` is (kernel, estimator, backend, whether launchers may be called at once)."""
 
     @staticmethod
     def forward(ctx, x, y, unit, call):
-        kernel, weights, backend, launchers = call
+        kernel, estimator, backend, is_direct = call
         needs = int(ctx.needs_input_grad[0]) + 2 * int(ctx.needs_input_grad[1])
-        arguments = (x, y, unit, kernel.name, kernel.rates, kernel.alpha, weights, needs)
-        if launchers is not None:
-            value, of_x, of_y = launchers.mmd(*arguments)
+        arguments = (x, y, unit, kernel.name, kernel.rates, kernel.alpha, estimator, needs, backend)
+        if is_direct:
+            value, of_x, of_y = _sum(*arguments)
         else:
             with below_autograd():
-                value, of_x, of_y = torch.ops.aefast.mmd.default(*arguments, backend)
+                value, of_x, of_y = torch.ops.aefast.mmd.default(*arguments)
         ctx.save_for_backward(x, y, unit, of_x, of_y)
         ctx.call = call
         return value
 
     @staticmethod
     def backward(ctx, grad):
-        kernel, weights, _, _ = ctx.call
+        kernel, estimator, _, _ = ctx.call
         x, y, unit, of_x, of_y = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if _registry.wants_reference(grad):
             gradients = _registry.differentiate(
-                lambda x, y: sum_reference(x, y, unit, kernel, weights), (x, y), needs, grad
+                lambda x, y: estimate(x, y, unit, kernel, estimator), (x, y), needs, grad
             )
         else:
             gradients = [
@@ -146,17 +154,17 @@ _apply = direct_apply(_MMD)
 
 
 @torch.library.impl(LIBRARY, "mmd", "Autograd")
-def _(x, y, unit, kernel, rates, alpha, weights, needs, backend):
+def _(x, y, unit, kernel, rates, alpha, estimator, needs, backend):
     """The value's gradients are autograd's, and none are returned beside it."""
     spec = Kernel(kernel, tuple(rates), alpha)
     wide = _arguments.accumulator(x.dtype)
     if _registry.is_transformed():
-        value = sum_reference(x, y, unit, spec, weights)
+        value = estimate(x, y, unit, spec, estimator)
     elif torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        value = _MMD.apply(x, y, unit, (spec, tuple(weights), backend, None))
+        value = _MMD.apply(x, y, unit, (spec, estimator, backend, False))
     else:
         with below_autograd():
-            return torch.ops.aefast.mmd.default(x, y, unit, kernel, rates, alpha, weights, needs, backend)
+            return torch.ops.aefast.mmd.default(x, y, unit, kernel, rates, alpha, estimator, needs, backend)
     return value, *(x.new_empty((0, x.shape[1]), dtype=wide) for _ in range(2))
 
 
@@ -172,20 +180,17 @@ def backend_of(x: Tensor, y: Tensor) -> str:
     return _registry.choose("mmd", x, y, unfit=unfit)
 
 
-def weighted_sum(
-    x: Tensor, y: Tensor, unit: Tensor | None, kernel: Kernel, weights: tuple[float, ...]
-) -> Tensor:
-    """`sum_reference`, on the backend that serves it."""
+def weighted_sum(x: Tensor, y: Tensor, unit: Tensor | None, kernel: Kernel, estimator: str) -> Tensor:
+    """`sum_reference` with the weights of the estimator, on the backend that serves it."""
     backend = backend_of(x, y)
     if backend == "eager":
-        return sum_reference(x, y, unit, kernel, weights)
-    arguments = (x, y, unit, kernel.name, kernel.rates, kernel.alpha, weights, 0)
+        return estimate(x, y, unit, kernel, estimator)
+    arguments = (x, y, unit, kernel.name, kernel.rates, kernel.alpha, estimator, 0, backend)
     if not _registry.is_direct(backend, x, y):
-        return torch.ops.aefast.mmd.default(*arguments, backend)[0]
-    launchers = _registry.kernels(backend, "mmd")
+        return torch.ops.aefast.mmd.default(*arguments)[0]
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return _apply(x, y, unit, (kernel, weights, backend, launchers))
-    return launchers.mmd(*arguments)[0]
+        return _apply(x, y, unit, (kernel, estimator, backend, True))
+    return _sum(*arguments)[0]
 
 
 def mmd(
@@ -249,7 +254,7 @@ def mmd(
         return _of_group(x, y, spec, bandwidth, estimator, group)
     _pairwise.check_counts("mmd", estimator, x=x.shape[0], y=y.shape[0])
     unit = unit_of(spec, bandwidth, x, y)
-    value = weighted_sum(x, y, unit, spec, weights_of(estimator, spec, x.shape[0], y.shape[0]))
+    value = weighted_sum(x, y, unit, spec, estimator)
     _pairwise.check_finite("mmd", value, x=x, y=y)
     return value
 

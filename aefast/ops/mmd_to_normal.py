@@ -44,7 +44,7 @@ def reference(
 ) -> Tensor:
     """`mmd_to_normal` in plain PyTorch."""
     spec = kernel_of(kernel, bandwidth, alpha)
-    return _discrepancy(x, spec, unit_of(spec, bandwidth, x.shape[1]), estimator, mmd.sum_reference)
+    return _discrepancy(x, spec, unit_of(spec, bandwidth, x.shape[1]), estimator, mmd.estimate)
 
 
 def unit_of(kernel: Kernel, bandwidth: Any, dimensions: int) -> float | None:
@@ -77,17 +77,10 @@ def _discrepancy(
         x.new_empty((0, x.shape[1])),
         None if unit is None else x.new_full((), unit),
         kernel,
-        _weights(estimator, kernel, x.shape[0]),
+        estimator,
     )
     of_points, of_prior = expectations(x, kernel, unit)
     return (of_pairs.to(torch.float64) + (of_prior - 2.0 * of_points.mean())).to(x.dtype)
-
-
-def _weights(estimator: str, kernel: Kernel, count: int) -> tuple[float, float, float, float]:
-    """As `mmd.weights_of` gives them, of x alone."""
-    if estimator == "unbiased":
-        return 1.0 / (count * (count - 1)), 0.0, 0.0, 0.0
-    return 1.0 / count**2, 0.0, 0.0, kernel.at_zero / count
 
 
 def expectations(x: Tensor, kernel: Kernel, unit: float | None) -> tuple[Tensor, Tensor | float]:
@@ -341,7 +334,7 @@ def terms(
     of_points, of_prior = expectations(x, spec, unit)
     (of_prior_gradient,) = torch.autograd.grad(2.0 * of_points.mean(), x)
     points = (x - x.mean(0)).detach()
-    weight = _weights(estimator, spec, x.shape[0])[0]
+    weight = mmd.weights_of(estimator, spec, x.shape[0], 0)[0]
     u = _pairwise.squared_distances(points, points).requires_grad_()
     values = spec.values(u if unit is None else u / unit)
     (slopes,) = torch.autograd.grad(values.sum(), u)

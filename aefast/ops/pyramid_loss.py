@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,9 +89,49 @@ def _most_levels(pyramid: str, side: int) -> int:
     return levels
 
 
+class Settings(NamedTuple):
+    """What ops are told of a loss, which depends on no shape: a compiler makes a graph of its own for each value of a
+    float.
+
+    penalty and parameter are as in `Form`, the rest as in the public function.
+    """
+
+    pyramid: str
+    penalty: str
+    parameter: float
+    weights: tuple[float, ...]
+    reduction: str
+
+    def factor_and_count(self, shape: Sequence[int]) -> tuple[float, int]:
+        """Of images of this shape: the largest weight, and what the sum of all is divided by."""
+        factor = max(self.weights) or 1.0
+        if self.reduction == "sum":
+            return factor, 1
+        return factor, math.prod(shape if self.reduction == "mean" else shape[1:])
+
+    def form(self, shape: Sequence[int], folded: bool) -> Form:
+        """Of images of this shape. With `folded` the normaliser is in the factors, else the largest weight in the
+        normaliser: what is kept of the gradient has the size of the data then, which half precision holds."""
+        _, channels, height, width = shape
+        sizes = sizes_of(self.pyramid, len(self.weights), height, width)
+        counts = [channels * rows * columns for rows, columns in sizes]
+        scale, total = self.factor_and_count(shape)
+        factors = [weight / scale for weight in self.weights]
+        if self.reduction != "sum":
+            # Of a mean the levels count alike, whatever their size.
+            factors = [
+                factor * (counts[0] / max(1, count)) for factor, count in zip(factors, counts, strict=True)
+            ]
+        normalizer = _loss.normalizer_of(scale, total)
+        if folded and total > 0:
+            factors, normalizer = [factor * normalizer for factor in factors], 1.0
+        is_summed = self.reduction != "none"
+        return Form(self.pyramid, self.penalty, self.parameter, tuple(factors), normalizer, is_summed)
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What ops and launchers are told of a loss.
+    """What launchers are told of a loss, and what is done with what they give.
 
     Of each sample, Σ_l factors[l] · Σ phi(residual) over all elements of level l; of that the sum over the samples if
     `summed`, times `normalizer`. phi is |r|^parameter for the penalty "power" and √(r² + parameter²) for "charbonnier".
@@ -105,11 +145,6 @@ class Form:
     summed: bool
 
     @property
-    def arguments(self) -> tuple[Any, ...]:
-        # Field by field: astuple copies them deeply, which torch.compile does not trace in older releases.
-        return (self.pyramid, self.penalty, self.parameter, self.factors, self.normalizer, self.summed)
-
-    @property
     def of_launchers(self) -> tuple[Any, ...]:
         return self.pyramid, self.penalty, self.parameter, self.factors
 
@@ -119,27 +154,10 @@ class Form:
         return value if self.normalizer == 1.0 else value * self.normalizer
 
 
-def _form_of(
-    pyramid: str, loss: _loss.Loss, weights: Sequence[float], reduction: str, shape: torch.Size, folded: bool
-) -> Form:
-    """With `folded` the normaliser is in the factors, else the largest weight in the normaliser: what is kept of the
-    gradient has the size of the data then, which half precision holds."""
-    samples, channels, height, width = shape
-    counts = [channels * rows * columns for rows, columns in sizes_of(pyramid, len(weights), height, width)]
-    scale = max(weights) or 1.0
-    factors, total = [weight / scale for weight in weights], 1
-    if reduction != "sum":
-        # Of a mean the levels count alike, whatever their size.
-        factors = [
-            factor * (counts[0] / max(1, count)) for factor, count in zip(factors, counts, strict=True)
-        ]
-        total = counts[0] * (samples if reduction == "mean" else 1)
-    normalizer = scale / total if total > 0 else math.nan
-    if folded and total > 0:
-        factors, normalizer = [factor * normalizer for factor in factors], 1.0
+def _settings_of(pyramid: str, loss: _loss.Loss, weights: tuple[float, ...], reduction: str) -> Settings:
     power = {"l1": 1.0, "mse": 2.0, "lp": loss.parameter}.get(loss.kind)
     penalty, parameter = ("charbonnier", loss.parameter) if power is None else ("power", power)
-    return Form(pyramid, penalty, parameter, tuple(factors), normalizer, reduction != "none")
+    return Settings(pyramid, penalty, parameter, weights, reduction)
 
 
 def form_reference(input: Tensor, target: Tensor, form: Form) -> Tensor:
@@ -171,61 +189,75 @@ def reference(
 ) -> Tensor:
     """`pyramid_loss` in plain PyTorch."""
     loss, weights = checked("pyramid_loss", levels, p, pyramid, weights, reduction, eps)
-    return form_reference(input, target, _form_of(pyramid, loss, weights, reduction, input.shape, False))
+    return _reference(input, target, _settings_of(pyramid, loss, weights, reduction))
+
+
+def _reference(input: Tensor, target: Tensor, settings: Settings) -> Tensor:
+    return form_reference(input, target, settings.form(input.shape, False))
 
 
 # input and target (B, C, H, W) of one dtype, both contiguous or both channels_last, of sides that the pyramid has so
-# many levels of; the rest as in `Form`. The loss is () if `summed`, and else (B,), in the accumulator. What is kept of
-# the gradient lacks the normaliser; it has the input's dtype and layout, or no elements if it is not wanted.
-_FORM = "str pyramid, str penalty, float parameter, float[] factors, float normalizer, bool summed"
+# many levels of; the rest as in `Settings`. The loss is (B,) for "none", and else (), in the accumulator. What is kept
+# of the gradient lacks the normaliser, or nothing where `_loss.is_folded`; it has the input's dtype and layout, or no
+# elements if it is not wanted.
+_SETTINGS = "str pyramid, str penalty, float parameter, float[] weights, str reduction"
 define(
-    f"pyramid_loss(Tensor input, Tensor target, {_FORM}, bool with_gradient, str backend) -> (Tensor, Tensor)"
+    f"pyramid_loss(Tensor input, Tensor target, {_SETTINGS}, bool with_gradient, str backend) -> (Tensor, Tensor)"
 )
 
 
 @implement("pyramid_loss")
-def _(input, target, pyramid, penalty, parameter, factors, normalizer, summed, with_gradient, backend):
-    form = Form(pyramid, penalty, parameter, tuple(factors), normalizer, summed)
+def _(input, target, pyramid, penalty, parameter, weights, reduction, with_gradient, backend):
+    settings = Settings(pyramid, penalty, parameter, tuple(weights), reduction)
+    return _launch(input, target, settings, with_gradient, backend)
+
+
+def _launch(
+    input: Tensor, target: Tensor, settings: Settings, with_gradient: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    form = settings.form(input.shape, _loss.is_folded(backend, input.dtype))
     launch = _registry.kernels(backend, "pyramid_loss").pyramid_loss
     sums, gradient = launch(input, target, *form.of_launchers, with_gradient)
     return form.finished(sums), gradient
 
 
 @torch.library.register_fake("aefast::pyramid_loss", lib=LIBRARY)
-def _(input, target, pyramid, penalty, parameter, factors, normalizer, summed, with_gradient, backend):
-    value = input.new_empty(() if summed else input.shape[:1], dtype=_arguments.accumulator(input.dtype))
+def _(input, target, pyramid, penalty, parameter, weights, reduction, with_gradient, backend):
+    shape = input.shape[:1] if reduction == "none" else ()
+    value = input.new_empty(shape, dtype=_arguments.accumulator(input.dtype))
     return value, torch.empty_like(input) if with_gradient else input.new_empty(0)
 
 
 class _PyramidLoss(torch.autograd.Function):
-    """`call` is (form, backend, launchers to call at once or None)."""
+    """`call` is (settings, backend, whether launchers may be called at once)."""
 
     @staticmethod
     def forward(ctx, input, target, call):
-        form, backend, launchers = call
-        if launchers is not None:
-            sums, gradient = launchers.pyramid_loss(input, target, *form.of_launchers, True)
-            value = form.finished(sums)
+        settings, backend, is_direct = call
+        if is_direct:
+            value, gradient = _launch(input, target, settings, True, backend)
         else:
             with below_autograd():
                 value, gradient = torch.ops.aefast.pyramid_loss.default(
-                    input, target, *form.arguments, True, backend
+                    input, target, *settings, True, backend
                 )
         ctx.save_for_backward(input, target, gradient)
-        ctx.call = form, backend
+        ctx.call = settings, backend
         return value
 
     @staticmethod
     def backward(ctx, grad):
-        form, backend = ctx.call
+        settings, backend = ctx.call
         input, target, gradient = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if _registry.wants_reference(grad):
             gradients = _registry.differentiate(
-                lambda input, target: form_reference(input, target, form), (input, target), needs, grad
+                lambda input, target: _reference(input, target, settings), (input, target), needs, grad
             )
             return *gradients, None
-        by_input = _loss.scaled(gradient, grad, form.normalizer, backend)
+        is_folded = _loss.is_folded(backend, input.dtype)
+        missing = (1.0, 1) if is_folded else settings.factor_and_count(input.shape)
+        by_input = _loss.scaled(gradient, grad, *missing, backend)
         return by_input if needs[0] else None, -by_input if needs[1] else None, None
 
 
@@ -233,18 +265,16 @@ _apply = direct_apply(_PyramidLoss)
 
 
 @torch.library.impl(LIBRARY, "pyramid_loss", "Autograd")
-def _(input, target, pyramid, penalty, parameter, factors, normalizer, summed, with_gradient, backend):
+def _(input, target, pyramid, penalty, parameter, weights, reduction, with_gradient, backend):
     """The loss's gradient is autograd's, and none is returned beside it."""
-    form = Form(pyramid, penalty, parameter, tuple(factors), normalizer, summed)
+    settings = Settings(pyramid, penalty, parameter, tuple(weights), reduction)
     if _registry.is_transformed():
-        value = form_reference(input, target, form)
+        value = _reference(input, target, settings)
     elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        value = _PyramidLoss.apply(input, target, (form, backend, None))
+        value = _PyramidLoss.apply(input, target, (settings, backend, False))
     else:
         with below_autograd():
-            return torch.ops.aefast.pyramid_loss.default(
-                input, target, *form.arguments, with_gradient, backend
-            )
+            return torch.ops.aefast.pyramid_loss.default(input, target, *settings, with_gradient, backend)
     return value, input.new_empty(0)
 
 
@@ -350,19 +380,17 @@ def pyramid_loss(
     dtype = dtype if loss.is_kept(dtype) else torch.float32
     input, target = input.to(dtype), target.to(dtype)
     backend = _registry.choose("pyramid_loss", input, target)
-    folded = _loss.is_folded(backend, input.dtype)
-    form = _form_of(pyramid, loss, weights, reduction, shape, folded)
+    settings = _settings_of(pyramid, loss, weights, reduction)
     if backend == "eager":
-        return form_reference(input, target, form)
+        return _reference(input, target, settings)
     is_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
     layout = torch.channels_last if is_last else torch.contiguous_format
     input, target = input.contiguous(memory_format=layout), target.contiguous(memory_format=layout)
     if not _registry.is_direct(backend, input, target):
-        return torch.ops.aefast.pyramid_loss.default(input, target, *form.arguments, False, backend)[0]
-    launchers = _registry.kernels(backend, "pyramid_loss")
+        return torch.ops.aefast.pyramid_loss.default(input, target, *settings, False, backend)[0]
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        return _apply(input, target, (form, backend, launchers))
-    return form.finished(launchers.pyramid_loss(input, target, *form.of_launchers, False)[0])
+        return _apply(input, target, (settings, backend, True))
+    return _launch(input, target, settings, False, backend)[0]
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

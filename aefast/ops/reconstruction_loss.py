@@ -29,27 +29,38 @@ def reference(
     loss = _loss.loss_of("reconstruction_loss", kind, p, eps, delta)
     if reduction == "none":
         return loss_weight * loss.elements(input, target)
-    return loss.total(input, target, _loss.normalizer_of(loss, reduction, input.shape, loss_weight))
+    return loss.total(input, target, *_loss.factor_and_count(loss, reduction, input.shape, loss_weight))
 
 
 # input and target without gaps, and in the same order of dimensions; kind and parameter as in Loss.
 _OPERANDS = "Tensor input, Tensor target, str kind, float parameter"
-# normalizer * Σ losses, or its root, a scalar in input's accumulator; and if it is wanted scale * the derivative by
-# input, in input's dtype and layout, else nothing. `checked`: see the public function.
+# factor / count * Σ losses, or its root, a scalar in input's accumulator; and if it is wanted the derivative by input,
+# of the value where `_is_folded` and else of Σ losses, in input's dtype and layout; else nothing. `checked`: see the
+# public function.
 define(
-    f"reconstruction_loss({_OPERANDS}, float normalizer, bool root, float scale, bool with_gradient, bool checked, "
+    f"reconstruction_loss({_OPERANDS}, float factor, SymInt count, bool root, bool with_gradient, bool checked, "
     "str backend) -> (Tensor, Tensor)"
 )
-# The losses, in input's accumulator and layout; and their gradient times normalizer, for a grad that is a scalar or of
-# input's layout.
+# The losses, in input's accumulator and layout; and their gradient times factor / count, for a grad that is a scalar or
+# of input's layout.
 define(f"reconstruction_loss_elements({_OPERANDS}, bool checked, str backend) -> Tensor")
-define(f"reconstruction_loss_backward(Tensor grad, {_OPERANDS}, float normalizer, str backend) -> Tensor")
+define(
+    f"reconstruction_loss_backward(Tensor grad, {_OPERANDS}, float factor, SymInt count, str backend) -> Tensor"
+)
+
+
+def _is_folded(root: bool, backend: str, dtype: torch.dtype) -> bool:
+    """Whether the gradient that is kept is complete. That of a root depends on the value."""
+    return not root and _loss.is_folded(backend, dtype)
 
 
 @implement("reconstruction_loss")
-def _(*arguments):
-    *arguments, backend = arguments
-    return _registry.kernels(backend, "reconstruction_loss").reconstruction_loss(*arguments)
+def _reduced(input, target, kind, parameter, factor, count, root, with_gradient, checked, backend):
+    normalizer = _loss.normalizer_of(factor, count)
+    scale = normalizer if _is_folded(root, backend, input.dtype) else 1.0
+    return _registry.kernels(backend, "reconstruction_loss").reconstruction_loss(
+        input, target, kind, parameter, normalizer, root, scale, with_gradient, checked
+    )
 
 
 @implement("reconstruction_loss_elements")
@@ -59,13 +70,14 @@ def _(*arguments):
 
 
 @implement("reconstruction_loss_backward")
-def _(*arguments):
-    *arguments, backend = arguments
-    return _registry.kernels(backend, "reconstruction_loss").reconstruction_loss_backward(*arguments)
+def _reduced_backward(grad, input, target, kind, parameter, factor, count, backend):
+    return _registry.kernels(backend, "reconstruction_loss").reconstruction_loss_backward(
+        grad, input, target, kind, parameter, _loss.normalizer_of(factor, count)
+    )
 
 
 @torch.library.register_fake("aefast::reconstruction_loss", lib=LIBRARY)
-def _(input, target, kind, parameter, normalizer, root, scale, with_gradient, checked, backend):
+def _(input, target, kind, parameter, factor, count, root, with_gradient, checked, backend):
     value = input.new_empty((), dtype=_arguments.accumulator(input.dtype))
     return value, torch.empty_like(input) if with_gradient else input.new_empty(0)
 
@@ -76,20 +88,20 @@ def _(input, target, kind, parameter, checked, backend):
 
 
 @torch.library.register_fake("aefast::reconstruction_loss_backward", lib=LIBRARY)
-def _(grad, input, target, kind, parameter, normalizer, backend):
+def _(grad, input, target, kind, parameter, factor, count, backend):
     return torch.empty_like(input)
 
 
 def _derivative(
-    grad: Tensor, input: Tensor, target: Tensor, loss: Loss, normalizer: float, backend: str
+    grad: Tensor, input: Tensor, target: Tensor, loss: Loss, factor: float, count: int, backend: str
 ) -> Tensor:
-    """normalizer * grad * the derivative by input, for grad a scalar or of input's shape."""
+    """factor / count * grad * the derivative by input, for grad a scalar or of input's shape."""
     if grad.dim() > 0:
         grad = _loss.as_laid_out(grad, input)
-    arguments = (grad, input, target, loss.kind, loss.parameter, normalizer)
+    arguments = (grad, input, target, loss.kind, loss.parameter, factor, count, backend)
     if _registry.is_direct(backend, grad, input, target):
-        return _registry.kernels(backend, "reconstruction_loss").reconstruction_loss_backward(*arguments)
-    return torch.ops.aefast.reconstruction_loss_backward.default(*arguments, backend)
+        return _reduced_backward(*arguments)
+    return torch.ops.aefast.reconstruction_loss_backward.default(*arguments)
 
 
 def _of_target(
@@ -103,52 +115,52 @@ def _of_target(
 
 
 class _Reduced(torch.autograd.Function):
-    """A scalar; `call` is (loss, normalizer, backend, launchers to call at once or None)."""
+    """A scalar; `call` is (loss, factor, count, backend, whether launchers may be called at once)."""
 
     @staticmethod
     def forward(ctx, input, target, call):
-        loss, normalizer, backend, launchers = call
+        loss, factor, count, backend, is_direct = call
         wants = ctx.needs_input_grad[0] or loss.is_penalty
         # Twice a residual may be beyond float16. To read the operands again costs what writing and reading it would.
         is_held = loss.kind != "mse" or input.dtype != torch.float16
         keeps = wants and is_held and loss.is_kept(input.dtype)
-        # That of a root depends on the value.
-        folded = keeps and not loss.root and _loss.is_folded(backend, input.dtype)
         arguments = (
-            *(input, target, loss.kind, loss.parameter, normalizer, loss.root),
-            *(normalizer if folded else 1.0, keeps, launchers is not None),
+            *(input, target, loss.kind, loss.parameter, factor, count, loss.root),
+            *(keeps, is_direct, backend),
         )
-        if launchers is not None:
-            value, gradient = launchers.reconstruction_loss(*arguments)
+        if is_direct:
+            value, gradient = _reduced(*arguments)
         else:
             with below_autograd():
-                value, gradient = torch.ops.aefast.reconstruction_loss.default(*arguments, backend)
+                value, gradient = torch.ops.aefast.reconstruction_loss.default(*arguments)
         ctx.save_for_backward(
             input, target, gradient if keeps else None, value.detach() if loss.root else None
         )
-        ctx.call = loss, normalizer, 1.0 if folded else normalizer, backend
+        ctx.call = loss, factor, count, backend
         return value
 
     @staticmethod
     def backward(ctx, grad):
-        loss, normalizer, missing, backend = ctx.call
+        loss, factor, count, backend = ctx.call
         input, target, gradient, value = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
 
         def function(input: Tensor, target: Tensor) -> Tensor:
-            return loss.total(input, target, normalizer)
+            return loss.total(input, target, factor, count)
 
         if _registry.wants_reference(grad):
             return *_registry.differentiate(function, (input, target), needs, grad), None
-        upstream = grad
+        missing, upstream = (factor, count), grad
         if value is not None:
-            missing *= 0.5
+            missing = 0.5 * factor, count
             upstream = torch.where(value == 0, 0.0, grad / value)
         by_input = by_target = None
         if gradient is not None:
-            by_input = _loss.scaled(gradient, upstream, missing, backend)
+            if _is_folded(loss.root, backend, gradient.dtype):
+                missing = 1.0, 1
+            by_input = _loss.scaled(gradient, upstream, *missing, backend)
         elif needs[0] or loss.is_penalty:
-            by_input = _derivative(upstream, input, target, loss, missing, backend)
+            by_input = _derivative(upstream, input, target, loss, *missing, backend)
         if needs[1]:
             by_target = _of_target(by_input, loss, function, input, target, grad)
         return by_input if needs[0] else None, by_target, None
@@ -177,7 +189,7 @@ class _Elements(torch.autograd.Function):
             return *_registry.differentiate(loss.elements, (input, target), needs, grad), None
         by_input = by_target = None
         if needs[0] or loss.is_penalty:
-            by_input = _derivative(grad, input, target, loss, 1.0, backend)
+            by_input = _derivative(grad, input, target, loss, 1.0, 1, backend)
         if needs[1]:
             by_target = _of_target(by_input, loss, loss.elements, input, target, grad)
         return by_input if needs[0] else None, by_target, None
@@ -192,17 +204,17 @@ def _is_differentiated(input: Tensor, target: Tensor) -> bool:
 
 
 @torch.library.impl(LIBRARY, "reconstruction_loss", "Autograd")
-def _(input, target, kind, parameter, normalizer, root, scale, with_gradient, checked, backend):
+def _(input, target, kind, parameter, factor, count, root, with_gradient, checked, backend):
     """The value's gradient is autograd's, and none is returned beside it."""
     loss = Loss(kind, parameter, root)
     if _registry.is_transformed():
-        value = loss.total(input, target, normalizer)
+        value = loss.total(input, target, factor, count)
     elif _is_differentiated(input, target):
-        value = _Reduced.apply(input, target, (loss, normalizer, backend, None))
+        value = _Reduced.apply(input, target, (loss, factor, count, backend, False))
     else:
         with below_autograd():
             return torch.ops.aefast.reconstruction_loss.default(
-                input, target, kind, parameter, normalizer, root, scale, with_gradient, checked, backend
+                input, target, kind, parameter, factor, count, root, with_gradient, checked, backend
             )
     return value, input.new_empty(0)
 
@@ -233,28 +245,30 @@ def _check_range(loss: Loss, input: Tensor, target: Tensor) -> None:
             )
 
 
-def _eager(input: Tensor, target: Tensor, loss: Loss, normalizer: float | None) -> Tensor:
+def _eager(input: Tensor, target: Tensor, loss: Loss, fraction: tuple[float, int] | None) -> Tensor:
     if input.is_cpu and not _registry.is_watched():
         _check_range(loss, input, target)
-    return loss.elements(input, target) if normalizer is None else loss.total(input, target, normalizer)
+    return loss.elements(input, target) if fraction is None else loss.total(input, target, *fraction)
 
 
-def _launch(input: Tensor, target: Tensor, loss: Loss, normalizer: float | None, backend: str) -> Tensor:
+def _launch(
+    input: Tensor, target: Tensor, loss: Loss, fraction: tuple[float, int] | None, backend: str
+) -> Tensor:
     is_direct = _registry.is_direct(backend, input, target)
-    launchers = _registry.kernels(backend, "reconstruction_loss") if is_direct else None
-    if normalizer is None:
+    if fraction is None:
+        launchers = _registry.kernels(backend, "reconstruction_loss") if is_direct else None
         if launchers is not None and _is_differentiated(input, target):
             return _apply_elements(input, target, (loss, backend, launchers))
         arguments = (input, target, loss.kind, loss.parameter, is_direct)
         if launchers is not None:
             return launchers.reconstruction_loss_elements(*arguments)
         return torch.ops.aefast.reconstruction_loss_elements.default(*arguments, backend)
-    if launchers is not None and _is_differentiated(input, target):
-        return _apply_reduced(input, target, (loss, normalizer, backend, launchers))
-    arguments = (input, target, loss.kind, loss.parameter, normalizer, loss.root, 1.0, False, is_direct)
-    if launchers is not None:
-        return launchers.reconstruction_loss(*arguments)[0]
-    return torch.ops.aefast.reconstruction_loss.default(*arguments, backend)[0]
+    if is_direct and _is_differentiated(input, target):
+        return _apply_reduced(input, target, (loss, *fraction, backend, True))
+    arguments = (input, target, loss.kind, loss.parameter, *fraction, loss.root, False, is_direct, backend)
+    if is_direct:
+        return _reduced(*arguments)[0]
+    return torch.ops.aefast.reconstruction_loss.default(*arguments)[0]
 
 
 def reconstruction_loss(
@@ -325,14 +339,14 @@ def reconstruction_loss(
             "reconstruction_loss: input must have at least one dimension for batchmean, got a scalar"
         )
     is_reduced = reduction != "none"
-    normalizer = _loss.normalizer_of(loss, reduction, input.shape, loss_weight) if is_reduced else None
+    fraction = _loss.factor_and_count(loss, reduction, input.shape, loss_weight) if is_reduced else None
     backend = _registry.choose("reconstruction_loss", input, target)
     if backend == "eager":
-        value = _eager(input, target, loss, normalizer)
+        value = _eager(input, target, loss, fraction)
     else:
         input, target = _loss.in_one_layout(input, target)
         try:
-            value = _launch(input, target, loss, normalizer, backend)
+            value = _launch(input, target, loss, fraction, backend)
         except RuntimeError:
             # The kernel has come upon numbers that are no probabilities; it does not say which.
             if not input.is_cpu or _registry.is_watched():

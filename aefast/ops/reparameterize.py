@@ -105,7 +105,7 @@ class _Reparameterize(torch.autograd.Function):
     def backward(ctx, grad_z, grad_kl):
         low, high, reduction, backend, _ = ctx.call
         mu, logvar, seed = ctx.saved_tensors
-        grad_kl = _arguments.reduce_backward(grad_kl, reduction, len(mu))
+        grad_kl = _arguments.reduce_backward(grad_kl, reduction, mu.shape[0])
         some = grad_z if grad_z is not None else grad_kl
         if some is None:
             return None, None, None, None

@@ -115,6 +115,8 @@ def test_input_of_the_wrong_shape_is_named(shape):
 def test_models_in_eval_mode_can_be_exported(name):
     options = {"latent": 24, "k": 3} if name == "sparse" else {"latent": 4}
     model = MODELS[name](input_size=12, **options).eval()
-    x = torch.rand(3, 12)
-    exported = torch.export.export(model, (x,)).module()
-    torch.testing.assert_close(exported(x).reconstruction, model(x).reconstruction)
+    sizes = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(model, (torch.rand(3, 12),), dynamic_shapes=sizes).module()
+    for n in (3, 7):
+        x = torch.rand(n, 12)
+        torch.testing.assert_close(exported(x).reconstruction, model(x).reconstruction)

@@ -375,13 +375,15 @@ def test_compiles_whole(pyramid, reduction, layout):
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_opcheck(backend, device, dtype):
     numerics.require_backend(backend, OP.name, device, dtype)
-    for layout, pyramid, summed in itertools.product(LAYOUTS.values(), pyramid_loss.PYRAMIDS, (False, True)):
+    reductions = ("none", "mean")
+    for layout, pyramid, reduction in itertools.product(LAYOUTS.values(), pyramid_loss.PYRAMIDS, reductions):
         input, target = pair(2, 3, 9, 8, dtype=dtype, layout=layout, device=device)
-        form = (pyramid, "power", 1.5, (0.5, 0.25), 0.125, summed)
+        settings = (pyramid, "power", 1.5, (0.5, 0.25), reduction)
         op = torch.ops.aefast.pyramid_loss.default
-        torch.library.opcheck(op, (input, target, *form, False, backend))
+        torch.library.opcheck(op, (input, target, *settings, False, backend))
         for with_gradient in (False, True):
-            torch.library.opcheck(op, (input.detach(), target.detach(), *form, with_gradient, backend))
+            arguments = (input.detach(), target.detach(), *settings, with_gradient, backend)
+            torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

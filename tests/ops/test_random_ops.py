@@ -270,25 +270,31 @@ def test_opcheck(backend, device, dtype):
         ],
         "corrupt": [(ops.corrupt, (mu, seed, *noise, backend))],
         "mmd": [
-            (ops.mmd, (mu, p, None, "rbf", (2.0, 1.0), 1.0, (0.5, 0.25, -1.0, 2.0), needs, backend))
-            for needs in range(4)
+            (ops.mmd, (mu, p, None, "rbf", (2.0, 1.0), 1.0, estimator, needs, backend))
+            for needs, estimator in enumerate(("biased", "unbiased", "biased", "unbiased"))
         ],
         "reconstruction_loss": [
             *(
-                (ops.reconstruction_loss, (p, q, kind, 1.5, 0.25, root, 0.5, keeps, False, backend))
+                (ops.reconstruction_loss, (p, q, kind, 1.5, 0.5, 7, root, keeps, False, backend))
                 for kind, root, keeps in (("mse", True, True), ("lp", False, True), ("huber", False, False))
             ),
             (ops.reconstruction_loss_elements, (mu, q, "bce_with_logits", 0.0, False, backend)),
-            (ops.reconstruction_loss_backward, (wide.sum(), mu, logvar, "l1", 0.0, 0.5, backend)),
-            (ops.reconstruction_loss_backward, (grad.float(), mu, logvar, "charbonnier", 0.5, 1.0, backend)),
-            (ops.loss_gradient, (grad, wide, 0.5, backend)),
+            (ops.reconstruction_loss_backward, (wide.sum(), mu, logvar, "l1", 0.0, 0.5, 7, backend)),
+            (
+                ops.reconstruction_loss_backward,
+                (grad.float(), mu, logvar, "charbonnier", 0.5, 1.0, 1, backend),
+            ),
+            (ops.loss_gradient, (grad, wide, 0.5, 7, backend)),
         ],
         "linear_reconstruction_loss": [
-            (
-                ops.linear_reconstruction_loss,
-                (h, weight, bias, moments, activation, "mse", 0.0, 0.25, 0.5, needs, False, backend),
-            )
-            for activation, needs in (("silu", 0), ("relu", 7), ("identity", 2))
+            *(
+                (
+                    ops.linear_reconstruction_loss,
+                    (h, weight, bias, moments, activation, "mse", 0.0, 0.5, 7, needs, False, backend),
+                )
+                for activation, needs in (("silu", 0), ("relu", 7), ("identity", 2))
+            ),
+            (ops.linear_reconstruction_loss_backward, (weight, wide.sum(), 0.5, 7, 9, backend)),
         ],
         "gaussian_head": [
             (ops.gaussian_head, (h, weight, bias, seed, *limits, backend)),

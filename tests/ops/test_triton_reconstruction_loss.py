@@ -132,4 +132,4 @@ def test_loss_gradient(dtype, monkeypatch):
             factor = (grad.double() * 0.7).to(wide)
             factor = factor.reshape(factor.shape + (1,) * (gradient.dim() - factor.dim()))
             expected = (gradient.to(wide) * factor).to(dtype)
-            assert torch.equal(_loss.scaled(gradient, grad, 0.7, "triton"), expected)
+            assert torch.equal(_loss.scaled(gradient, grad, 0.7, 1, "triton"), expected)
