@@ -47,6 +47,7 @@ OPS = {
 CALLS = [(name, "auto", torch.float32) for name in OPS]
 # What losses keep of gradients in half precision has a scale of its own.
 CALLS += [(name, "auto", torch.bfloat16) for name in OPS if name.endswith("loss")]
+CALLS += [("nearest", "eager", torch.float32)]
 
 
 def graphs_by(backend):

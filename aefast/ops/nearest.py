@@ -45,13 +45,13 @@ def _search(x: Tensor, y: Tensor) -> Tensor:
     dtype = _arguments.accumulator(x.dtype)
     # Dimensions come before rows: sums along the last of few elements are slow.
     x, y = (one.detach().to(dtype).transpose(-1, -2).contiguous() for one in (x, y))
+    if _registry.is_watched():
+        # A compiler makes one loop of a block, and would of many make many.
+        return _least_of(x, y)[1]
     rows, columns = x.shape[-1], y.shape[-1]
-    tall, wide = max(1, rows), columns
-    # A compiler makes one loop of a block, and would of many make many.
-    if not _registry.is_watched():
-        each = max(1, math.prod(x.shape[:-1]))
-        wide = max(1, min(wide, _DIFFERENCES // each))
-        tall = max(1, min(tall, _DIFFERENCES // (each * wide)))
+    each = max(1, math.prod(x.shape[:-1]))
+    wide = max(1, min(columns, _DIFFERENCES // each))
+    tall = max(1, min(rows, _DIFFERENCES // (each * wide)))
     parts = [_search_block(x[..., first : first + tall], y, wide) for first in range(0, rows, tall)]
     return torch.cat(parts, -1) if parts else x.new_empty((*x.shape[:-2], 0), dtype=torch.int64)
 
@@ -60,13 +60,7 @@ def _search_block(x: Tensor, y: Tensor, wide: int) -> Tensor:
     """Of x (*, D, N) and y (*, D, M), so many columns of y at a time."""
     best, index = None, None
     for first in range(0, y.shape[-1], wide):
-        columns = y[..., first : first + wide]
-        if columns.is_cpu:
-            # Whole vectors of columns: torch sums the rest in another order, and equal columns would differ.
-            rest = -columns.shape[-1] % _VECTOR
-            columns = torch.cat((columns, columns[..., -1:].expand(*columns.shape[:-1], rest)), -1)
-        apart = x[..., :, None] - columns[..., None, :]
-        least, at = apart.mul_(apart).sum(-3).min(-1)
+        least, at = _least_of(x, y[..., first : first + wide])
         if best is None:
             best, index = least, at
         else:
@@ -74,6 +68,16 @@ def _search_block(x: Tensor, y: Tensor, wide: int) -> Tensor:
             is_closer = (least < best) | least.isnan()
             best, index = torch.where(is_closer, least, best), torch.where(is_closer, at + first, index)
     return index
+
+
+def _least_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x (*, D, N) and y (*, D, M) the squared distances (*, N) to the nearest columns of y, and which these are."""
+    if y.is_cpu:
+        # Whole vectors of columns: torch sums the rest in another order, and equal columns would differ.
+        rest = -y.shape[-1] % _VECTOR
+        y = torch.cat((y, y[..., -1:].expand(*y.shape[:-1], rest)), -1)
+    apart = x[..., :, None] - y[..., None, :]
+    return apart.mul_(apart).sum(-3).min(-1)
 
 
 def root(squared: Tensor) -> Tensor:
