@@ -18,8 +18,10 @@ from aefast.models._base import Model, ModelOutput, check_choice, register
 from aefast.models._reconstruction import LOSSES, LossConfig, does_without
 from aefast.nn import SparseDecoder
 from aefast.nn.linear_act import DenseParameters, check_positive_int
+from aefast.ops import _registry
 from aefast.ops import jumprelu as jumprelu_op
 from aefast.ops import penalized_linear_act as penalized_op
+from aefast.ops._library import direct_apply
 
 SPARSITIES = ("l1", "kl", "topk", "batchtopk", "jumprelu")
 # The default weights of the penalties, for samples in [0, 1] and the mean squared error.
@@ -198,7 +200,8 @@ class SparseAutoencoder(Model):
         encoder: weight W_enc (latent, input_size) and bias.
         decoder: weight W_dec (latent, input_size), None if it is tied, and bias.
         log_threshold: (latent,), of jumprelu.
-        unused: (latent,) int64, of topk and batchtopk: for how many samples a latent has not been used.
+        unused: (latent,) int64, of topk and batchtopk: for how many samples a latent has not been used. Training passes
+            count it on in place, which `torch.func`'s transforms refuse.
     """
 
     config_class = SparseConfig
@@ -411,15 +414,23 @@ class _LastLayer(NamedTuple):
 class _Tangent(torch.autograd.Function):
     """Rows of length 1 as they are, whose gradients lose what is along the row."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, weight):
-        ctx.save_for_backward(weight)
+    def forward(weight):
         return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
         return torch.addcmul(grad, weight, (grad * weight).sum(1, keepdim=True), value=-1.0)
+
+
+_tangent = direct_apply(_Tangent)
 
 
 def _add_state(module: nn.Module, config: SparseConfig, like: torch.Tensor) -> None:
@@ -437,7 +448,7 @@ def _weights(module: nn.Module, config: SparseConfig) -> tuple[torch.Tensor, tor
     """The weights of encoder and decoder, with the gradients of directions across them."""
     directions = module.encoder.weight if config.tied else module.decoder.weight
     if config.unit_norm and module.training and torch.is_grad_enabled():
-        directions = _Tangent.apply(directions)
+        directions = (_Tangent.apply if _registry.is_watched() else _tangent)(directions)
     return directions if config.tied else module.encoder.weight, directions
 
 

@@ -158,6 +158,25 @@ def test_several_forwards_before_a_backward(sparsity, tied):
         torch.testing.assert_close(one.grad, gradient)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("sparsity", ["l1", "kl", "jumprelu"])
+def test_gradients_by_torch_func_are_those_of_autograd(sparsity, tied):
+    model, x = make(sparsity, tied=tied), data()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).loss
+
+    expected = torch.autograd.grad(model(x).loss, parameters.values())
+    detached = {name: one.detach() for name, one in parameters.items()}
+    found = torch.func.grad(loss)(detached, x)
+    by_parts = torch.func.vmap(torch.func.grad(loss), (None, 0))(detached, x.view(3, -1, FEATURES))
+    of_part = torch.autograd.grad(model(x[: BATCH // 3]).loss, parameters.values())
+    for name, one, part in zip(parameters, expected, of_part, strict=True):
+        torch.testing.assert_close(found[name], one)
+        torch.testing.assert_close(by_parts[name][0], part)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_batchtopk_trains_in_another_dtype_and_takes_an_empty_batch(dtype):
     model = SparseAutoencoder(input_size=8, latent=24, sparsity="batchtopk", k=3).to(dtype).train()
