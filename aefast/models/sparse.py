@@ -201,7 +201,8 @@ class SparseAutoencoder(Model):
         decoder: weight W_dec (latent, input_size), None if it is tied, and bias.
         log_threshold: (latent,), of jumprelu.
         unused: (latent,) int64, of topk and batchtopk: for how many samples a latent has not been used. Training passes
-            count it on in place, which `torch.func`'s transforms refuse.
+            count it on in place, which `torch.func`'s transforms refuse. Passes that activation checkpointing repeats
+            do not count, if there was no other pass before the backward; under torch.compile they do.
     """
 
     config_class = SparseConfig
@@ -535,11 +536,26 @@ def _terms(
     if penalty is not None:
         terms["sparsity"] = config.option("sparsity_weight") * penalty
     elif module.training and torch.is_grad_enabled():
+        is_repeated = _is_repeated()
         if config.option("aux_weight") > 0:
+            if not is_repeated:
+                module._dead_in_pass = (module.unused >= config.option("dead_after")).nonzero().squeeze(1)
             left = flat - made.detach().reshape(flat.shape)
             terms["aux"] = config.option("aux_weight") * _aux(module, config, functions, seen, left, weights)
-        _note_use(module, config, code)
+        if not is_repeated:
+            _note_use(module, config, code)
     return terms, code, made
+
+
+def _is_repeated() -> bool:
+    """Whether this pass is what a checkpoint computes again in the backward, of the one that was counted last.
+
+    Such a checkpoint packs what it saves by hooks. One that is reentrant makes its first pass without gradients, which
+    counts nothing, and the second for all.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _aux(
@@ -551,7 +567,7 @@ def _aux(
     weights: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """The mean squared error with which dead latents make what the others leave, less where there are few of them."""
-    dead = (module.unused >= config.option("dead_after")).nonzero().squeeze(1)
+    dead = module._dead_in_pass
     if len(dead) == 0:
         return left.new_zeros(())
     aux_k = config.option("aux_k")

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from aefast import cli
 from aefast.errors import InputError
@@ -156,6 +157,26 @@ def test_several_forwards_before_a_backward(sparsity, tied):
     model(y).loss.backward()
     for one, gradient in zip(model.parameters(), found, strict=True):
         torch.testing.assert_close(one.grad, gradient)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("sparsity", ["topk", "batchtopk"])
+def test_a_checkpoint_repeats_the_dead_latents_of_its_pass(sparsity, use_reentrant):
+    """What it computes again in the backward is the pass as it was, and counts once."""
+    model = make(sparsity, dead_after=4, aux_k=8)
+    for part in data().split(4)[:3]:
+        twin, x = copy.deepcopy(model), part.requires_grad_()
+        for one, run in (
+            (model, lambda loss, x: checkpoint(loss, x, use_reentrant=use_reentrant)),
+            (twin, lambda loss, x: loss(x)),
+        ):
+            one.zero_grad()
+            run(lambda x, one=one: one(x).loss, x).backward()
+            assert 0 < one.dead.sum() < LATENT
+        for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert torch.equal(ours.grad, theirs.grad), name
+        for (name, ours), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
+            assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.parametrize("tied", [False, True])
