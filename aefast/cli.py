@@ -806,7 +806,7 @@ def sample(
     density = SAMPLERS[sampler](**options)
     path = _new_file(out, data, overwrite)
     picture = path.with_suffix(".png")
-    if picture.exists() and not overwrite:
+    if os.path.exists(picture) and not overwrite:
         raise InputError(
             f"out={out!r}: its picture {picture} is there already; add --overwrite to replace it, or choose another "
             "file"
@@ -940,12 +940,13 @@ def _new_file(out: str, data: str, overwrite: bool) -> Path:
     path = Path(out)
     if path.suffix.lower() != ".npy":
         raise InputError(f"out={out!r}: expected the name of a .npy file")
-    if path.is_dir():
+    # Not by methods of the path, which raise what the system says of a name that is too long.
+    if os.path.isdir(path):
         raise InputError(f"out={out!r}: expected a file, found a folder")
-    if Path(data).is_dir() and path.parent.exists() and path.parent.samefile(data):
+    if os.path.isdir(data) and os.path.exists(path.parent) and path.parent.samefile(data):
         raise InputError(f"out={out!r}: expected a file outside of --data, whose files are all samples")
-    if path.exists():
-        if Path(data).exists() and path.samefile(data):
+    if os.path.exists(path):
+        if os.path.exists(data) and path.samefile(data):
             raise InputError(f"out={out!r}: expected another file than --data, which would be lost")
         if not overwrite:
             raise InputError(

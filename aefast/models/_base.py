@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -326,8 +327,8 @@ def from_pretrained(
 
 
 def _read_config(directory: Path) -> tuple[type[Model], ModelConfig]:
-    if not directory.is_dir():
-        found = "a file" if directory.exists() else "nothing"
+    if not os.path.isdir(directory):
+        found = "a file" if os.path.exists(directory) else "nothing"
         raise InputError(f"directory={str(directory)!r}: expected a folder with a saved model, found {found}")
     path = directory / CONFIG_FILE
     try:

@@ -65,6 +65,8 @@ class VAEConfig(LossConfig):
         is_count = isinstance(self.kl_warmup_steps, int) and not isinstance(self.kl_warmup_steps, bool)
         if not is_count or self.kl_warmup_steps < 0:
             raise InputError(f"kl_warmup_steps={self.kl_warmup_steps!r}: expected an integer of at least 0")
+        if self.kl_warmup_steps > 0:
+            check_positive_int(self.kl_warmup_steps, "kl_warmup_steps")
 
 
 @register("vae")

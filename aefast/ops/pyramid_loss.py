@@ -19,6 +19,8 @@ from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, i
 
 PYRAMIDS = ("average", "gaussian", "laplacian")
 TAPS = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
+# Of the largest image whose sides fit into 32 bits, a gaussian one.
+_MOST_LEVELS = 32
 
 
 def levels_of(images: Tensor, levels: int = 4, pyramid: str = "average") -> list[Tensor]:
@@ -290,6 +292,8 @@ def checked(
         raise InputError(f"{op}: pyramid must be one of {', '.join(PYRAMIDS)}, got {pyramid!r}")
     if isinstance(levels, bool) or not isinstance(levels, Integral) or levels < 1:
         raise InputError(f"{op}: levels must be an integer of at least 1, got {levels!r}")
+    if levels > _MOST_LEVELS:
+        raise InputError(f"{op}: levels must be at most {_MOST_LEVELS}, got {levels!r}")
     if isinstance(p, str):
         if p != "charbonnier":
             raise InputError(f"{op}: p must be a number of at least 1, or 'charbonnier', got {p!r}")

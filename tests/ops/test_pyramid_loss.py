@@ -534,6 +534,7 @@ IMAGES = torch.ones(2, 3, 16, 16)
         ({"levels": 0}, "levels must be an integer of at least 1, got 0"),
         ({"levels": 2.0}, "levels must be an integer of at least 1, got 2.0"),
         ({"levels": True}, "levels must be an integer of at least 1, got True"),
+        ({"levels": 10**20}, "levels must be at most 32, got 100000000000000000000"),
         (
             {"levels": 6},
             "levels must be at most 5 for a pyramid of kind 'average' of images of 16 × 16, got 6",

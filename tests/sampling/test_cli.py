@@ -136,6 +136,10 @@ def test_a_folder_of_files_that_are_not_loaded_whole(command, runs, tmp_path, ca
     assert "10 training samples" in capsys.readouterr().out
 
 
+# More than any file may be called.
+LONG = 300 * "a"
+
+
 def failure(capsys, code):
     """The one line on standard error of a command that ended with exit code 2."""
     assert code == 2
@@ -168,6 +172,10 @@ def failure(capsys, code):
         (("encode", "--out", "codes.txt"), r"out='codes.txt': expected the name of a \.npy file"),
         (("encode", "--out", ""), r"out='': expected the name of a \.npy file"),
         (("encode", "--out", "/proc/x/codes.npy"), "out='/proc/x/codes.npy': cannot be written"),
+        (("encode", "--out", f"{LONG}.npy"), f"out='{LONG}.npy': cannot be written .*too long"),
+        (("sample", "--out", f"{LONG}.npy"), f"out='{LONG}.npy': cannot be written .*too long"),
+        (("encode", "--run", LONG), f"run='{LONG}': expected a folder with a saved model, found nothing"),
+        (("encode", "--data", f"{LONG}.npy"), f"data='{LONG}.npy': expected"),
         (("encode", "--bogus"), "No such option: --bogus"),
     ],
 )

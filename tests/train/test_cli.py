@@ -202,6 +202,10 @@ def failure(capsys, code):
         (("--model", "vae", "--likelihood", "gausian"), "likelihood='gausian'.*did you mean 'gaussian'"),
         (("--model", "vae", "--beta", "-1"), "beta=-1.0: expected a finite number of at least 0"),
         (("--model", "vae", "--kl-warmup", "-1"), "kl_warmup_steps=-1: expected an integer of at least 0"),
+        (
+            ("--model", "vae", "--kl-warmup", str(2**63)),
+            "kl_warmup_steps=9223372036854775808: expected a positive integer of at most 2,147,483,647",
+        ),
         (("--model", "denoising", "--noise", "salt"), "noise='salt': expected one of gaussian"),
         (("--model", "denoising", "--noise-p", "0.1"), "noise_p=0.1: gaussian noise has no such option"),
         (("--model", "denoising", "--noise-std", "-1"), "noise_std=-1.0: std must be a finite number"),
