@@ -190,12 +190,11 @@ class EagerMMD(nn.Module):
         if self.bandwidth is None and self._rates:
             scale = _pairwise.mean_squared_distance(torch.cat((x, y))).rsqrt()
             x, y = scale * x, scale * y
-        value = self.of_pairs(x, y, False) * (-2.0 / (len(x) * len(y)))
+        value = self.of_pairs(x, y, False) * (-2.0 / (x.shape[0] * y.shape[0]))
         is_unbiased = self.estimator == "unbiased"
         for points in (x, y):
-            value = value + self.of_pairs(points, points, is_unbiased) / (
-                len(points) * (len(points) - is_unbiased)
-            )
+            count = points.shape[0]
+            value = value + self.of_pairs(points, points, is_unbiased) / (count * (count - is_unbiased))
         return value if self.factor == 1 else self.factor * value
 
     def of_pairs(self, x: torch.Tensor, y: torch.Tensor, is_without_diagonal: bool) -> torch.Tensor:
@@ -203,16 +202,15 @@ class EagerMMD(nn.Module):
 
         A processor's caches hold blocks of rows; a compiler makes one loop of all of them.
         """
-        rows = len(x)
+        rows = x.shape[0]
         if x.device.type == "cpu" and not _registry.is_watched():
-            rows = max(1, _BLOCK // max(1, len(y)))
+            rows = max(1, _BLOCK // y.shape[0])
         sums = []
-        for first, part in enumerate(x.split(max(1, rows))):
+        for first, part in enumerate(x.split(rows)):
             gram = self._gram(part, y)
-            sums.append(gram.sum())
-            if is_without_diagonal:
-                # Where a point meets itself no gradient flows.
-                sums[-1] = sums[-1] - gram.detach().diagonal(first * rows).sum()
+            # Where a point meets itself no gradient flows.
+            itself = gram.detach().diagonal(first * rows).sum() if is_without_diagonal else 0.0
+            sums.append(gram.sum() - itself)
         return _sum(sums)
 
     def _gram(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
