@@ -371,6 +371,8 @@ class TrainingCase(Case):
                 return learners[name].results(checked)
 
         found = collect({name: lambda name=name: results(name) for name in learners}, missing)
+        # The steps that were checked have recorded the noise of the check.
+        learners |= {name: _fused(self.make_model, model) for name in ours}
         with noise_of_aefast():
             torch.manual_seed(NOISE_SEED)
             loss = model.eager_loss(exact, checked.double())
