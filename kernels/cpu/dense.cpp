@@ -12,6 +12,7 @@
 #include <memory>
 #include <new>
 
+#include "allocation.h"
 #include "dispatch.h"
 #include "memory.h"
 #include "penalty.h"
@@ -52,10 +53,7 @@ class Scratch {
       return data_of(block);
     }
     const int64_t size = static_cast<int64_t>(bytes), stride = 1;
-    AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(), cpu_device(), 0, &handle));
-    buffers_.push_back(Tensor(handle));
+    buffers_.push_back(Tensor(allocated(1, &size, &stride, aoti_torch_dtype_uint8(), cpu_device(), 0)));
     return buffers_.back().mutable_data_ptr();
   }
 

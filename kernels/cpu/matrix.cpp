@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "allocation.h"
 #include "memory.h"
 
 // Of torch 2.11 and above; null with those before.
@@ -53,19 +54,17 @@ std::atomic<bool> poisoned{false};
 
 // Of kept memory if it is large, else of torch's.
 Tensor empty(ScalarType type, int64_t dims, const int64_t* sizes, const int64_t* strides) {
-  AtenTensorHandle handle;
   size_t bytes = size_of(scalar_of(type));
   for (int64_t dim = 0; dim < dims; ++dim) bytes *= static_cast<size_t>(sizes[dim]);
   if (Block* const block = torch_from_blob ? take_block(bytes) : nullptr) {
+    AtenTensorHandle handle;
     const auto deleter = [](void*, void* context) { give_back(static_cast<Block*>(context)); };
     TORCH_ERROR_CODE_CHECK(torch_from_blob(data_of(block), dims, sizes, strides, 0, static_cast<int32_t>(type),
                                            cpu_device(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, deleter,
                                            block));
-  } else {
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type), cpu_device(), 0, &handle));
+    return Tensor(handle);
   }
-  return Tensor(handle);
+  return Tensor(allocated(dims, sizes, strides, static_cast<int32_t>(type), cpu_device(), 0));
 }
 
 Tensor new_tensor(ScalarType type, int64_t dims, const int64_t* sizes, const int64_t* strides) {
@@ -146,10 +145,7 @@ Tensor new_scalar(const Tensor& like, double value) {
 
 Tensor new_indices(int64_t rows, int64_t cols) {
   const int64_t sizes[] = {rows, cols}, strides[] = {std::max<int64_t>(1, cols), 1};
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, static_cast<int32_t>(ScalarType::Long), cpu_device(),
-                                                  0, &handle));
-  return Tensor(handle);
+  return Tensor(allocated(2, sizes, strides, static_cast<int32_t>(ScalarType::Long), cpu_device(), 0));
 }
 
 void poison_outputs(bool poison) { poisoned = poison; }

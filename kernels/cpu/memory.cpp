@@ -9,6 +9,7 @@
 #include <mutex>
 #include <vector>
 
+#include "allocation.h"
 #include "matrix.h"
 
 namespace aefast::cpu {
@@ -118,10 +119,7 @@ Block* take_block(size_t bytes) {
   if (bytes < kLeastBytes || !pool().keeps()) return nullptr;
   if (Block* const kept = pool().take(bytes)) return kept;
   const int64_t size = static_cast<int64_t>(bytes), stride = 1;
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(), cpu_device(), 0, &handle));
-  return new Block{Tensor(handle), bytes, 0};
+  return new Block{Tensor(allocated(1, &size, &stride, aoti_torch_dtype_uint8(), cpu_device(), 0)), bytes, 0};
 }
 
 void* data_of(const Block* block) { return block->memory.mutable_data_ptr(); }

@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "allocation.h"
 #include "string_argument.h"
 
 // Later headers than those of torch 2.10 have it, with the message of what failed.
@@ -34,11 +35,8 @@ inline Tensor empty(const Tensor& like, int32_t dtype, const std::vector<int64_t
   }
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype, device_type,
-                                                         like.get_device_index(), &handle));
-  return Tensor(handle);
+  return Tensor(allocated(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type,
+                          like.get_device_index()));
 }
 
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {

@@ -187,6 +187,18 @@ def run(script, **environment):
         return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.parametrize("op", ["linear_act", "mlp"])
+def test_memory_that_is_not_there_is_an_error_that_says_so(op):
+    # 64 TiB of outputs, more than an address space holds.
+    x, weight = torch.ones(1 << 23, 1), torch.ones(1 << 21, 1)
+    call = {
+        "linear_act": lambda: AF.linear_act(x, weight, None, "relu"),
+        "mlp": lambda: AF.mlp(x, [weight], [None], ["relu"]),
+    }[op]
+    with pytest.raises(RuntimeError, match=r"can.t allocate memory|out of memory\. Tried to allocate"):
+        call()
+
+
 @pytest.mark.parametrize(("megabytes", "limit"), [(None, 512), ("0", 0), ("7", 7)])
 def test_the_limit_of_the_environment(megabytes, limit):
     environment = {} if megabytes is None else {"AEFAST_CPU_CACHE_MB": megabytes}
