@@ -1032,9 +1032,15 @@ def tune(
     from itertools import pairwise
 
     from aefast.kernels.triton import tuning
+    from aefast.ops import _registry
 
     path = tuning.tune([(batch, k, n) for k, n in pairwise(widths)], (kind,))
     print(f"written: {path}")
+    if _registry.refusal("cuda", "linear_act", "cuda", kind) is None:
+        print(
+            "linear_act and mlp run on the CUDA library here, which reads no table: of these rows they use none unless "
+            "AEFAST_BACKEND=triton; gaussian_head uses its own"
+        )
 
 
 @app.command()

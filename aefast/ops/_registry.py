@@ -96,8 +96,27 @@ def _compiled_supports(device_type: str) -> Callable[[str, str, torch.dtype], st
     return supports
 
 
+# What the CUDA library is built for and Triton compiles for.
+_LEAST_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def _too_old() -> str | None:
+    """Why a GPU here runs no kernels, or None. Which of several a tensor is on makes no difference."""
+    if torch.version.cuda is None:
+        return None
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < _LEAST_CAPABILITY:
+            has, needed = (".".join(map(str, one)) for one in (capability, _LEAST_CAPABILITY))
+            name = torch.cuda.get_device_name(index)
+            return f"cuda:{index}, {name}, has compute capability {has}, and kernels need {needed} or later"
+    return None
+
+
 def _cuda_available() -> str | None:
-    return _library.load("cuda") or (None if torch.cuda.is_available() else "torch finds no CUDA device")
+    missing = _library.load("cuda") or (None if torch.cuda.is_available() else "torch finds no CUDA device")
+    return missing or _too_old()
 
 
 @functools.cache
@@ -113,13 +132,20 @@ def triton_missing() -> str | None:
 
 
 def _triton_available() -> str | None:
-    if interpreting() or torch.cuda.is_available():
+    if interpreting():
         return triton_missing()
+    if torch.cuda.is_available():
+        return triton_missing() or _too_old()
     return "torch finds no CUDA device, and TRITON_INTERPRET is not 1"
 
 
 def _triton_supports(op: str, device_type: str, dtype: torch.dtype) -> str | None:
-    return _other_device("cpu" if interpreting() else "cuda", device_type)
+    if not interpreting():
+        return _other_device("cuda", device_type)
+    is_wrong = dtype == torch.bfloat16
+    return _other_device("cpu", device_type) or (
+        "Triton's interpreter miscalculates bfloat16" if is_wrong else None
+    )
 
 
 @functools.cache

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 
 from .activation import widen
-from .linear_act import COMPILE, compatible, on_device, power_of_two
+from .linear_act import COMPILE, on_device, power_of_two
 from .philox import block_words, normals
 from .rows import unit_of
 
-__all__ = ["compatible", "corrupt"]
+__all__ = ["corrupt"]
 
 BLOCK_BYTES = 4096  # of a program: two loads of 16 bytes for each of 128 threads
 SQUARES_TILE = 1024  # elements of a program of mask_squares_kernel

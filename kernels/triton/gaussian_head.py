@@ -21,7 +21,6 @@ from . import reparameterize, tuning
 from .linear_act import (
     COMPILE,
     aligned,
-    compatible,
     describable,
     input_precision,
     linear_act,
@@ -32,7 +31,7 @@ from .linear_act import (
 from .reparameterize import clamped, exp, noise_of, tile_at
 from .rows import WIDEST, row_sums, sum_columns, unit_of
 
-__all__ = ["compatible", "gaussian_head", "gaussian_head_backward"]
+__all__ = ["gaussian_head", "gaussian_head_backward"]
 
 
 # --- device functions -------------------------------------------------------------------------------------

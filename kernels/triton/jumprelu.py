@@ -13,7 +13,6 @@ from .linear_act import (
     COMPILE,
     SUM_ROWS,
     accumulator,
-    compatible,
     new_partials,
     on_device,
     power_of_two,
@@ -22,7 +21,7 @@ from .linear_act import (
 )
 from .rows import row_sums, sum_columns, tiling, unit_of
 
-__all__ = ["compatible", "jumprelu", "jumprelu_backward"]
+__all__ = ["jumprelu", "jumprelu_backward"]
 
 
 # --- kernels ----------------------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 
 from .activation import widen
-from .linear_act import COMPILE, accumulator, compatible, on_device
+from .linear_act import COMPILE, accumulator, on_device
 from .rows import row_sums, sum_columns, tiling, unit_of
 
-__all__ = ["compatible", "kl_discrete", "kl_discrete_backward"]
+__all__ = ["kl_discrete", "kl_discrete_backward"]
 
 
 # --- device functions -------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from .linear_act import compatible, on_device
+from .linear_act import on_device
 from .reparameterize import backward, forward
 
-__all__ = ["compatible", "kl_normal", "kl_normal_backward"]
+__all__ = ["kl_normal", "kl_normal_backward"]
 
 
 def kl_normal(mu, logvar):

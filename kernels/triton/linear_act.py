@@ -312,32 +312,6 @@ COMPILE = {"enable_fp_fusion": True}
 INTERPRETED = not isinstance(gemm_kernel, triton.JITFunction)
 
 
-# --- what can be served -----------------------------------------------------------------------------------
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def compatible(x, *others):
-    """Why these kernels cannot serve tensors like these; None if they can."""
-    if x.dtype not in DTYPES:
-        return f"dtype {x.dtype} is none of float32, bfloat16, float16, float64"
-    for other in others:
-        if other is not None and other.dtype != x.dtype:
-            return f"mixed dtypes {x.dtype} and {other.dtype}"
-    if x.device.type == "cuda":
-        if torch.version.hip is None:
-            capability = torch.cuda.get_device_capability(x.device)
-            needed = (8, 0) if x.dtype == torch.bfloat16 else (7, 5)
-            if capability < needed:
-                return f"compute capability {capability} < {needed} for {x.dtype}"
-        return None
-    if x.device.type != "cpu" or not INTERPRETED:
-        return f"device {x.device.type}: Triton kernels run on GPUs (on the CPU only with TRITON_INTERPRET=1)"
-    if x.dtype == torch.bfloat16:
-        return "bfloat16 arithmetic is wrong in Triton's interpreter"
-    return None
-
-
 # --- launches ---------------------------------------------------------------------------------------------
 
 

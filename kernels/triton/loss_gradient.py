@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 
 from .activation import widen
-from .linear_act import COMPILE, compatible, on_device, power_of_two
+from .linear_act import COMPILE, on_device, power_of_two
 from .rows import unit_of
 
-__all__ = ["compatible", "loss_gradient"]
+__all__ = ["loss_gradient"]
 
 BLOCK_BYTES = 4096  # of a program: two loads of 16 bytes for each of 128 threads
 

@@ -11,7 +11,6 @@ import torch
 from ..activation import STORES_DERIVATIVE
 from .linear_act import (
     apply_derivative,
-    compatible,
     forward,
     gemm,
     new_partials,
@@ -22,7 +21,7 @@ from .linear_act import (
     sum_partials,
 )
 
-__all__ = ["compatible", "mlp", "mlp_backward"]
+__all__ = ["mlp", "mlp_backward"]
 
 
 def inner_gradient(g, weight, saved, activation, need_bias):

@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 
 from .activation import widen
-from .linear_act import COMPILE, accumulator, compatible, on_device, power_of_two
+from .linear_act import COMPILE, accumulator, on_device, power_of_two
 from .rows import sum_columns
 
-__all__ = ["compatible", "mmd", "mmd_rows"]
+__all__ = ["mmd", "mmd_rows"]
 
 LN2 = tl.constexpr(0.69314718055994530942)
 LOG2E = tl.constexpr(1.4426950408889634)

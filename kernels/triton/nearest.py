@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from .activation import widen
-from .linear_act import COMPILE, accumulator, compatible, on_device, power_of_two
+from .linear_act import COMPILE, accumulator, on_device, power_of_two
 
-__all__ = ["compatible", "nearest"]
+__all__ = ["nearest"]
 
 DIFFERENCES = 32  # dimensions up to which differences are summed; in float64 they always are
 ENOUGH = 512  # programs, four for each of a large GPU's multiprocessors

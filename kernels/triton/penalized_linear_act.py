@@ -16,7 +16,6 @@ from .linear_act import (
     COMPILE,
     SUM_ROWS,
     accumulator,
-    compatible,
     constants,
     forward,
     linear_act_backward,
@@ -29,7 +28,7 @@ from .linear_act import (
 )
 from .rows import sum_columns
 
-__all__ = ["compatible", "penalized_linear_act", "penalized_linear_act_backward"]
+__all__ = ["penalized_linear_act", "penalized_linear_act_backward"]
 
 EPS = tl.constexpr(PENALTY_EPS)
 VALUE_COLUMNS = 1024  # of penalty_kernel's lanes

@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 
 from .activation import widen
-from .linear_act import COMPILE, accumulator, compatible, on_device
+from .linear_act import COMPILE, accumulator, on_device
 from .loss import penalty
 from .rows import row_sums, sum_columns, unit_of
 
-__all__ = ["compatible", "pyramid_loss"]
+__all__ = ["pyramid_loss"]
 
 DEEPEST = 6  # levels of a program: its cells are 32 × 32 pixels
 WARPS = 4

@@ -10,12 +10,11 @@ import triton
 import triton.language as tl
 
 from .activation import widen
-from .linear_act import COMPILE, accumulator, compatible, on_device
+from .linear_act import COMPILE, accumulator, on_device
 from .loss import evaluate
 from .rows import sum_columns
 
 __all__ = [
-    "compatible",
     "reconstruction_loss",
     "reconstruction_loss_backward",
     "reconstruction_loss_elements",

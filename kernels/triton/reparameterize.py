@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 
 from .activation import LN2, LOG2E_HIGH, LOG2E_LOW, widen
-from .linear_act import COMPILE, accumulator, compatible, on_device
+from .linear_act import COMPILE, accumulator, on_device
 from .philox import normals
 from .rows import row_sums, sum_columns, tiling, unit_of
 
-__all__ = ["compatible", "reparameterize", "reparameterize_backward"]
+__all__ = ["reparameterize", "reparameterize_backward"]
 
 
 # --- device functions -------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 from ..activation import NEED_BIAS, NEED_WEIGHT, NEED_X
 from .latents import dots, latent_sums, weighted_sum
-from .linear_act import compatible, on_device, outermost_gradient
+from .linear_act import on_device, outermost_gradient
 
-__all__ = ["compatible", "sparse_decode", "sparse_decode_backward"]
+__all__ = ["sparse_decode", "sparse_decode_backward"]
 
 
 def sparse_decode(values, indices, weight, bias):

@@ -5,9 +5,9 @@ import torch
 from ..activation import NEED_BIAS, NEED_WEIGHT, NEED_X
 from ..selection import largest
 from .latents import latent_sums, weighted_sum
-from .linear_act import compatible, on_device
+from .linear_act import on_device
 
-__all__ = ["compatible", "topk_encode", "topk_encode_backward"]
+__all__ = ["topk_encode", "topk_encode_backward"]
 
 # Pre-activations that there are at once, with the keys by which they are selected some 30 bytes each.
 ELEMENTS = 1 << 24

@@ -169,13 +169,31 @@ def read_table(path, device_name):
     """The rows of a table, {} where there is no file or it is another device's or schema's."""
     try:
         table = json.loads(Path(path).read_text())
+        if not isinstance(table, dict):
+            raise ValueError(f"expected an object, got {type(table).__name__}")
+        if table.get("schema") != SCHEMA or table.get("device") != device_name:
+            return {}
+        rows = table.get("rows")
+        if not isinstance(rows, dict):
+            raise ValueError(f"rows: expected an object, got {type(rows).__name__}")
+        for key, row in rows.items():
+            _check_row(key, row)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise RuntimeError(f"tuned table {path} cannot be read: {error}; delete it or fix it") from error
-    if table.get("schema") != SCHEMA or table.get("device") != device_name:
-        return {}
-    return table["rows"]
+    return rows
+
+
+def _check_row(key, row):
+    candidate = row.get("candidate") if isinstance(row, dict) else None
+    if candidate not in ("fused", "unfused"):
+        raise ValueError(f"{key}: expected a candidate, fused or unfused, got {row!r}")
+    if candidate == "fused":
+        tile = row.get("tile")
+        if not isinstance(tile, str):
+            raise ValueError(f"{key}: expected a tile, got {tile!r}")
+        Tile.parse(tile)
 
 
 def write_table(path, device_name, rows):

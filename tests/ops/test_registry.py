@@ -55,6 +55,36 @@ def test_a_call_that_a_backend_is_not_for(fresh_choices, caplog):
         assert _registry.choose("mmd", x, unfit=("cuda", unfit[1])) == "cpu"
 
 
+def test_gpus_that_are_too_old_get_the_reference(fresh_choices, monkeypatch):
+    """A T4, which neither the CUDA library nor Triton has code for."""
+    monkeypatch.setattr(_library, "load", lambda name: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("H200", "T4")[index])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    _registry._too_old.cache_clear()
+    try:
+        reason = "cuda:1, T4, has compute capability 7.5, and kernels need 8.0 or later"
+        for name in ("cuda", "triton"):
+            assert _registry.refusal(name, "linear_act", "cuda", torch.float32) in (
+                reason,
+                _registry.triton_missing(),
+            )
+        assert _registry._resolve("auto", "linear_act", "cuda", torch.float32, None) == "eager"
+        with pytest.raises(BackendError, match=r"7\.5"):
+            _registry._resolve("cuda", "linear_act", "cuda", torch.float32, None)
+    finally:
+        _registry._too_old.cache_clear()
+
+
+def test_the_interpreter_takes_no_bfloat16(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "bfloat16" in _registry.refusal("triton", "linear_act", "cpu", torch.bfloat16)
+    assert _registry.refusal("triton", "linear_act", "cpu", torch.float32) == _registry.triton_missing()
+
+
 def test_order_of_preference():
     assert [row.name for row in _registry.BACKENDS] == ["cuda", "triton", "cpu", "eager"]
     assert set(_registry.BACKEND_NAMES) == {"auto", "cuda", "triton", "cpu", "eager"}

@@ -4,6 +4,7 @@ float32, float16 and float64 only: bfloat16 arithmetic is wrong in the interpret
 """
 
 import itertools
+import json
 import os
 
 import numpy as np
@@ -378,15 +379,6 @@ def test_relu_backward_keeps_infinite_gradients_out_of_the_dead_half():
 # --- choosing ---------------------------------------------------------------------------------------------
 
 
-def test_compatible():
-    x = torch.zeros(2, 3)
-    assert kernels.compatible(x, x, None) is None
-    assert "bfloat16" in kernels.compatible(x.bfloat16())
-    assert "mixed" in kernels.compatible(x, x.double())
-    assert "int64" in kernels.compatible(x.long())
-    assert "meta" in kernels.compatible(x.to("meta"))
-
-
 def test_unfused_is_the_default_and_float64_always_unfused(monkeypatch):
     ask = ("linear_act", 128, 64, 32)
     cpu = torch.device("cpu")
@@ -413,9 +405,15 @@ def test_tables(tmp_path, monkeypatch):
     assert tuning.read_table(path, "NVIDIA H200") == rows and tuning.read_table(path, "another") == {}
     assert [p.name for p in path.parent.iterdir()] == ["table.json"]
     assert Tile.parse(str(SMALL)) == SMALL
-    path.write_text("{")
-    with pytest.raises(RuntimeError, match=r"table\.json"):
-        tuning.read_table(path, "NVIDIA H200")
+    head = {"schema": tuning.SCHEMA, "device": "NVIDIA H200"}
+    damaged = (
+        *("{", "[]", json.dumps(head), json.dumps({**head, "rows": {key: []}})),
+        *(json.dumps({**head, "rows": {key: row}}) for row in ({}, {"candidate": "fused", "tile": "64"})),
+    )
+    for text in damaged:
+        path.write_text(text)
+        with pytest.raises(RuntimeError, match=r"table\.json cannot be read: .*delete it or fix it"):
+            tuning.read_table(path, "NVIDIA H200")
     monkeypatch.delenv("AEFAST_TUNED")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert tuning.user_path("NVIDIA H200") == tmp_path / "aefast" / "tuned" / "nvidia-h200.json"
