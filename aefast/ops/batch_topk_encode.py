@@ -125,3 +125,15 @@ def batch_topk_encode(
         values = _BatchTopkEncode.apply(flat, weight, bias, values, indices, backend)
     width = indices.shape[1]
     return values.reshape(*shape, width), indices.reshape(*shape, width)
+
+
+OP = _registry.register(
+    _registry.Op(
+        "batch_topk_encode",
+        batch_topk_encode,
+        reference,
+        topk_encode.samples,
+        topk_encode.cost,
+        launchers="topk_encode",
+    )
+)
