@@ -203,9 +203,9 @@ def linear_act(
     The backward needs no pre-activation: it works from the output, or, for silu and the gelus, from the
     derivative that the forward stored in its place. x, weight, bias and that tensor are saved, and must not be
     modified in place before it. A derivative from the output is as exact as the output: where tanh, sigmoid, elu
-    or selu saturate, its error is a rounding of theirs. Products are torch's own, in the precision that
-    ``torch.backends`` sets, but for short ones on the CPU; sums are in float32 at least, in an order that
-    depends on the shape alone.
+    or selu saturate, its error is a rounding of theirs. Products have the precision that ``torch.backends``
+    sets: on GPUs they are torch's own, on the CPU the library's or torch's, whichever is faster. Sums are in
+    float32 at least, in an order that depends on the shape alone.
 
     Args:
         x: (*, K), float32, bfloat16, float16 or float64, any strides.

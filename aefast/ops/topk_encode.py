@@ -125,8 +125,8 @@ def topk_encode(
 
     The encoder of Gao et al., Scaling and evaluating sparse autoencoders, arXiv:2406.04093, before its relu. The
     pre-activations exist in parts alone. Of equal ones the one of the lower index comes first, and is taken where there
-    is no room for both; NaN counts as larger than any number. Products are torch's own, in the precision that
-    ``torch.backends`` sets, and are compared as they are in x's dtype.
+    is no room for both; NaN counts as larger than any number. Products are those of `linear_act`, and are compared
+    as they are in x's dtype.
 
     Differentiable in x, weight and bias through the values, whose gradient reaches the k chosen latents of a row alone;
     it is summed by latent, in float32 at least, in an order that depends on nothing but the indices. The indices have
