@@ -65,6 +65,16 @@ def test_the_eager_twin_has_the_loss(name, loss):
         torch.testing.assert_close(model.eager_loss(model.eager_twin(), x), model(x).loss)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_without_gradients_the_reconstruction_is_of_the_pass(name):
+    """What is made later would be of later weights, and have gradients."""
+    model, x = make(name, "mse"), data()
+    with torch.no_grad():
+        out = model(x)
+    assert isinstance(out.made, torch.Tensor)
+    assert not out.reconstruction.requires_grad
+
+
 def test_gradients_flow_through_the_reconstruction():
     model, x = make("autoencoder", "mse"), data()
     out = model(x)
@@ -84,6 +94,17 @@ def test_what_is_not_finite_has_a_loss_that_is_not(monkeypatch, least, loss):
     with torch.no_grad():
         model.decoder.layers[-1].weight[5, 2] = float("nan")
     assert model(data()).loss.isnan()
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce", "bce_with_logits", "pyramid"])
+@pytest.mark.parametrize("least", [1, 10**6])
+def test_infinite_samples_have_a_loss_that_is_not_finite(monkeypatch, least, loss):
+    """Also where the reconstruction is finite, as tanh makes it."""
+    monkeypatch.setattr(_reconstruction, "_LARGE", least)
+    model, x = make("autoencoder", loss), data()
+    x[3, 1, 2, 4] = float("inf")
+    assert model.decode(model.encode(x)).isfinite().all()
+    assert not model(x).loss.isfinite()
 
 
 def test_numbers_that_are_no_probabilities():
@@ -173,3 +194,13 @@ def test_a_loss_takes_the_place_of_a_likelihood():
         model.elbo(data())
     output, x = torch.rand(7, 60), data().flatten(1)
     torch.testing.assert_close(model.decoder_loss(output, x), (output - x).abs().sum(1).mean())
+
+
+@pytest.mark.parametrize("loss", [loss for loss in OPTIONS if loss != "rmse"])
+@pytest.mark.parametrize("name", ["vae", "infovae", "stochastic"])
+def test_a_loss_in_the_place_of_a_likelihood_is_a_mean_over_samples(name, loss):
+    """Of sums over features, which are weighed against divergences of samples. A root has no such mean."""
+    model, x = make(name, loss), data().flatten(1)
+    output = torch.rand(7, 60, generator=torch.Generator().manual_seed(2))
+    each = [model.decoder_loss(*pair) for pair in zip(output.split(1), x.split(1), strict=True)]
+    torch.testing.assert_close(model.decoder_loss(output, x), torch.stack(each).mean())
