@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -78,6 +79,14 @@ def test_codes_of_any_dtype(make, dtype):
     assert sampler.log_prob(draw(5).to(dtype)).shape == (5,)
 
 
+@pytest.mark.parametrize("name", ["box", "gmm", "flow"])
+def test_codes_of_another_size_have_the_same_fit(name):
+    """Noise and regularisation are parts of the codes' own deviations. A power of two changes no rounding."""
+    codes, factor = draw(200), 2.0**-12
+    expected, found = (MAKE[name]().fit(one).sample(50, seed=7) for one in (codes, factor * codes))
+    assert torch.equal(found, factor * expected)
+
+
 def test_the_prior_is_the_standard_normal():
     sampler = PriorSampler().fit(draw(10))
     codes = draw(6)
@@ -113,6 +122,21 @@ def test_the_mixture_is_what_scikit_learn_finds():
     reference = GaussianMixture(3, random_state=0, max_iter=200).fit(codes.double().numpy())
     expected = torch.from_numpy(reference.score_samples(draw(500, 1).double().numpy()))
     torch.testing.assert_close(sampler.log_prob(draw(500, 1)), expected, atol=0.05, rtol=0)
+
+
+def test_the_seed_of_a_mixture_is_where_its_fit_starts():
+    """With more components than there are clusters, every start ends at a maximum of its own."""
+    from sklearn.mixture import GaussianMixture
+
+    codes = draw(200)
+    deviation, mean = torch.std_mean(codes.double(), 0, correction=0)
+    scaled = ((codes.double() - mean) / deviation).numpy()
+    fitted = [GaussianMixtureSampler(8, seed=seed).fit(codes) for seed in (0, 1)]
+    for sampler in fitted:
+        reference = GaussianMixture(8, random_state=sampler.seed, max_iter=200).fit(scaled)
+        expected = torch.from_numpy(reference.score_samples(scaled)) - deviation.log().sum()
+        torch.testing.assert_close(sampler.log_prob(codes), expected)
+    assert not torch.allclose(*(sampler.log_prob(codes) for sampler in fitted))
 
 
 def test_draws_of_a_mixture_are_its_own():
@@ -193,6 +217,36 @@ def test_a_flow_learns_a_density_that_integrates_to_one():
     points, area = grid(-6, 14, 401)
     assert (sampler.log_prob(points).exp().sum() * area).item() == pytest.approx(1, abs=0.02)
     assert mmd_test(sampler.sample(1500, seed=0), fresh[:1500], permutations=200, seed=0).p_value > 0.02
+
+
+def test_a_flow_keeps_the_weights_that_suit_codes_it_is_not_trained_on():
+    """So many steps on so few codes lead on to weights under which fresh ones lose several nats and more."""
+    codes, fresh = torch.randn(1200, 4, generator=torch.Generator().manual_seed(3)).split((200, 1000))
+    sampler = FlowSampler(couplings=4, hidden=(32,), steps=400, batch_size=64, lr=2e-2).fit(codes)
+    truth = Normal(0.0, 1.0).log_prob(fresh).sum(1).mean()
+    # The weights that are kept are off by less than half of this, the last ones by seven times as much.
+    assert sampler.log_prob(fresh).mean() > truth - 1.5
+
+
+def test_the_density_of_codes_on_a_line_is_that_of_slightly_noisy_ones():
+    """Of codes without noise it would be infinite, and a flow's grow with every step."""
+    x = torch.randn(200, 1, generator=torch.Generator().manual_seed(5))
+    codes = 1 + x * torch.tensor([1.0, 2.0, 3.0, 4.0])
+    noise = 0.01 * codes.double().std(0)
+    noisy = MultivariateNormal(codes.double().mean(0), codes.double().T.cov() + torch.diag(noise.square()))
+    limit = noisy.log_prob(codes.double()).mean()
+    found = FlowSampler(hidden=(16,), steps=300, batch_size=64, lr=2e-2).fit(codes).log_prob(codes).mean()
+    # A nat is what few steps leave.
+    assert limit - 1 < found < limit
+
+
+def test_two_codes_are_enough_for_a_flow():
+    """Even one of them to train on has a scale."""
+    codes = draw(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler = FlowSampler(**FLOW).fit(codes)
+    assert sampler.sample(5, seed=0).isfinite().all() and sampler.log_prob(codes).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["box", "gmm", "flow"])
