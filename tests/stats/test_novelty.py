@@ -10,7 +10,9 @@ def draw(count, seed, size=6):
 
 
 def test_distances_are_those_of_all_pairs():
-    samples, training, held_out = draw(30, 1), draw(200, 2), draw(40, 3)
+    training, held_out = draw(200, 2), draw(40, 3)
+    # From copies to points as new as any.
+    samples = training[:30] + torch.linspace(0, 1, 30)[:, None] * draw(30, 1)
     found = novelty(samples, training, held_out)
     for ours, points in ((found.distances, samples), (found.held_out, held_out)):
         torch.testing.assert_close(ours, torch.cdist(points, training).min(1).values)
@@ -55,6 +57,13 @@ def test_ties_count_half():
     points = draw(50, 1)
     found = novelty(points, points, points)
     assert (found.closer, found.copies) == (0.5, 0.0)
+
+
+def test_what_is_in_training_and_in_held_out_data_copies_none():
+    training = draw(50, 1)
+    held_out = torch.cat([training[:1], draw(40, 2)])
+    assert novelty(training[:1], training, held_out).copies == 0
+    assert novelty(training[1:2], training, held_out).copies == 1
 
 
 @pytest.mark.parametrize(
