@@ -17,6 +17,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 
+from aefast import estimators
 from aefast.errors import InputError
 from aefast.estimators import AutoencoderEstimator, VAEEstimator
 from aefast.train import TrainingError
@@ -71,6 +72,17 @@ def test_an_autoencoder_explains_more_than_principal_components(digits):
     assert len(model.loss_curve_) == 60 and model.loss_curve_[-1] < 0.3 * model.loss_curve_[0]
 
 
+def test_the_noise_of_scores_and_samples_is_of_the_random_state(digits):
+    first, other = (VAEEstimator(**{**QUICK, "random_state": seed}).fit(digits) for seed in (0, 1))
+    other.model_ = first.model_
+    assert first.score(digits) == first.score(digits) != other.score(digits)
+    assert not np.array_equal(first.sample(5)[0], other.sample(5)[0])
+    other.set_params(random_state=0)
+    assert np.array_equal(first.sample(5)[0], other.sample(5)[0])
+    other.set_params(random_state=np.random.RandomState(0))
+    assert not np.array_equal(other.sample(5)[0], other.sample(5)[0])
+
+
 def test_the_score_of_a_vae_is_its_bound(digits):
     options = {"latent": 6, "likelihood": "bernoulli", "random_state": 0}
     short, long = (VAEEstimator(epochs=epochs, **options).fit(digits) for epochs in (1, 30))
@@ -107,6 +119,38 @@ def test_an_int_makes_equal_fits_and_disturbs_no_generator(digits, estimator_cla
 
 
 @every_estimator
+def test_the_order_of_samples_is_of_the_random_state_and_the_epoch(digits, estimator_class, monkeypatch):
+    seen = []
+
+    class Watched(estimators.CapturedStep):
+        def __call__(self, batch):
+            seen.append(batch.clone())
+            return super().__call__(batch)
+
+    monkeypatch.setattr(estimators, "CapturedStep", Watched)
+    orders = []
+    for random_state in (0, 0, 1):
+        options = {**QUICK, "random_state": random_state}
+        estimator_class(**options, batch_size=32).fit(digits[:100])
+        assert len(seen) == 2 * 4
+        orders += [torch.cat(seen[:4]), torch.cat(seen[4:])]
+        seen.clear()
+    first, second, again, _, other, _ = orders
+    assert torch.equal(again, first)
+    for order in (second, other):
+        assert not torch.equal(order, first)
+        # The same samples.
+        assert torch.equal(order.unique(dim=0), first.unique(dim=0))
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_samples(digits):
+    """With steps too small to change a weight it is the score; the last of four batches has 4 samples."""
+    options = {**QUICK, "epochs": 1, "batch_size": 32, "lr": 1e-30}
+    model = AutoencoderEstimator(**options).fit(digits[:100])
+    assert model.loss_curve_ == pytest.approx([-model.score(digits[:100])], rel=1e-5)
+
+
+@every_estimator
 def test_none_draws_from_numpy_and_an_instance_from_itself(digits, estimator_class):
     def codes(random_state):
         options = {**QUICK, "random_state": random_state}
@@ -127,6 +171,7 @@ def test_a_pickle_and_a_copy_are_the_same(digits, estimator_class):
         assert np.array_equal(other.transform(digits), model.transform(digits))
         assert other.score(digits) == model.score(digits)
         assert other.get_params() == model.get_params()
+        assert not other.model_.training and not model.model_.training
     # The model itself stays where it was.
     assert model.model_ is not pickle.loads(pickle.dumps(model)).model_
 
