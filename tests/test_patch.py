@@ -113,7 +113,9 @@ def test_runs_end_where_they_must(calls):
 
 
 @pytest.mark.parametrize(
-    "follower", [nn.Mish(), nn.Softplus(2.0), nn.LeakyReLU(-0.1), nn.BatchNorm1d(4)], ids=str
+    "follower",
+    [nn.Mish(), nn.Softplus(2.0), nn.Softplus(threshold=1.0), nn.LeakyReLU(-0.1), nn.BatchNorm1d(4)],
+    ids=str,
 )
 def test_what_is_no_activation_of_aefast_is_left(follower):
     model = nn.Sequential(nn.Linear(6, 4), follower)

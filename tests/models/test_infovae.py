@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -342,6 +343,14 @@ def test_a_group_is_asked_for_the_mmd(group):
     closed.mmd.group = group
     with pytest.raises(InputError, match=r"mmd\.group: expected None"):
         closed(x)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_sample_has_an_mmd_where_other_ranks_have_more(monkeypatch, ranks):
+    model, x = make(mmd_weight=4.0), data(1)
+    model.mmd.group = SimpleNamespace(size=lambda: ranks)
+    monkeypatch.setattr(model.mmd, "forward", lambda z, prior: torch.tensor(0.5, dtype=z.dtype))
+    assert model(x).terms["mmd"] == (2.0 if ranks > 1 else 0.0)
 
 
 def test_a_training_step_compiles_whole():
