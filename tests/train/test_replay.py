@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ import aefast
 from aefast.errors import InputError
 from aefast.models import MODELS, VAE, Autoencoder, SparseAutoencoder
 from aefast.models.sparse import SPARSITIES
+from aefast.ops import _registry
 from aefast.train import CapturedStep, make_optimizer
 from aefast.train.replay import WARM_UP_STEPS
 from support import numerics
@@ -128,6 +130,10 @@ def evaluate_a_part(model):
     model.decoder.eval()
 
 
+def give_a_forward(model):
+    model.decoder.forward = model.decoder.forward
+
+
 def change_an_option(model):
     model.decoder.layers[0].activation = "tanh"
 
@@ -138,7 +144,7 @@ def exchange_a_part(model):
 
 CHANGES = [
     *(add_hook, add_hook_of_parameter, freeze, replace),
-    *(evaluate_a_part, change_an_option, exchange_a_part),
+    *(evaluate_a_part, give_a_forward, change_an_option, exchange_a_part),
 ]
 
 
@@ -199,6 +205,26 @@ def test_surroundings_are_heeded(surroundings, monkeypatch):
     assert another._replay._recorded is None
 
 
+@pytest.mark.parametrize(
+    "name", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"]
+)
+@pytest.mark.filterwarnings("ignore:.*[Bb]ackward hook")
+def test_hooks_of_all_modules_run(name):
+    register, calls = getattr(nn.modules.module, f"register_module_{name}"), []
+    model, another = make(), make()
+    step = recorded(model)
+    with register(lambda module, *arguments: calls.append(module)):
+        for batch in batches(2):
+            step(batch)
+        assert calls.count(model.decoder) == 2
+        of_another = step_of(another)
+        for batch in batches(WARM_UP_STEPS + 1):
+            of_another(batch)
+        assert calls.count(another.decoder) == WARM_UP_STEPS + 1
+    # What a hook has made of a step is not replayed when the hook is gone.
+    assert of_another._replay._recorded is None
+
+
 def test_another_model_and_other_batches_are_heeded(monkeypatch):
     forwards, forward = [], Autoencoder.forward
     monkeypatch.setattr(Autoencoder, "forward", lambda self, x: forwards.append(self) or forward(self, x))
@@ -248,6 +274,33 @@ def test_what_is_not_recorded():
     for batch in batches(WARM_UP_STEPS + 2):
         step(batch)
     assert step._replay._recorded is None
+
+
+@pytest.mark.parametrize("change", [add_hook, add_hook_of_parameter, evaluate_a_part, give_a_forward])
+def test_a_model_with_something_on_it_is_not_recorded(change):
+    model = make()
+    change(model)
+    step = step_of(model)
+    for batch in batches(WARM_UP_STEPS + 2):
+        step(batch)
+    assert step._replay._recorded is None
+
+
+def test_numbers_that_torch_has_not_made_are_made_anew(monkeypatch):
+    """By a forward in the place of the class's, with noise of NumPy's."""
+    forward = Autoencoder.forward
+
+    def losses(count):
+        generator = np.random.default_rng(0)
+
+        def noisy(self, x):
+            return forward(self, x + torch.from_numpy(generator.random(36, dtype=np.float32)))
+
+        monkeypatch.setattr(Autoencoder, "forward", noisy)
+        step = step_of(make(), steps_per_replay=count)
+        return [step(batch)["mse"].item() for batch in batches(WARM_UP_STEPS + 3)]
+
+    assert losses(1) == losses(0)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +376,44 @@ def test_numbers_that_are_no_probabilities_are_named(options, after):
     batch[3, 4] = 1.5
     with pytest.raises(InputError, match=r"1\.5"):
         step(batch)
+
+
+@pytest.mark.parametrize("after", [WARM_UP_STEPS, WARM_UP_STEPS + 1])
+def test_samples_are_checked(after):
+    """By the model, whose loss, of logits, takes a NaN."""
+    step = step_of(make(VAE, **DENSE, likelihood="bernoulli"))
+    for batch in batches(after):
+        step(batch)
+    (batch,) = batches(1)
+    batch[3, 4] = float("nan")
+    with pytest.raises(InputError, match=r"expected values in \[0, 1\].*got values from nan"):
+        step(batch)
+
+
+@pytest.mark.parametrize("after", [WARM_UP_STEPS, WARM_UP_STEPS + 1])
+def test_a_step_whose_kernel_fails_is_the_models(after, monkeypatch):
+    """As where there is no memory. What the step has drawn and counted by then is drawn and counted once."""
+    kernels, left = _registry.kernels, []
+
+    def failing(name, op):
+        if op == "mlp" and left and left.pop() == "fails":
+            raise RuntimeError("no memory")
+        return kernels(name, op)
+
+    monkeypatch.setattr(_registry, "kernels", failing)
+    found = []
+    for count in (1, 0):
+        step = step_of(make(VAE, **DENSE, kl_warmup_steps=30), steps_per_replay=count)
+        torch.manual_seed(3)
+        terms = []
+        for index, batch in enumerate(batches(WARM_UP_STEPS + 5)):
+            if index == after and count > 0:
+                # Encoder and decoder are through when the decoder's backward fails.
+                left[:] = ["fails", "works", "works"]
+            terms.append(step(batch))
+        assert left == []
+        found.append([one.item() for of_step in terms for one in of_step.values()])
+    assert found[0] == found[1]
 
 
 def test_a_loss_that_is_no_number_is_none_of_a_replay_either():
