@@ -12,7 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from aefast import cli
 from aefast.errors import InputError
-from aefast.models import SparseAutoencoder, SparseCode, from_pretrained, load_saelens, load_sparsify
+from aefast.models import (
+    SparseAutoencoder,
+    SparseCode,
+    SparseConfig,
+    from_pretrained,
+    load_saelens,
+    load_sparsify,
+)
 from aefast.models.sparse import SPARSITIES
 from aefast.nn import JumpReLU, PenalizedLinearAct, SparseDecoder, TopKEncoder
 from support.training import SPARSE
@@ -87,6 +94,21 @@ def test_the_loss_is_that_of_the_formulas(sparsity, pre_bias, tied, unit_norm):
     torch.testing.assert_close(sum(out.terms.values()), out.loss)
     torch.testing.assert_close(model.dense(out.latent), code)
     torch.testing.assert_close(out.reconstruction, made)
+
+
+def test_thresholds_learn_within_the_bandwidth():
+    """Their gradients are those of arXiv:2407.14435 with a rectangle of that width as the kernel."""
+    model, x = make("jumprelu"), data()
+    model(x).loss.backward()
+    config, threshold = model.config, model.log_threshold.detach().exp()
+    with torch.no_grad():
+        made = (x - model.decoder.bias) @ model.encoder.weight.T + model.encoder.bias
+        left = plain_code(model, x) @ model.decoder.weight + model.decoder.bias - x
+        by_code = 2 / x.numel() * left @ model.decoder.weight.T
+        kernel = ((made - threshold).abs() < config.bandwidth / 2) / config.bandwidth
+        by_threshold = -(kernel * (threshold * by_code + config.sparsity_weight / BATCH)).sum(0)
+    assert 0 < kernel.count_nonzero() < kernel.numel()
+    torch.testing.assert_close(model.log_threshold.grad, threshold * by_threshold)
 
 
 @pytest.mark.parametrize("unit_norm", [True, False])
@@ -246,6 +268,16 @@ def test_dead_latents_make_what_is_left():
     assert gradient.any(1).equal(used)
 
 
+def test_few_dead_latents_have_a_share_of_their_loss():
+    """As many as there are of those that it asks for."""
+    losses = []
+    for aux_k in (2, 8):
+        model = make(dead_after=1, aux_k=aux_k)
+        model.unused[3:5] = 1
+        losses.append(model(data()).terms["aux"])
+    torch.testing.assert_close(losses[1], 2 / 8 * losses[0])
+
+
 def test_use_is_counted_in_training_alone():
     model, x = make(), data()
     assert not model.unused.any()
@@ -269,6 +301,18 @@ def test_codes_of_batchtopk_in_eval_mode_are_the_samples_own():
     torch.testing.assert_close(whole, parts)
     made = (x - model.decoder.bias) @ model.encoder.weight.T + model.encoder.bias
     torch.testing.assert_close(whole, torch.where(made > model.kept_above, made, 0.0))
+
+
+def test_what_batches_kept_is_a_running_mean():
+    model = make("batchtopk")
+    least = []
+    for x in data().split(10):
+        values = model(x).latent.values
+        least.append(values[values > 0].min().float())
+    expected = least[0]
+    for one in least[1:]:
+        expected = 0.99 * expected + 0.01 * one
+    torch.testing.assert_close(model.kept_above, expected)
 
 
 def test_a_sparse_code_and_its_dense_view_decode_alike():
@@ -514,6 +558,21 @@ def test_saelens_files_need_their_threshold(tmp_path):
 def test_bad_options_are_named(options, message):
     with pytest.raises(InputError, match=message):
         SparseAutoencoder(input_size=FEATURES, latent=LATENT, **options)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "expected"),
+    [
+        ("topk", {"k": 32, "aux_weight": 1 / 32, "aux_k": FEATURES // 2, "dead_after": 1_000_000}),
+        ("batchtopk", {"k": 32, "aux_weight": 1 / 32, "aux_k": FEATURES // 2, "dead_after": 1_000_000}),
+        ("l1", {"sparsity_weight": 0.0003}),
+        ("kl", {"sparsity_weight": 0.0001, "rate": 0.05}),
+        ("jumprelu", {"sparsity_weight": 0.00001, "bandwidth": 0.001, "threshold": 0.001}),
+    ],
+)
+def test_default_options(sparsity, expected):
+    config = SparseConfig(input_size=FEATURES, latent=LATENT, sparsity=sparsity)
+    assert {name: config.option(name) for name in expected} == expected
 
 
 def test_modules():
