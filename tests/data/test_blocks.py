@@ -78,10 +78,13 @@ def test_rows_of_a_window_are_mixed():
     """Neighbours in a file are no neighbours in the order, and windows hold blocks from everywhere."""
     positions = np.array(order(make(total=1200, size=10)))
     assert (np.abs(np.diff(positions)) == 1).mean() < 0.1
-    for window in positions.reshape(-1, 30):
+    windows = positions.reshape(-1, 30)
+    for window in windows:
         assert len(set(window // 10)) == 3
         # Of three blocks of ten rows in a row, the first ten rows come from more than one.
         assert len(set(window[:10] // 10)) > 1
+    # By their places in their blocks, rows come in an order of its own in each window.
+    assert len({tuple(window % 10) for window in windows}) == len(windows)
     assert abs(np.corrcoef(np.arange(1200), positions)[0, 1]) < 0.2
 
 

@@ -70,6 +70,8 @@ def edit(saved, change):
     [
         (lambda c: c.update(format_version=2), "format_version=2 is newer"),
         (lambda c: c.update(format_version="1"), "format_version='1': expected an integer"),
+        (lambda c: c.update(format_version=True), "format_version=True: expected an integer"),
+        (lambda c: c.update(format_version=0), "format_version=0: expected an integer"),
         (lambda c: c.update(model="autoencodr"), "model='autoencodr'.*did you mean 'autoencoder'"),
         (lambda c: c.update(model="os.system"), "model='os.system': expected one of"),
         (lambda c: c.pop("model"), "missing key 'model'"),

@@ -1,5 +1,6 @@
 """Data sources, their errors, the held-out split, and batches."""
 
+import importlib
 import os
 import struct
 import sys
@@ -11,6 +12,8 @@ import torch
 
 from aefast.data import Batches, DataError, Dataset, load
 from aefast.data.bundled import patches
+
+load_module = importlib.import_module("aefast.data.load")
 
 
 @pytest.fixture
@@ -100,6 +103,14 @@ def test_bad_arrays_are_named(tmp_path, rows, suffix, change, message):
     with pytest.raises(DataError, match=message) as error:
         load(path)
     assert str(path) in str(error.value)
+
+
+def test_bad_values_are_named_by_their_row_of_all(tmp_path, rows, monkeypatch):
+    # Of two rows a piece.
+    monkeypatch.setattr(load_module, "PIECE_VALUES", 10)
+    path = saved_as(tmp_path / "bad.npy", with_value(rows, np.nan))
+    with pytest.raises(DataError, match="row 7, column 2 holds nan"):
+        load(path)
 
 
 def test_python_objects_are_refused(tmp_path):
@@ -319,6 +330,8 @@ def test_split_is_disjoint_whole_and_seeded():
     assert not torch.equal(dataset.split(seed=1)[1], held_out)
     two = Dataset("x", torch.rand(2, 2), (2,)).split()
     assert [len(part) for part in two] == [1, 1]
+    assert [len(part) for part in dataset.split(0.0)] == [49, 1]
+    assert [len(part) for part in dataset.split(1.0)] == [1, 49]
 
 
 def make_batches(seed=0):
