@@ -436,6 +436,20 @@ def test_bandwidths_may_be_any_numbers():
         assert torch.equal(AF.mmd(x, y, bandwidth=bandwidth), expected)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("kernel", ["rbf", "laplacian", "imq", "rational_quadratic"])
+def test_the_order_of_bandwidths_does_not_matter(kernel, backend):
+    numerics.require_backend(backend, "mmd", "cpu", torch.float32)
+    x, y = draw(40, 2, dtype=torch.float32), draw(40, 2, seed=2, dtype=torch.float32)
+    bandwidths = (0.3, 0.7, 1.1, 2.0, 5.0)
+    with aefast.backend(backend):
+        expected = found(x, y, kernel=kernel, bandwidth=bandwidths)
+        for start in range(1, len(bandwidths)):
+            turned = bandwidths[start:] + bandwidths[:start]
+            for one, other in zip(found(x, y, kernel=kernel, bandwidth=turned), expected, strict=True):
+                assert torch.equal(one, other)
+
+
 def test_cost_counts_pairs():
     x, y = torch.empty(30, 4), torch.empty(20, 4)
     cost = OPS["mmd"].cost(True, x, y, bandwidth=FIVE)

@@ -95,6 +95,17 @@ def test_equivalent_kinds():
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_an_eps_whose_square_is_no_float32_counts_as_zero():
+    input = torch.tensor([0.0, 1e-25, -1e-25, 3.0])
+    found, expected = (
+        value_and_gradient(
+            lambda x, t, k=kind, o=options: AF.reconstruction_loss(x, t, k, **o), input, torch.zeros(4)
+        )
+        for kind, options in (("charbonnier", {"eps": 1e-24}), ("l1", {}))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", numerics.DTYPES)
 @pytest.mark.parametrize("kind", ["l1", "lp", "rmse", "mse", "huber", "charbonnier"])
 def test_gradient_is_zero_where_nothing_is_left(instruction_set, kind, dtype):

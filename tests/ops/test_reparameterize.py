@@ -292,6 +292,15 @@ def test_logvar_range_is_a_clamp():
         assert torch.equal(ours, theirs)
 
 
+def test_logvar_range_may_be_one_number():
+    numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
+    mu, logvar = moments(5, 3)
+    found = AF.reparameterize(mu, logvar, seed=2, logvar_range=(-0.5, -0.5))
+    expected = AF.reparameterize(mu, torch.full_like(logvar, -0.5), seed=2)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_shapes_and_reductions(reduction):
     numerics.require_backend("cpu", OP.name, "cpu", torch.float32)
