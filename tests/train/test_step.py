@@ -217,6 +217,21 @@ def test_a_scaled_loss_that_overflows_makes_no_update():
     assert parameters(model).isfinite().all()
 
 
+def test_gradients_of_a_scaled_loss_are_clipped_without_the_scale():
+    model, (batch,) = make_model(), batches(1)
+    expected = copy.deepcopy(model)
+    optimizer, scaler = torch.optim.SGD(expected.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = expected(batch).loss
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    assert nn.utils.clip_grad_norm_(expected.parameters(), 0.05) > 0.05
+    scaler.step(optimizer)
+    step = CapturedStep(model, torch.optim.SGD(model.parameters(), lr=0.1), precision="fp16", clip_norm=0.05)
+    step(batch)
+    assert torch.equal(parameters(model), parameters(expected))
+
+
 def test_any_module_and_loss():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
