@@ -490,8 +490,8 @@ def _code_of(
 
 
 def _above(made: torch.Tensor, threshold: torch.Tensor) -> SparseCode:
-    """What is above 0 and the threshold, by samples."""
-    kept = torch.where(made > threshold.clamp_min(0), made, 0.0)
+    """What is above the threshold, which is at least 0, by samples."""
+    kept = torch.where(made > threshold, made, 0.0)
     most = max(1, int((kept > 0).sum(1).max())) if len(made) else 1
     values, indices = kept.topk(most)
     return SparseCode(values, torch.where(values > 0, indices, -1))

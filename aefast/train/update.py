@@ -62,7 +62,7 @@ class Update:
 
     def _operands(self, group: dict[str, Any]) -> Operands | None:
         """What the update of a group takes; None if the optimizer has to look after it."""
-        if not group["fused"] or group["amsgrad"] or isinstance(group["lr"], Tensor):
+        if not group["fused"] or group["amsgrad"]:
             return None
         operands: Operands = ([], [], [], [], [], [])
         parameters, gradients, means, squares, _, steps = operands
@@ -72,10 +72,7 @@ class Update:
             if gradient is None:
                 continue
             its = state.get(parameter)
-            is_plain = (
-                gradient.is_cpu and gradient.dtype == torch.float32 and gradient.layout is torch.strided
-            )
-            if not is_plain or not its:
+            if not gradient.is_cpu or gradient.layout is not torch.strided or not its:
                 return None
             parameters.append(parameter)
             gradients.append(gradient)

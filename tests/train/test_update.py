@@ -23,6 +23,7 @@ OPTIMIZERS = {
     "amsgrad": lambda groups: torch.optim.Adam(groups, lr=0.01, amsgrad=True, fused=True),
     "not fused": lambda groups: torch.optim.Adam(groups, lr=0.01),
     "tensor lr": lambda groups: torch.optim.Adam(groups, lr=torch.tensor(0.01), fused=True),
+    "adamw, tensor lr": lambda groups: torch.optim.AdamW(groups, lr=torch.tensor(0.01), fused=True),
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
 }
 
@@ -63,7 +64,7 @@ def assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_step_is_the_optimizers(name, dtype):
     expected, found = parameters(dtype), parameters(dtype)
@@ -72,6 +73,14 @@ def test_step_is_the_optimizers(name, dtype):
     trained(found, ours, Update(ours))
     assert_same(found, expected)
     assert_same(ours.state_dict(), theirs.state_dict())
+
+
+def test_a_group_may_have_parameters_of_several_dtypes():
+    expected, found = ([*parameters(), *parameters(torch.float64)] for _ in range(2))
+    theirs, ours = fused(expected), fused(found)
+    trained(expected, theirs)
+    trained(found, ours, Update(ours))
+    assert_same(found, expected)
 
 
 def test_calls_the_kernel_at_once(monkeypatch):
