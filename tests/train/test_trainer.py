@@ -30,8 +30,10 @@ from aefast.models import (
 )
 from aefast.train import Callback, CapturedStep, CheckpointError, TensorBoard, TrainConfig, TrainingError
 from aefast.train import trainer as trainer_module
+from aefast.train.checkpoint import _checksum
 from aefast.train.interrupt import Interrupt
 from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of, read_metrics
+from aefast.train.processes import Processes
 from aefast.train.step import EagerStep, make_optimizer
 from support.training import interrupt_after, interrupt_in_validation, losses, metrics, weights
 
@@ -82,15 +84,29 @@ def test_metrics_have_a_line_a_log_step(make_trainer, tmp_path, dataset):
     assert records[-1]["val_loss"] < records[2]["val_loss"]
 
 
-def test_window_means_weigh_samples():
+def test_window_means_weigh_samples(monkeypatch):
+    seconds = 10.0
+    monkeypatch.setattr("time.perf_counter", lambda: seconds)
     window = Window()
     window.add({"a": torch.tensor(1.0), "b": torch.tensor(4.0)}, 3)
     window.add({"a": torch.tensor(5.0), "b": torch.tensor(8.0)}, 1)
     assert window.means() == {"a": 2.0, "b": 5.0}
     copy = Window()
-    copy.restore(json.loads(json.dumps(window.state())), torch.device("cpu"))
+    state = json.loads(json.dumps(window.state()))
+    copy.restore(state, torch.device("cpu"))
+    # Those before took a time that nobody knows.
+    assert copy.samples_per_s() is None
     copy.add({"a": torch.tensor(2.0), "b": torch.tensor(0.0)}, 1)
     assert copy.means() == {"a": 2.0, "b": 4.0}
+    seconds += 2.0
+    assert copy.samples_per_s() == 0.5
+    # The sums are those of all processes: one of them goes on with them.
+    other = Processes()
+    other.rank = 1
+    copy = Window(other)
+    copy.restore(state, torch.device("cpu"))
+    copy.add({"a": torch.tensor(7.0), "b": torch.tensor(1.0)}, 2)
+    assert copy.means() == {"a": 7.0, "b": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -550,6 +566,12 @@ def test_a_checkpoint_at_least_every_so_often(make_trainer, tmp_path, monkeypatc
         ({"batch_size": 16}, "batch_size=16: expected 32"),
         ({"seed": 3}, "seed=3: expected 0"),
         ({"lr": 0.5}, "lr=0.5: expected 0.001"),
+        ({"schedule": "cosine"}, "schedule='cosine': expected 'constant'"),
+        ({"warmup_steps": 2}, "warmup_steps=2: expected 0"),
+        ({"precision": "bf16"}, "precision='bf16': expected 'fp32'"),
+        ({"clip_norm": 1.0}, "clip_norm=1.0: expected None"),
+        ({"accumulate": 2}, "accumulate=2: expected 1"),
+        ({"ema_decay": 0.9}, "ema_decay=0.9: expected None"),
         ({"data": Dataset("other", torch.rand(230, 16), (16,))}, "data='230x16-"),
         ({"data": Dataset("wide", torch.rand(30, 17), (17,))}, "data='30x17-"),
     ],
@@ -616,6 +638,11 @@ def damage(path, how):
     elif how == "flipped":
         content[-5] ^= 1
     path.write_bytes(content)
+
+
+def test_a_checksum_is_of_names_too():
+    values = torch.arange(3.0)
+    assert _checksum("{}", {"model/a": values}) != _checksum("{}", {"model/b": values})
 
 
 @pytest.mark.parametrize("how", ["cut", "emptied", "flipped"])
@@ -833,12 +860,15 @@ def test_patience_ends_a_run(make_trainer, tmp_path, monkeypatch):
     # What has been ended stays so.
     trainer = make_trainer(tmp_path, **options)
     assert trainer.fit(resume=True, compare=False).step == 4 * 7
-    # With more patience it goes on, and knows what the best was.
+    # With more patience it goes on, and knows what the best was, which an equal loss is not.
     trainer = make_trainer(tmp_path, **{**options, "patience": 4})
-    fake_validation(monkeypatch, trainer, [3.2, 2.0, 2.5, 2.5, 2.5])
+    fake_validation(monkeypatch, trainer, [3.2, 3.0])
+    assert trainer.fit(resume=True, compare=False).step == 6 * 7
+    trainer = make_trainer(tmp_path, **{**options, "patience": 6})
+    fake_validation(monkeypatch, trainer, [2.0, 2.5, 2.5])
     assert trainer.fit(resume=True, compare=False).step == 9 * 7
     best = json.loads((tmp_path / "best" / "config.json").read_text())["metadata"]["training"]
-    assert best["step"] == 6 * 7
+    assert best["step"] == 7 * 7
 
 
 def test_as_many_checkpoints_stay_as_are_wanted(make_trainer, tmp_path):
