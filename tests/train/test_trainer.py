@@ -708,6 +708,36 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(make_trainer, tmp_path, 
     assert weights(tmp_path).isfinite().all()
 
 
+@pytest.mark.parametrize("what", ["the loss term mse", "a weight"])
+def test_no_checkpoint_has_what_is_not_finite(make_trainer, tmp_path, monkeypatch, what):
+    """At a step that is not logged and ends no epoch."""
+    trainer = make_trainer(tmp_path, checkpoint_seconds=1e-9)
+    original = CapturedStep.__call__
+
+    def call(self, batch):
+        terms = original(self, batch)
+        if trainer.steps_taken + 1 != 8:
+            return terms
+        if what == "a weight":
+            with torch.no_grad():
+                next(self.model.parameters())[0, 0] = torch.inf
+            return terms
+        return {name: term * torch.nan for name, term in terms.items()}
+
+    monkeypatch.setattr(CapturedStep, "__call__", call)
+    with pytest.raises(TrainingError, match=rf"{what} is no longer finite at step 8 .*step-0000000007"):
+        trainer.fit(compare=False)
+    assert trainer.store.paths()[-1].name == "step-0000000007.safetensors"
+
+
+def test_processes_draw_noise_of_their_own(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path)
+    seeds = set()
+    for trainer.processes.rank in range(3):
+        seeds.add(trainer._seed())
+    assert len(seeds) == 3
+
+
 def test_a_weight_that_no_loss_shows_stops_the_epoch(make_trainer, tmp_path, monkeypatch):
     original = CapturedStep.__call__
 
