@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -202,7 +205,7 @@ class SparseAutoencoder(Model):
         log_threshold: (latent,), of jumprelu.
         unused: (latent,) int64, of topk and batchtopk: for how many samples a latent has not been used. Training passes
             count it on in place, which `torch.func`'s transforms refuse. Passes that activation checkpointing repeats
-            do not count, if there was no other pass before the backward; under torch.compile they do.
+            do not count, and have the dead latents of the first; under torch.compile they count.
     """
 
     config_class = SparseConfig
@@ -536,26 +539,56 @@ def _terms(
     if penalty is not None:
         terms["sparsity"] = config.option("sparsity_weight") * penalty
     elif module.training and torch.is_grad_enabled():
-        is_repeated = _is_repeated()
-        if config.option("aux_weight") > 0:
-            if not is_repeated:
-                module._dead_in_pass = (module.unused >= config.option("dead_after")).nonzero().squeeze(1)
+        dead, is_repeated = _dead_of_pass(module, config)
+        if dead is not None:
             left = flat - made.detach().reshape(flat.shape)
-            terms["aux"] = config.option("aux_weight") * _aux(module, config, functions, seen, left, weights)
+            terms["aux"] = config.option("aux_weight") * _aux(
+                module, config, functions, seen, left, weights, dead
+            )
         if not is_repeated:
             _note_use(module, config, code)
     return terms, code, made
 
 
-def _is_repeated() -> bool:
-    """Whether this pass is what a checkpoint computes again in the backward, of the one that was counted last.
+# Of each activation checkpoint that lives, and each model in it, what `_dead_of_pass` gave, in the order of the passes.
+_IN_CHECKPOINTS: WeakKeyDictionary[Any, WeakKeyDictionary[nn.Module, deque[Any]]] = WeakKeyDictionary()
 
-    Such a checkpoint packs what it saves by hooks. One that is reentrant makes its first pass without gradients, which
-    counts nothing, and the second for all.
+
+def _dead_of_pass(module: nn.Module, config: SparseConfig) -> tuple[torch.Tensor | None, bool]:
+    """The dead latents (n,) of this pass, None if nothing is made of them; and whether it is one that a checkpoint
+    computes again in the backward, with those of the first time."""
+    checkpoint, is_repeated = _checkpoint()
+    passes = None if checkpoint is None else _IN_CHECKPOINTS.setdefault(checkpoint, WeakKeyDictionary())
+    if is_repeated and module in passes:
+        dead = passes[module].popleft()
+    else:
+        is_repeated, dead = False, None
+        if config.option("aux_weight") > 0:
+            dead = (module.unused >= config.option("dead_after")).nonzero().squeeze(1)
+    if passes is not None:
+        # A graph that is kept may be gone through once more.
+        passes.setdefault(module, deque()).append(dead)
+    return dead, is_repeated
+
+
+def _checkpoint() -> tuple[Any | None, bool]:
+    """The checkpoint that is not reentrant within which this is, or None, and whether it computes again what it has.
+
+    Torch tells by the hooks alone by which it packs what is saved. A checkpoint that is reentrant makes its first pass
+    without gradients, which counts nothing, and the second for all.
     """
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-        return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if torch.compiler.is_compiling():
+        return None, False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        return None, False
+    pack = inspect.unwrap(hooks[0])
+    if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
+        return None, False
+    known = inspect.getclosurevars(pack).nonlocals
+    if "target_frame_ref" in known:
+        return known["target_frame_ref"](), True
+    return known.get("frame"), False
 
 
 def _aux(
@@ -565,9 +598,9 @@ def _aux(
     seen: torch.Tensor,
     left: torch.Tensor,
     weights: tuple[torch.Tensor, torch.Tensor],
+    dead: torch.Tensor,
 ) -> torch.Tensor:
-    """The mean squared error with which dead latents make what the others leave, less where there are few of them."""
-    dead = module._dead_in_pass
+    """The mean squared error with which dead latents (n,) make what the others leave, less where they are few."""
     if len(dead) == 0:
         return left.new_zeros(())
     aux_k = config.option("aux_k")

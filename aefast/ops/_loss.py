@@ -140,7 +140,7 @@ def factor_and_count(loss: Loss, reduction: str, shape: torch.Size, loss_weight:
     Ops are told of both, and not of the quotient: a compiler makes a graph of its own for each value of a float, but
     one for all of an integer.
     """
-    factor = loss_weight * loss_weight if loss.root else loss_weight
+    factor = float(loss_weight * loss_weight if loss.root else loss_weight)
     if reduction == "sum":
         return factor, 1
     return factor, shape[0] if reduction == "batchmean" else math.prod(shape)

@@ -64,12 +64,13 @@ def register(op: Op) -> Op:
 class Backend:
     """A row of `BACKENDS`.
 
-    ``available()`` says why the backend can serve nothing here, or None. ``supports(op, device_type, dtype)``
-    says why it cannot serve such tensors, or None. ``kernels(op)`` holds the op's launchers as attributes.
+    ``available(device_type)`` says why the backend can serve no tensors of such a device here, or None.
+    ``supports(op, device_type, dtype)`` says why it cannot serve such tensors, or None. ``kernels(op)`` holds the op's
+    launchers as attributes.
     """
 
     name: str
-    available: Callable[[], str | None]
+    available: Callable[[str], str | None]
     supports: Callable[[str, str, torch.dtype], str | None]
     kernels: Callable[[str], Any]
 
@@ -102,7 +103,10 @@ _LEAST_CAPABILITY = (8, 0)
 
 @functools.cache
 def _too_old() -> str | None:
-    """Why a GPU here runs no kernels, or None. Which of several a tensor is on makes no difference."""
+    """Why a GPU here runs no kernels, or None. Which of several a tensor is on makes no difference.
+
+    Asking makes torch start CUDA, which is not for calls on the CPU: in a forked process it fails.
+    """
     if torch.version.cuda is None:
         return None
     for index in range(torch.cuda.device_count()):
@@ -110,13 +114,16 @@ def _too_old() -> str | None:
         if capability < _LEAST_CAPABILITY:
             has, needed = (".".join(map(str, one)) for one in (capability, _LEAST_CAPABILITY))
             name = torch.cuda.get_device_name(index)
-            return f"cuda:{index}, {name}, has compute capability {has}, and kernels need {needed} or later"
+            return (
+                f"cuda:{index}, {name}, has compute capability {has}, and kernels need {needed} or later; "
+                "CUDA_VISIBLE_DEVICES hides it from others"
+            )
     return None
 
 
-def _cuda_available() -> str | None:
+def _cuda_available(device_type: str) -> str | None:
     missing = _library.load("cuda") or (None if torch.cuda.is_available() else "torch finds no CUDA device")
-    return missing or _too_old()
+    return missing or (_too_old() if device_type == "cuda" else None)
 
 
 @functools.cache
@@ -131,11 +138,11 @@ def triton_missing() -> str | None:
     return None
 
 
-def _triton_available() -> str | None:
+def _triton_available(device_type: str) -> str | None:
     if interpreting():
         return triton_missing()
     if torch.cuda.is_available():
-        return triton_missing() or _too_old()
+        return triton_missing() or (_too_old() if device_type == "cuda" else None)
     return "torch finds no CUDA device, and TRITON_INTERPRET is not 1"
 
 
@@ -186,11 +193,11 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("triton", _triton_available, _triton_supports, _triton_kernels),
     Backend(
         "cpu",
-        lambda: _library.load("cpu"),
+        lambda device_type: _library.load("cpu"),
         _compiled_supports("cpu"),
         lambda op: _compiled_kernels("aefast_cpu"),
     ),
-    Backend("eager", lambda: None, _anything, _no_kernels),
+    Backend("eager", lambda device_type: None, _anything, _no_kernels),
 )
 BACKEND_NAMES = ("auto", *(backend.name for backend in BACKENDS))
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -231,7 +238,7 @@ def refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
     row = _BY_NAME[name]
     if op in OPS:
         op = OPS[op].launchers or op
-    return row.available() or row.supports(op, device_type, dtype)
+    return row.available(device_type) or row.supports(op, device_type, dtype)
 
 
 @functools.cache

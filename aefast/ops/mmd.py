@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,16 +46,18 @@ def unit_of(kernel: Kernel, bandwidth: Any, x: Tensor, y: Tensor) -> Tensor | No
 def weights_of(estimator: str, kernel: Kernel, x_count: int, y_count: int) -> tuple[float, ...]:
     """Of the sums over pairs of two rows of x, of two rows of y, and of one of each; and a number to be added.
 
-    Pairs of a row with itself are in none of the sums. There may be no y, for `mmd_to_normal`.
+    Pairs of a row with itself are in none of the sums. There may be no y, for `mmd_to_normal`. Where there are too few
+    rows for an estimate, as an exported graph may be given, all is NaN.
     """
-    if y_count == 0:
-        if estimator == "unbiased":
-            return 1.0 / (x_count * (x_count - 1)), 0.0, 0.0, 0.0
-        return 1.0 / x_count**2, 0.0, 0.0, kernel.at_zero / x_count
-    across = -2.0 / (x_count * y_count)
     if estimator == "unbiased":
-        return 1.0 / (x_count * (x_count - 1)), 1.0 / (y_count * (y_count - 1)), across, 0.0
-    return 1.0 / x_count**2, 1.0 / y_count**2, across, kernel.at_zero * (1.0 / x_count + 1.0 / y_count)
+        of_x, of_y = (1.0 / (count * (count - 1)) if count > 1 else math.nan for count in (x_count, y_count))
+        constant = 0.0
+    else:
+        of_x, of_y = (1.0 / count**2 if count > 0 else math.nan for count in (x_count, y_count))
+        constant = kernel.at_zero * sum(1.0 / count for count in (x_count, y_count) if count > 0)
+    if y_count == 0:
+        return of_x, 0.0, 0.0, constant
+    return of_x, of_y, -2.0 / (x_count * y_count) if x_count > 0 else math.nan, constant
 
 
 def sum_reference(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -48,12 +48,14 @@ def case(
     layout: torch.memory_format = torch.contiguous_format,
     is_compiled: bool = False,
 ) -> OpCase:
+    penalty: Callable[[Tensor], Tensor] = torch.abs if p == 1 else torch.square
+
     def aefast(input: Tensor, target: Tensor) -> Tensor:
         return AF.pyramid_loss(input, target, levels=LEVELS, p=p, pyramid=pyramid)
 
     def eager(input: Tensor, target: Tensor) -> Tensor:
         # Pyramids are linear: one of the difference does.
-        return sum(mean_power(level, p) for level in PYRAMIDS[pyramid](input - target))
+        return sum(penalty(level).mean() for level in PYRAMIDS[pyramid](input - target))
 
     def make() -> list[Tensor]:
         # Of 8 bits, as pictures have. The finest levels of their differences are exact then, and so are the signs that
@@ -81,14 +83,6 @@ def case(
         arguments=arguments,
         is_compiled=is_compiled,
     )
-
-
-def mean_power(level: Tensor, p: int) -> Tensor:
-    """The mean of the p-th powers of the magnitudes, p 1 or 2, from a norm: one pass."""
-    norm = torch.linalg.vector_norm(
-        level, p, dtype=level.dtype if level.dtype == torch.float64 else torch.float32
-    )
-    return norm.pow(p) / level.numel()
 
 
 def averages(images: Tensor) -> list[Tensor]:

@@ -66,7 +66,7 @@ def in_few_passes(mu: Tensor, logvar: Tensor, noise: Tensor) -> tuple[Tensor, Te
     wide_mu, wide_logvar = widened(mu, logvar)
     std = torch.exp(0.5 * wide_logvar)
     z = torch.addcmul(mu, std.to(mu.dtype), noise)
-    return z, divergence(wide_mu, torch.dot(std.flatten(), std.flatten()), wide_logvar)
+    return z, divergence(wide_mu, std.square().sum(), wide_logvar)
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:
@@ -75,5 +75,5 @@ def widened(*tensors: Tensor) -> list[Tensor]:
 
 def divergence(mu: Tensor, variances: Tensor, logvar: Tensor) -> Tensor:
     """``-½ Σ (1 + logvar - mu² - exp(logvar))``, averaged over the batch, of which `variances` is Σ exp(logvar)."""
-    flat = mu.flatten()
-    return (torch.dot(flat, flat) + variances - logvar.sum() - mu.numel()) * (0.5 / len(mu))
+    # A dot product would be one running sum, and lose digits.
+    return (mu.square().sum() + variances - logvar.sum() - mu.numel()) * (0.5 / len(mu))

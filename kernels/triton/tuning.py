@@ -190,10 +190,11 @@ def _check_row(key, row):
     if candidate not in ("fused", "unfused"):
         raise ValueError(f"{key}: expected a candidate, fused or unfused, got {row!r}")
     if candidate == "fused":
-        tile = row.get("tile")
-        if not isinstance(tile, str):
-            raise ValueError(f"{key}: expected a tile, got {tile!r}")
-        Tile.parse(tile)
+        tile, descriptors = row.get("tile"), row.get("descriptors", False)
+        if not isinstance(tile, str) or Tile.parse(tile) not in (*TILES_TENSOR, *TILES_FMA, *TILES_ODD):
+            raise ValueError(f"{key}: expected a tile that kernels have, got {tile!r}")
+        if not isinstance(descriptors, bool):
+            raise ValueError(f"{key}: expected descriptors to be true or false, got {descriptors!r}")
 
 
 def write_table(path, device_name, rows):

@@ -201,6 +201,41 @@ def test_a_checkpoint_repeats_the_dead_latents_of_its_pass(sparsity, use_reentra
             assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.parametrize("sparsity", ["topk", "batchtopk"])
+def test_checkpoints_repeat_the_dead_latents_each_of_its_own_passes(sparsity):
+    """Two that wait for the backward at once, of which one has two passes."""
+    model = make(sparsity, dead_after=4, aux_k=8)
+    twin, parts = copy.deepcopy(model), data().split(4)
+    for one, run in (
+        (model, lambda loss, *parts: checkpoint(loss, *parts, use_reentrant=False)),
+        (twin, lambda loss, *parts: loss(*parts)),
+    ):
+
+        def loss(*parts, one=one):
+            return sum(one(part).loss for part in parts)
+
+        run(loss, parts[0]).backward()
+        one.zero_grad()
+        dead = one.dead.clone()
+        (run(loss, *parts[:2]) + run(loss, parts[2])).backward()
+        assert not torch.equal(one.dead, dead)
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+    for (name, ours), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_hooks_of_saved_tensors_make_no_pass_a_repeated_one():
+    """A reentrant checkpoint's pass in the backward is the first that counts, whatever hooks are around it."""
+    model = make("topk", dead_after=4, aux_k=8)
+    twin, x = copy.deepcopy(model), data().requires_grad_()
+    with torch.autograd.graph.save_on_cpu():
+        checkpoint(lambda x: model(x).loss, x, use_reentrant=True).backward()
+    twin(x).loss.backward()
+    for (name, ours), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("sparsity", ["l1", "kl", "jumprelu"])
 def test_gradients_by_torch_func_are_those_of_autograd(sparsity, tied):

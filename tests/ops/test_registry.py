@@ -66,17 +66,32 @@ def test_gpus_that_are_too_old_get_the_reference(fresh_choices, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     _registry._too_old.cache_clear()
     try:
-        reason = "cuda:1, T4, has compute capability 7.5, and kernels need 8.0 or later"
-        for name in ("cuda", "triton"):
-            assert _registry.refusal(name, "linear_act", "cuda", torch.float32) in (
-                reason,
-                _registry.triton_missing(),
-            )
+        reason = _registry.refusal("cuda", "linear_act", "cuda", torch.float32)
+        assert "cuda:1, T4, has compute capability 7.5, and kernels need 8.0 or later" in reason
+        assert _registry.refusal("triton", "linear_act", "cuda", torch.float32) in (
+            reason,
+            _registry.triton_missing(),
+        )
         assert _registry._resolve("auto", "linear_act", "cuda", torch.float32, None) == "eager"
         with pytest.raises(BackendError, match=r"7\.5"):
             _registry._resolve("cuda", "linear_act", "cuda", torch.float32, None)
     finally:
         _registry._too_old.cache_clear()
+
+
+def test_calls_on_the_cpu_ask_nothing_of_cuda(fresh_choices, monkeypatch):
+    """Which a forked process may not."""
+
+    def refuse(index):
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", refuse)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    _registry._too_old.cache_clear()
+    assert layer().shape == (4, 5)
 
 
 def test_the_interpreter_takes_no_bfloat16(monkeypatch):

@@ -406,9 +406,14 @@ def test_tables(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["table.json"]
     assert Tile.parse(str(SMALL)) == SMALL
     head = {"schema": tuning.SCHEMA, "device": "NVIDIA H200"}
+    bad_rows = (
+        *({}, {"candidate": "fused"}, {"candidate": "fused", "tile": "64"}),
+        {"candidate": "fused", "tile": "96x64-w4-s2"},
+        {"candidate": "fused", "tile": str(tuning.TILES_TENSOR[0]), "descriptors": "yes"},
+    )
     damaged = (
         *("{", "[]", json.dumps(head), json.dumps({**head, "rows": {key: []}})),
-        *(json.dumps({**head, "rows": {key: row}}) for row in ({}, {"candidate": "fused", "tile": "64"})),
+        *(json.dumps({**head, "rows": {key: row}}) for row in bad_rows),
     )
     for text in damaged:
         path.write_text(text)
