@@ -55,7 +55,8 @@ def case(
 
     def eager(input: Tensor, target: Tensor) -> Tensor:
         # Pyramids are linear: one of the difference does.
-        return sum(penalty(level).mean() for level in PYRAMIDS[pyramid](input - target))
+        wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+        return sum(penalty(level).mean(dtype=wide) for level in PYRAMIDS[pyramid](input - target))
 
     def make() -> list[Tensor]:
         # Of 8 bits, as pictures have. The finest levels of their differences are exact then, and so are the signs that

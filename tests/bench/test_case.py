@@ -291,6 +291,17 @@ def test_a_recorded_step_with_wrong_gradients_is_wrong(monkeypatch):
     assert found.failure.startswith("aefast: wrong")
 
 
+def test_eager_code_that_loses_digits_is_no_measure():
+    case = a_case()
+
+    def inexact(x, weight, bias):
+        exact = case.eager(x, weight, bias)
+        return exact if x.dtype == torch.float64 else exact * (1 + 1e-3)
+
+    found = measured(dataclasses.replace(case, eager=inexact, eager_forward=None), "fwd")
+    assert found.failure.startswith("eager: wrong") and found.timings == {}
+
+
 def a_half_precision_stack(aefast=None):
     case = mlp_cases.case(256, (64, 32, 32, 64), "relu", torch.bfloat16, CPU)
     return case if aefast is None else dataclasses.replace(case, aefast=aefast)
