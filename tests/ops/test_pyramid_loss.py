@@ -539,7 +539,7 @@ IMAGES = torch.ones(2, 3, 16, 16)
             {"levels": 6},
             "levels must be at most 5 for a pyramid of kind 'average' of images of 16 × 16, got 6",
         ),
-        ({"levels": 2**40}, "levels must be at most 5 for a pyramid of kind 'average' .* got 1099511627776"),
+        ({"levels": 2**40}, "levels must be at most 32, got 1099511627776"),
         (
             {"levels": 6, "pyramid": "gaussian"},
             "levels must be at most 4 for a pyramid of kind 'gaussian' of images of 16 × 16, got 6",
