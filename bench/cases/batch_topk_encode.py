@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import aefast.functional as AF
-from aefast.bench.case import KINK_WIDTH, OpCase, dtypes, training_inputs
+from aefast.bench.case import KINK_WIDTH, OpCase, dtypes
+from aefast.bench.cases.topk_encode import BIAS, operands
 
 # (batch, inputs, latents, k): activations of a language model, and patches.
 SHAPES = ((4096, 512, 8192, 32), (4096, 256, 1024, 16), (256, 512, 8192, 64))
 QUICK_SHAPES = SHAPES[1:2]
-BIAS = 0.1
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[OpCase]:
@@ -26,11 +26,6 @@ def cases(device: torch.device, quick: bool) -> Iterator[OpCase]:
 
 
 def case(batch: int, inputs: int, latents: int, k: int, dtype: torch.dtype, device: torch.device) -> OpCase:
-    def make() -> list[Tensor]:
-        # Data, of which no gradient is wanted, and parameters.
-        layer = training_inputs(device, dtype, (latents, inputs), (latents,), scales=(inputs**-0.5, BIAS))
-        return [torch.randn(batch, inputs, device=device).to(dtype), *layer]
-
     # Pre-activations have this standard deviation. Their least that is chosen varies from batch to batch by less than
     # what is added.
     level = math.hypot(1.0, BIAS) * NormalDist().inv_cdf(1.0 - k / latents) + 0.05
@@ -61,7 +56,7 @@ def case(batch: int, inputs: int, latents: int, k: int, dtype: torch.dtype, devi
         {"batch": batch, "inputs": inputs, "latents": latents, "k": k},
         dtype,
         device,
-        make=make,
+        make=lambda: operands(batch, inputs, latents, dtype, device),
         aefast=aefast,
         eager=eager,
         arguments=lambda x, weight, bias: {"x": x, "weight": weight, "bias": bias, "k": k},

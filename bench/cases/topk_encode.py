@@ -14,6 +14,8 @@ from aefast.bench.case import KINK_WIDTH, OpCase, dtypes, training_inputs
 # (batch, inputs, latents, k): activations of a language model, and four to 32 times as many latents.
 SHAPES = ((4096, 512, 8192, 32), (1024, 768, 24576, 32), (4096, 256, 1024, 16), (256, 512, 8192, 64))
 QUICK_SHAPES = SHAPES[:1]
+# Of the bias, where products have the standard deviation 1.
+BIAS = 0.1
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[OpCase]:
@@ -31,11 +33,6 @@ def case(
     device: torch.device,
     is_compiled: bool = False,
 ) -> OpCase:
-    def make() -> list[Tensor]:
-        # Data, of which no gradient is wanted, and parameters.
-        layer = training_inputs(device, dtype, (latents, inputs), (latents,), scales=(inputs**-0.5, 0.1))
-        return [torch.randn(batch, inputs, device=device).to(dtype), *layer]
-
     def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, weight, bias).topk(k).values
 
@@ -55,10 +52,16 @@ def case(
         {"batch": batch, "inputs": inputs, "latents": latents, "k": k},
         dtype,
         device,
-        make=make,
+        make=lambda: operands(batch, inputs, latents, dtype, device),
         aefast=lambda x, weight, bias: AF.topk_encode(x, weight, bias, k)[0],
         eager=eager,
         arguments=lambda x, weight, bias: {"x": x, "weight": weight, "bias": bias, "k": k},
         kinks=kinks,
         is_compiled=is_compiled,
     )
+
+
+def operands(batch: int, inputs: int, latents: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Data, of which no gradient is wanted, and the parameters of a layer."""
+    layer = training_inputs(device, dtype, (latents, inputs), (latents,), scales=(inputs**-0.5, BIAS))
+    return [torch.randn(batch, inputs, device=device).to(dtype), *layer]
