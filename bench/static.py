@@ -75,7 +75,7 @@ LANES = {
     **_table("xu", 64, "F2F F2I I2F FRND"),
     **_table("xu", 16, "MUFU POPC FLO BREV REDUX"),
     **_table("fp64", 64, "DFMA DADD DMUL DSETP DMNMX"),
-    **_table("lsu", 32, "LDG STG LDS STS LDSM STSM LDGSTS LDL STL SHFL"),
+    **_table("lsu", 32, "LDG STG LDS STS LDSM STSM LDGSTS LDL STL SHFL ATOMS"),
     **_table(
         "other",
         0,
@@ -285,6 +285,11 @@ ROWS_PER_STEP = 4
 SUM_COLUMNS = 8
 # As reparameterize_kernels.cuh has it.
 CHUNKS_PER_THREAD = 4
+# As selection_kernels.cuh has them: a thread's groups, and the elements that it takes at a time. The code of a sparse
+# autoencoder has LATENTS columns and a few of them a row.
+GROUPS = 2
+CHUNK = 8
+LATENTS, LATENTS_OF_A_ROW = 16384, 32
 
 
 def cuda_estimates(library: Path) -> list[Estimate | Missing]:
@@ -310,7 +315,7 @@ def readable(symbol: str) -> str:
     words = [match[1]]
     if form := re.search(r"FormE(\d+)E", symbol):
         words.append(FORMS[int(form[1])])
-        words += re.findall(r"Li(\d+)E", symbol)
+    words += re.findall(r"Li(\d+)E", symbol)
     if activation := re.search(r"ActivationE(\d+)E", symbol):
         words.append(ACTIVATIONS[int(activation[1])])
     elif "GradientOfAny" in symbol:
@@ -328,6 +333,8 @@ def cuda_workloads() -> dict[str, Workload]:
         found |= _activation("gelu", dtype) | _activation("tanh", dtype)
         found |= _gradient("silu", dtype) | _gradient("softplus", dtype)
         found |= _column_sum(dtype) | _reparameterize(dtype)
+    for dtype in ("bf16", "fp16", "fp32"):
+        found |= _largest(dtype)
     for activation in ("relu", "silu", "softplus"):
         found |= _activation(activation, "bf16")
     for dimensions in PAIRS:
@@ -508,6 +515,26 @@ def _reparameterize(dtype: str) -> dict[str, Workload]:
             distinct_bytes=least,  # all threads read the same seed, and those of a row its divergence's gradient
         )
     return found
+
+
+def _largest(dtype: str) -> dict[str, Workload]:
+    """Both passes over a row count as the first, which finds the maxima. Of the bisection between them, and of the sort
+    behind them, there is one step."""
+    rows, size = LATENTS, ITEMSIZE[dtype]
+    least = rows * (LATENTS * size + LATENTS_OF_A_ROW * (size + 8))
+    return {
+        f"largest {GROUPS} {dtype}": Workload(
+            f"{rows}×{LATENTS}",
+            dtype,
+            programs=rows,
+            warps=WARPS,
+            elements=rows * LATENTS,
+            bytes=least,
+            passes=2 * LATENTS // (CHUNK * WARP * WARPS),
+            pass_bytes=CHUNK * size * WARP * WARPS,
+            distinct_bytes=least,
+        )
+    }
 
 
 # --- showing them -----------------------------------------------------------------------------------------

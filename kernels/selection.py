@@ -2,6 +2,21 @@
 
 import torch
 
+# As kernels/cuda/selection_kernels.cuh has it.
+MOST = 1024
+
+
+def select(elements, values, indices):
+    """Writes the k largest of each row of a contiguous (N, F), in the order of `largest`, to contiguous values and
+    indices (N, k): by the kernel of the CUDA library, where it is loaded and takes them."""
+    k = values.shape[1]
+    takes = elements.is_cuda and elements.dtype != torch.float64 and k <= MOST
+    if takes and hasattr(torch.ops.aefast_cuda, "largest"):
+        torch.ops.aefast_cuda.largest(elements, values, indices)
+    else:
+        indices.copy_(largest(elements, k))
+        torch.gather(elements, 1, indices, out=values)
+
 
 def largest(elements, k):
     """(*, F) -> the indices (*, k) of the k largest of each row, the largest first and of equals the one of the lower
@@ -16,7 +31,10 @@ def is_largest(elements, count):
     if elements.dtype == torch.float64:
         return torch.zeros_like(elements, dtype=torch.bool).index_fill_(0, largest(elements, count), True)
     order = keys(elements)
-    return order >= order.kthvalue(elements.shape[0] - count + 1).values
+    place = elements.shape[0] - count
+    # On a GPU one thread block looks for a value by its place, and all of them sort.
+    least = order.sort().values[place] if order.is_cuda else order.kthvalue(place + 1).values
+    return order >= least
 
 
 def keys(elements):

@@ -7,6 +7,7 @@
 // bit 0 set if that of values is wanted.
 // topk_encode: the k largest of x weight^T + bias, bias (F,), of each row, the largest first and of equals the one of
 // the lower index; NaN counts as the largest of all. Their values and indices; grad (N, k) is the gradient of the values.
+// largest: the same of a matrix (N, F) that is there, written to values and indices (N, k).
 #pragma once
 
 #include <array>
@@ -26,5 +27,7 @@ constexpr std::array<const char*, 2> kTopkEncodeSchemas = {
     "topk_encode_backward(Tensor grad, Tensor indices, Tensor x, Tensor weight, int needs) "
     "-> (Tensor?, Tensor?, Tensor?)",
 };
+
+constexpr const char* kLargestSchema = "largest(Tensor elements, Tensor(a!) values, Tensor(b!) indices) -> ()";
 
 }  // namespace aefast::sparse

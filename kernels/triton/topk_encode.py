@@ -1,15 +1,19 @@
-"""The encoder of a TopK sparse autoencoder: cuBLAS's products and the largest of each row, for some rows at a time."""
+"""The encoder of a TopK sparse autoencoder: cuBLAS's products and the largest of each row, for some rows at a time.
+
+The CUDA library's kernel selects them, to the same bits, where that library is loaded: always but where the environment
+or a context has asked for the Triton backend from the start."""
 
 import torch
 
 from ..activation import NEED_BIAS, NEED_WEIGHT, NEED_X
-from ..selection import largest
+from ..selection import select
 from .latents import latent_sums, weighted_sum
 from .linear_act import on_device
 
 __all__ = ["topk_encode", "topk_encode_backward"]
 
-# Pre-activations that there are at once, with the keys by which they are selected some 30 bytes each.
+# Pre-activations that there are at once. In 16 bits they stay in an H200's L2 until they have been selected from;
+# PyTorch's way makes keys of them, some 30 bytes each.
 ELEMENTS = 1 << 24
 
 
@@ -23,9 +27,7 @@ def topk_encode(x, weight, bias, k):
         rows = max(1, ELEMENTS // weight.shape[0])
         for first in range(0, N, rows):
             pre = torch.nn.functional.linear(x[first : first + rows], weight, bias)
-            chosen = largest(pre, k)
-            indices[first : first + rows] = chosen
-            values[first : first + rows] = pre.gather(1, chosen)
+            select(pre, values[first : first + rows], indices[first : first + rows])
     return values, indices
 
 

@@ -6,8 +6,8 @@
 // kernel that lacks a barrier therefore reads what was not written yet, differently for each seed. A barrier
 // that only some threads reach raises std::runtime_error.
 //
-// Covered: threadIdx, blockIdx, blockDim, gridDim in one dimension, __shared__, __syncthreads, __syncwarp and
-// __shfl_*_sync of full warps (or of all the threads of a partial last one), and a matrix product of full warps.
+// Covered: threadIdx, blockIdx, blockDim, gridDim in one dimension, __shared__, atomicAdd, __syncthreads, __syncwarp
+// and __shfl_*_sync of full warps (or of all the threads of a partial last one), and a matrix product of full warps.
 #pragma once
 
 #include <link.h>
@@ -291,3 +291,6 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta) {
   const unsigned lane = threadIdx.x % 32;
   return __shfl_sync(mask, value, static_cast<int>(lane >= delta ? lane - delta : lane));
 }
+
+// Fibers change at barriers alone, so that nothing comes between.
+inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }

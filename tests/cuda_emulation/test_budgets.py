@@ -37,6 +37,8 @@ REGISTERS = {
     "pairs 16 value": 168,
     "tiles": 255,
     "tiles value": 128,
+    "largest 2": 40,
+    "largest 8": 40,
     "reparameterize vectorised": 48,
     "reparameterize any strides": 128,
     "reparameterize_gradient vectorised": 48,
@@ -54,7 +56,7 @@ HALF_REGISTERS = REGISTERS | {"reparameterize vectorised": 64, "reparameterize_g
 def kernel_and_element(symbol: str) -> tuple[str, str]:
     match = re.search(r"\d+([a-z_]+)_kernelI(N3c108BFloat16E|N3c104HalfE|f|d|(?=LNS))", symbol)
     kernel = match[1]
-    if kernel in ("pairs", "tiles"):
+    if kernel in ("pairs", "tiles", "largest"):
         kernel = " ".join(
             [kernel, *re.findall(r"Li(\d+)E", symbol), *(["value"] if "Lb0E" in symbol else [])]
         )
@@ -98,6 +100,7 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled):
     assert symbols["sm_80"] == symbols["sm_90a"] == symbols["sm_100"]
     # What goes through pairs and behind them has what it computes in as its type.
     computed = {kernel: ("float32", "float64") for kernel in ("gather", "pairs 16", "pairs 16 value")}
+    computed |= dict.fromkeys(("largest 2", "largest 8"), ("float32", "float16", "bfloat16"))
     for kernel in REGISTERS.keys() - computed.keys():
         of_floats = kernel.startswith(("pairs", "tiles"))
         computed[kernel] = ("float32",) if of_floats else tuple(ELEMENT.values())
@@ -150,6 +153,8 @@ def test_vector_accesses_are_16_bytes_wide(compiled):
         if kernel == "activation_gradient vectorised":  # the narrower store is a column's partial sum
             assert accesses["LDG", 128] and accesses["STG", 128], symbol
             assert {bits for name, bits in accesses if name == "LDG"} == {128}, symbol
+        if kernel.startswith("largest"):  # beside those of rows that are not aligned
+            assert accesses["LDG", 128], symbol
         if kernel.startswith("reparameterize") and kernel.endswith("vectorised"):
             # The narrower loads are the seed and a row's gradient.
             assert accesses["LDG", 128] >= 2, symbol

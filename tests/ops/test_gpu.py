@@ -5,8 +5,9 @@ import torch
 
 import aefast
 import aefast.functional as AF
-from aefast.ops import _pairwise, _philox, mmd
+from aefast.ops import _pairwise, _philox, mmd, topk_encode
 from support import numerics
+from support import selection as rows
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ("triton", "cuda")
@@ -384,3 +385,34 @@ def test_mmd_of_65536_points(D):
     expected = scaled.sum(1, keepdim=True) * wide[0] - scaled @ points
     sizes = scaled.abs().sum(1, keepdim=True) * wide[0].abs() + scaled.abs() @ points.abs()
     assert ((of_x[:512].double() - expected).abs() <= 24 * 2.0**-24 * sizes.max()).all()
+
+
+# --- the largest of rows ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_largest_of_rows(dtype):
+    """By the CUDA library's kernel, on rows of all lengths, aligned and not, and of what it has to look for twice."""
+    numerics.require_backend("cuda", "linear_act", "cuda", dtype)
+
+    def is_right(elements, k):
+        values = torch.full((len(elements), k), torch.nan, dtype=dtype, device="cuda")
+        indices = torch.full((len(elements), k), -7, device="cuda")
+        torch.ops.aefast_cuda.largest(elements.cuda(), values, indices)
+        rows.check((values.cpu(), indices.cpu()), elements, k)
+
+    for row, k in rows.hard_rows():
+        is_right(row.to(dtype).expand(300, -1).contiguous(), k)
+    for shape, k in (((1, 1), 1), ((7, 9), 9), ((129, 1031), 40), ((1000, 16384), 32), ((3, 131072), 1024)):
+        is_right(rows.draw(*shape, dtype=dtype), k)
+
+
+def test_topk_encode_selects_by_the_kernel(monkeypatch):
+    numerics.require_backend("cuda", "linear_act", "cuda", torch.bfloat16)
+    x, weight = (rows.draw(*shape, dtype=torch.bfloat16).cuda() for shape in ((3000, 64), (16384, 64)))
+    expected = topk_encode.reference(x, weight, None, 32)[1]
+    monkeypatch.delattr("aefast.kernels.selection.largest")
+    values, indices = AF.topk_encode(x, weight, None, 32)
+    # Products in parts round as those of the whole, or an order differs that rounding decides.
+    assert (indices == expected).float().mean() > 0.99
+    assert torch.equal(values, values.sort(1, descending=True).values)
