@@ -495,7 +495,8 @@ def _code_of(
 def _above(made: torch.Tensor, threshold: torch.Tensor) -> SparseCode:
     """What is above the threshold, which is at least 0, by samples."""
     kept = torch.where(made > threshold, made, 0.0)
-    most = max(1, int((kept > 0).sum(1).max())) if len(made) else 1
+    # int and max would want the number itself, of which torch.export has but a symbol.
+    most = torch.sym_max((kept > 0).sum(1).max().item(), 1) if made.shape[0] else 1
     values, indices = kept.topk(most)
     return SparseCode(values, torch.where(values > 0, indices, -1))
 

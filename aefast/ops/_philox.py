@@ -50,8 +50,10 @@ def seed_of(seed: Any, generator: Any, like: Tensor, op: str) -> Tensor:
         if generator is None:
             if not _registry.is_watched():
                 return _draw(like.device, None)
-            if not torch.compiler.is_compiling() and _registry.is_transformed():
-                # Of torch.func's transforms, vmap asks for its randomness argument here.
+            # Of torch.func's transforms, vmap asks for its randomness argument here.
+            is_transformed = not torch.compiler.is_compiling() and _registry.is_transformed()
+            # A program of nothing but references runs without aefast.
+            if is_transformed or (torch.compiler.is_exporting() and _registry.choose(op, like) == "eager"):
                 return torch.randint(2**63 - 1, (), device=like.device)
             return torch.ops.aefast.draw_seed.default(like)
         if not isinstance(generator, torch.Generator):

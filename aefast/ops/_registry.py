@@ -175,8 +175,12 @@ class _CompiledKernels:
 
 
 @functools.cache
-def _compiled_kernels(namespace: str) -> Any:
-    return _CompiledKernels(namespace)
+def _compiled_kernels(device_type: str) -> Any:
+    # A program that was exported elsewhere names a backend that nobody has asked about here.
+    missing = _library.load(device_type)
+    if missing is not None:
+        raise BackendError(f"backend {device_type!r} has no kernels here: {missing}")
+    return _CompiledKernels(f"aefast_{device_type}")
 
 
 def _anything(op: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -189,13 +193,13 @@ def _no_kernels(op: str) -> Any:
 
 # In order of preference. "eager" is the reference itself, differentiated by PyTorch.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cuda", _cuda_available, _compiled_supports("cuda"), lambda op: _compiled_kernels("aefast_cuda")),
+    Backend("cuda", _cuda_available, _compiled_supports("cuda"), lambda op: _compiled_kernels("cuda")),
     Backend("triton", _triton_available, _triton_supports, _triton_kernels),
     Backend(
         "cpu",
         lambda device_type: _library.load("cpu"),
         _compiled_supports("cpu"),
-        lambda op: _compiled_kernels("aefast_cpu"),
+        lambda op: _compiled_kernels("cpu"),
     ),
     Backend("eager", lambda device_type: None, _anything, _no_kernels),
 )
@@ -400,9 +404,10 @@ REFUSALS = (RuntimeError, TypeError, ValueError, OverflowError, IndexError)
 
 def kernels(name: str, op: str) -> Any:
     """The launchers of `op` on backend `name`."""
+    launchers = _kernels(name, op)
     if name == "cpu":
         _follow_matmul_precision()
-    return _kernels(name, op)
+    return launchers
 
 
 @functools.cache
