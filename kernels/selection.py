@@ -2,20 +2,8 @@
 
 import torch
 
-# As kernels/cuda/selection_kernels.cuh has it.
+# The largest k that the GPU's kernels take.
 MOST = 1024
-
-
-def select(elements, values, indices):
-    """Writes the k largest of each row of a contiguous (N, F), in the order of `largest`, to contiguous values and
-    indices (N, k): by the kernel of the CUDA library, where it is loaded and takes them."""
-    k = values.shape[1]
-    takes = elements.is_cuda and elements.dtype != torch.float64 and k <= MOST
-    if takes and hasattr(torch.ops.aefast_cuda, "largest"):
-        torch.ops.aefast_cuda.largest(elements, values, indices)
-    else:
-        indices.copy_(largest(elements, k))
-        torch.gather(elements, 1, indices, out=values)
 
 
 def largest(elements, k):

@@ -314,13 +314,23 @@ def pointwise():
 
 def signatures():
     # Not above: it is made of what this file defines.
-    from . import aot_latents, aot_loss, aot_nearest, aot_pairwise, aot_penalty, aot_pyramid, aot_random
+    from . import (
+        aot_latents,
+        aot_loss,
+        aot_nearest,
+        aot_pairwise,
+        aot_penalty,
+        aot_pyramid,
+        aot_random,
+        aot_selection,
+    )
 
     return [
         *gemms(),
         *pointwise(),
         *aot_random.signatures(),
         *aot_latents.signatures(),
+        *aot_selection.signatures(),
         *aot_nearest.signatures(),
         *aot_pairwise.signatures(),
         *aot_loss.signatures(),

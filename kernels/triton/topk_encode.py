@@ -1,19 +1,16 @@
-"""The encoder of a TopK sparse autoencoder: cuBLAS's products and the largest of each row, for some rows at a time.
-
-The CUDA library's kernel selects them, to the same bits, where that library is loaded: always but where the environment
-or a context has asked for the Triton backend from the start."""
+"""The encoder of a TopK sparse autoencoder: cuBLAS's products and the largest of each row, for some rows at a time."""
 
 import torch
 
 from ..activation import NEED_BIAS, NEED_WEIGHT, NEED_X
-from ..selection import select
 from .latents import latent_sums, weighted_sum
 from .linear_act import on_device
+from .selection import select
 
 __all__ = ["topk_encode", "topk_encode_backward"]
 
-# Pre-activations that there are at once. In 16 bits they stay in an H200's L2 until they have been selected from;
-# PyTorch's way makes keys of them, some 30 bytes each.
+# Pre-activations that there are at once. In 16 bits they stay in an H200's L2 until they have been selected from. In
+# float64 PyTorch selects, whose sort takes some 30 bytes for each.
 ELEMENTS = 1 << 24
 
 

@@ -1,5 +1,7 @@
 """What only a GPU can show: graphs, streams, sizes beyond 2^31, bitwise repetition."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -390,15 +392,26 @@ def test_mmd_of_65536_points(D):
 # --- the largest of rows ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=BACKENDS)
+def select(request, monkeypatch):
+    """The launcher on the kernel of one language."""
+    numerics.require_backend("triton", "topk_encode", "cuda", torch.float32)
+    if request.param == "cuda":
+        numerics.require_backend("cuda", "linear_act", "cuda", torch.float32)
+    selection = importlib.import_module("aefast.kernels.triton.selection")
+    monkeypatch.setattr(selection, "is_served_by_library", lambda elements: request.param == "cuda")
+    monkeypatch.delattr(selection, "largest")
+    return selection.select
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_largest_of_rows(dtype):
-    """By the CUDA library's kernel, on rows of all lengths, aligned and not, and of what it has to look for twice."""
-    numerics.require_backend("cuda", "linear_act", "cuda", dtype)
+def test_the_largest_of_rows(select, dtype):
+    """Rows of all lengths, aligned and not, and such as have to be looked through again."""
 
     def is_right(elements, k):
         values = torch.full((len(elements), k), torch.nan, dtype=dtype, device="cuda")
         indices = torch.full((len(elements), k), -7, device="cuda")
-        torch.ops.aefast_cuda.largest(elements.cuda(), values, indices)
+        select(elements.cuda(), values, indices)
         rows.check((values.cpu(), indices.cpu()), elements, k)
 
     for row, k in rows.hard_rows():
@@ -407,12 +420,12 @@ def test_the_largest_of_rows(dtype):
         is_right(rows.draw(*shape, dtype=dtype), k)
 
 
-def test_topk_encode_selects_by_the_kernel(monkeypatch):
-    numerics.require_backend("cuda", "linear_act", "cuda", torch.bfloat16)
+def test_topk_encode_of_many_rows(select):
+    """In several parts, each on the kernel."""
     x, weight = (rows.draw(*shape, dtype=torch.bfloat16).cuda() for shape in ((3000, 64), (16384, 64)))
     expected = topk_encode.reference(x, weight, None, 32)[1]
-    monkeypatch.delattr("aefast.kernels.selection.largest")
-    values, indices = AF.topk_encode(x, weight, None, 32)
-    # Products in parts round as those of the whole, or an order differs that rounding decides.
+    with aefast.backend("triton"):
+        values, indices = AF.topk_encode(x, weight, None, 32)
+    # Products in parts may be added up in another order than the whole, and rounding then decides between neighbours.
     assert (indices == expected).float().mean() > 0.99
     assert torch.equal(values, values.sort(1, descending=True).values)

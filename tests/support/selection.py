@@ -28,6 +28,10 @@ def hard_rows() -> Iterator[tuple[torch.Tensor, int]]:
     some_nan = draw(columns)
     some_nan[100:1500] = torch.nan
     yield from ((some_nan, k) for k in (100, 1000))
+    # Equals below 0.
+    below = torch.full((columns,), -5.0)
+    below[-10:] = -4.0
+    yield below, 20
     late = draw(columns)
     late[-1200:] = 50.0
     late[77] = 60.0
@@ -37,6 +41,10 @@ def hard_rows() -> Iterator[tuple[torch.Tensor, int]]:
     of_one_thread.view(-1, 2048)[:, 8:16] += 100
     of_one_group = draw(2**18)
     of_one_group.view(-1, 2048)[:, 8] += 100
+    # And these are equal, with float32's next number below.
+    near = torch.ones(2**18)
+    near.view(-1, 2048)[:, :10] += torch.finfo(torch.float32).eps
+    yield from ((near + shift * torch.finfo(torch.float32).eps, 20) for shift in range(2))
     yield from ((row, k) for row in (of_one_thread, of_one_group) for k in (120, 300))
 
 
