@@ -542,9 +542,8 @@ def _terms(
     elif module.training and torch.is_grad_enabled():
         dead, is_repeated = _dead_of_pass(module, config)
         if dead is not None:
-            left = flat - made.detach().reshape(flat.shape)
             terms["aux"] = config.option("aux_weight") * _aux(
-                module, config, functions, seen, left, weights, dead
+                module, config, functions, seen, (flat, made.detach().reshape(flat.shape)), weights, dead
             )
         if not is_repeated:
             _note_use(module, config, code)
@@ -597,18 +596,19 @@ def _aux(
     config: SparseConfig,
     functions: _Functions,
     seen: torch.Tensor,
-    left: torch.Tensor,
+    left: tuple[torch.Tensor, torch.Tensor],
     weights: tuple[torch.Tensor, torch.Tensor],
     dead: torch.Tensor,
 ) -> torch.Tensor:
-    """The mean squared error with which dead latents (n,) make what the others leave, less where they are few."""
+    """The mean squared error with which dead latents (n,) make the difference that the others leave, less where they
+    are few."""
     if len(dead) == 0:
-        return left.new_zeros(())
+        return left[0].new_zeros(())
     aux_k = config.option("aux_k")
     k = min(aux_k, len(dead))
     values, indices = functions.topk_encode(seen, weights[0][dead], module.encoder.bias[dead], k=k)
     made = functions.sparse_decode(values.relu(), dead[indices], weights[1])
-    return k / aux_k * F.mse_loss(made, left)
+    return k / aux_k * F.mse_loss(made, left[0] - left[1])
 
 
 @torch.no_grad()
