@@ -18,7 +18,7 @@ from aefast.models._base import ModelOutput, check_choice, register
 from aefast.models._reconstruction import LossConfig
 from aefast.models.vae import VAE, EagerVAE, VAEConfig, weighted_kl
 from aefast.nn import LinearAct, MMDLoss
-from aefast.ops import _arguments, _pairwise, _registry, mmd_to_normal
+from aefast.ops import _arguments, _pairwise, _philox, _registry, mmd_to_normal
 
 PRIORS = ("samples", "closed_form")
 
@@ -204,7 +204,10 @@ class InfoVAE(VAE):
             return z.new_zeros((), dtype=_arguments.accumulator(z.dtype))
         if is_closed:
             return _to_normal(AF.mmd_to_normal, config, z)
-        return self.mmd(z, torch.randn_like(z))
+        # Compiled code draws other numbers by torch.randn_like than eager code does. It draws seeds in any order that
+        # their arguments allow: this one behind that of z.
+        seed = _philox.seed_of(None, None, z, "corrupt")
+        return self.mmd(z, AF.corrupt(torch.zeros_like(z), "gaussian", std=1.0, seed=seed))
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
         reconstruction, kl, made, latent, z = self._pass(x)
