@@ -36,10 +36,12 @@ except ImportError as error:
 
 # Rows that are encoded, decoded or scored at a time.
 _ROWS = 4096
+# Codes of a row that its evidence lower bound is the mean of.
+_DRAWS = 8
 
 
 class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """What the estimators share. A subclass has ``_model_class``, ``_model_options`` and ``_score``."""
+    """What the estimators share. A subclass has ``_model_class``, ``_model_options``, ``_score`` and ``_scores``."""
 
     _model_class: type[Model]
     # Arguments of the initialiser that are options of the model.
@@ -116,6 +118,16 @@ class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
     def _score(self, batch: Tensor) -> Tensor:
         """The mean score of a batch (B, features); the larger the better."""
+        raise NotImplementedError
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        rows = self._checked(X)
+        place = next(self.model_.parameters()).device
+        with _seeded(self._noise_seed, place):
+            return self._mapped(rows, self._scores())
+
+    def _scores(self) -> Callable[[Tensor], Tensor]:
+        """What gives each row of a batch (B, features) its score, (B,), whatever rows are beside it."""
         raise NotImplementedError
 
     def _checked(self, X: Any) -> np.ndarray:
@@ -212,8 +224,19 @@ class AutoencoderEstimator(_DenseEstimator):
         """The negative mean squared error of the reconstructions of X (N, features), over all elements."""
         return super().score(X)
 
+    def score_samples(self, X: Any) -> np.ndarray:
+        """The negative mean squared error of the reconstruction of each row of X (N, features): (N,).
+
+        Rows unlike those of the training have the lowest.
+        """
+        return super().score_samples(X)
+
     def _score(self, batch: Tensor) -> Tensor:
-        return -(self.model_.decode(self.model_.encode(batch)) - batch).square().mean()
+        return self._scores()(batch).mean()
+
+    def _scores(self) -> Callable[[Tensor], Tensor]:
+        model = self.model_
+        return lambda batch: -(model.decode(model.encode(batch)) - batch).square().mean(1)
 
 
 class VAEEstimator(_DenseEstimator):
@@ -227,7 +250,7 @@ class VAEEstimator(_DenseEstimator):
             is learnt; "bernoulli", for features in [0, 1].
         beta: weight of the KL divergence.
         epochs, batch_size, lr, device, verbose: as in `AutoencoderEstimator`.
-        random_state: as there, and of the noise that codes get in training and in `score`.
+        random_state: as there, and of the noise that codes get in training and for scores.
 
     Attributes:
         model_: the fitted `aefast.models.VAE`, in eval mode.
@@ -282,8 +305,25 @@ class VAEEstimator(_DenseEstimator):
         with torch.no_grad(), _seeded(seed, place):
             return self.model_.sample(_plain(n_samples)).cpu().numpy(), None
 
+    def score_samples(self, X: Any) -> np.ndarray:
+        """The evidence lower bound on log p(x) of each row x of X (N, features), in nats: (N,).
+
+        Rows unlike those of the training have the lowest. It is a mean over eight draws, the same for all rows and at
+        each call; beta has no part in it.
+        """
+        return super().score_samples(X)
+
     def _score(self, batch: Tensor) -> Tensor:
         return self.model_.elbo(batch)
+
+    def _scores(self) -> Callable[[Tensor], Tensor]:
+        like = self.model_.head.weight
+        draws = torch.randn(_DRAWS, self.model_.config.latent, dtype=like.dtype, device=like.device)
+
+        def scores(batch: Tensor) -> Tensor:
+            return sum(self.model_.elbo(batch, reduction="none", noise=noise) for noise in draws) / _DRAWS
+
+        return scores
 
 
 def _plain(value: Any) -> Any:

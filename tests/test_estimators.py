@@ -70,6 +70,17 @@ def test_an_autoencoder_explains_more_than_principal_components(digits):
     error = np.square(model.inverse_transform(codes) - held_out).mean()
     assert model.score(held_out) == pytest.approx(-error, rel=1e-5)
     assert len(model.loss_curve_) == 60 and model.loss_curve_[-1] < 0.3 * model.loss_curve_[0]
+    errors = np.square(model.inverse_transform(codes) - held_out).mean(1)
+    assert model.score_samples(held_out) == pytest.approx(-errors, rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", [AutoencoderEstimator, VAEEstimator])
+def test_rows_unlike_the_others_score_lowest(digits, estimator):
+    model = estimator(latent=8, epochs=20, random_state=0).fit(digits[100:])
+    shuffled = np.random.default_rng(0).permuted(digits[:100], axis=1)
+    usual, unusual = model.score_samples(digits[:100]), model.score_samples(shuffled)
+    # The chance that one of the latter is below one of the former.
+    assert (unusual[:, None] < usual[None, :]).mean() > 0.97
 
 
 def test_the_noise_of_scores_and_samples_is_of_the_random_state(digits):
@@ -96,6 +107,11 @@ def test_the_score_of_a_vae_is_its_bound(digits):
     assert long.score(digits) == pytest.approx(bounds.mean().item(), abs=5 * bounds.std().item())
     with torch.no_grad():
         assert np.array_equal(long.transform(digits), long.model_.encode(x).numpy())
+    # Eight draws for all rows, of which each row's bound has its part: their mean varies as much as that of eight.
+    each = long.score_samples(digits)
+    assert each.shape == (1797,) and np.array_equal(each, long.score_samples(digits))
+    assert each.mean() == pytest.approx(long.score(digits), abs=2.0)
+    assert each[100:110] == pytest.approx(long.score_samples(digits[100:110]), rel=1e-5)
     samples, labels = long.sample(50)
     assert samples.shape == (50, 64) and labels is None
     assert samples.min() >= 0 and samples.max() <= 1

@@ -185,9 +185,11 @@ class InfoVAE(VAE):
         self._check_stochastic("posterior")
         return super().posterior(x)
 
-    def elbo(self, x: torch.Tensor) -> torch.Tensor:
+    def elbo(
+        self, x: torch.Tensor, *, reduction: str = "mean", noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
         self._check_stochastic("elbo")
-        return super().elbo(x)
+        return super().elbo(x, reduction=reduction, noise=noise)
 
     def _check_stochastic(self, what: str) -> None:
         if not self.config.stochastic:

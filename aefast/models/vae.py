@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.models._base import Model, ModelOutput, check_choice, register
 from aefast.models._dense import make_decoder
@@ -159,16 +160,41 @@ class VAE(Model):
         shape = (count, self.config.latent)
         return self.decode(torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype))
 
-    def elbo(self, x: torch.Tensor) -> torch.Tensor:
-        """The evidence lower bound on log p(x) in nats, one sample a row and the mean over the batch x (B, ...).
+    def elbo(
+        self, x: torch.Tensor, *, reduction: str = "mean", noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The evidence lower bound on log p(x) in nats, of one sample a row of the batch x (B, ...).
 
         It has all constants of the likelihood, the KL divergence at weight 1 whatever beta and the warm-up are, and the
         same value in training and in eval mode for the same noise. For "bernoulli" it bounds the probability of
         binary data; of values in between it is the usual figure of merit, but no bound.
+
+        Args:
+            x: (B, ...) with input_size features a sample.
+            reduction: "mean" over the batch, or "none" for each row's, (B,).
+            noise: (B, latent) or (latent,): ε of z = mu + exp(logvar / 2) ε, in place of draws from N(0, I). With one ε
+                for all rows what a row is given does not depend on the others.
         """
         if self.config.loss is not None:
             raise InputError(f"elbo: this model has no likelihood, but the loss {self.config.loss!r}")
-        return self._elbo(*self._estimate(self.flatten(x))[:2])
+        check_choice(reduction, "reduction", ("mean", "none"))
+        flat = self.flatten(x)
+        if reduction == "mean" and noise is None:
+            return self._elbo(*self._estimate(flat)[:2])
+        self.check_samples(flat)
+        mu, logvar = self.posterior(flat)
+        if noise is None:
+            z, kl = AF.reparameterize(mu, logvar, reduction="none")
+        else:
+            if noise.shape not in (mu.shape, mu.shape[1:]):
+                shapes = f"{tuple(mu.shape)} or {tuple(mu.shape[1:])}"
+                raise InputError(f"elbo: noise must be of shape {shapes}, got {tuple(noise.shape)}")
+            z = mu + torch.exp(0.5 * logvar) * noise
+            kl = AF.kl_normal(mu, logvar, reduction="none")
+        loss = self.decoder_loss
+        value = AF.reconstruction_loss(self.decoder(z), flat, loss.kind, reduction="none", **loss.options)
+        elbo = self._elbo(self._reconstruction_term(value.sum(1), self.log_variance), kl)
+        return elbo if reduction == "none" else elbo.mean()
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
         reconstruction, kl, made, latent, _ = self._pass(x)

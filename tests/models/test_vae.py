@@ -85,6 +85,28 @@ def test_elbo_has_all_constants_and_no_beta(likelihood, training):
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_elbo_of_each_row(likelihood):
+    model, x = make(likelihood=likelihood, beta=7.0), data()
+    torch.manual_seed(2)
+    eps = next_normals(10, 3)
+    mean = model.elbo(x)
+    torch.manual_seed(2)
+    each = model.elbo(x.reshape(10, 3, 2, 2), reduction="none")
+    assert each.shape == (10,)
+    torch.testing.assert_close(each.mean(), mean)
+    torch.testing.assert_close(model.elbo(x, reduction="none", noise=eps), each)
+    torch.testing.assert_close(model.elbo(x, noise=eps), mean)
+    # A row's is its own, from the sum over features to the divergence.
+    for row in range(10):
+        alone = model.elbo(x[row : row + 1], noise=eps[row])
+        torch.testing.assert_close(alone, each[row])
+    with pytest.raises(InputError, match=r"elbo: noise must be of shape \(10, 3\) or \(3,\), got \(10, 2\)"):
+        model.elbo(x, noise=eps[:, :2])
+    with pytest.raises(InputError, match="reduction='sum': expected one of mean, none"):
+        model.elbo(x, reduction="sum")
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_the_eager_loss_is_the_same(likelihood, monkeypatch):
     model, x = make(likelihood=likelihood, beta=0.5, kl_warmup_steps=3), data()
     twin = model.eager_twin()
