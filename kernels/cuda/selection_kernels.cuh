@@ -54,12 +54,6 @@ __device__ inline float number_of(uint32_t order) {
   return value;
 }
 
-__device__ inline int warp_sum(int value) {
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
-  return value;
-}
-
 // body(elements, count, column) for all elements of the block's row, of which each thread takes `count` side by side,
 // kChunk or, in front of the first that is aligned and behind the last whole chunk, 1.
 template <typename T, typename Body>
@@ -145,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kResidentSelections)
       int count = 0;
 #pragma unroll 8
       for (int group = lane; group < kGroups; group += kWarpSize) count += maxima[group] >= middle;
-      count = warp_sum(count);
+      count = __reduce_add_sync(kAllLanes, count);
       if (count >= k) {
         low = middle;
         reached = count;
@@ -192,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kResidentSelections)
 #pragma unroll
       for (int i = 0; i < decltype(count)::value; ++i) mine += order_of(chunk[i]) >= bound;
     });
-    mine = warp_sum(mine);
+    mine = __reduce_add_sync(kAllLanes, mine);
     if (lane == 0) atomicAdd(&total, mine);
     __syncthreads();
     return total;

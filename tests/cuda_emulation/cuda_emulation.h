@@ -7,7 +7,7 @@
 // that only some threads reach raises std::runtime_error.
 //
 // Covered: threadIdx, blockIdx, blockDim, gridDim in one dimension, __shared__, atomicAdd, __syncthreads, __syncwarp
-// and __shfl_*_sync of full warps (or of all the threads of a partial last one), and a matrix product of full warps.
+// and __shfl_*_sync of full warps (or of all the threads of a partial last one), sums and a matrix product of full warps.
 #pragma once
 
 #include <link.h>
@@ -292,5 +292,9 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta) {
   return __shfl_sync(mask, value, static_cast<int>(lane >= delta ? lane - delta : lane));
 }
 
+inline int __reduce_add_sync(unsigned mask, int value) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(mask, value, lanes);
+  return value;
+}
 // Fibers change at barriers alone, so that nothing comes between.
 inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
