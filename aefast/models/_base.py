@@ -194,7 +194,8 @@ class Model(nn.Module):
         """What held-out samples say of the model in eval mode: scalars by name, means over the batch x (B, ...).
 
         "loss" is what training minimises. A name that ends in "mse" is a mean squared error over all elements, "mse"
-        itself that of the reconstruction. A model may add measures of its own.
+        itself that of the reconstruction. A model may add measures of its own; "explained_variance", 1 - mse / the
+        variance of the batch, is told of all held-out samples as of one batch.
         """
         output = self(x)
         return {"loss": output.loss, "mse": F.mse_loss(output.reconstruction, x)}

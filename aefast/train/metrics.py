@@ -92,6 +92,24 @@ def peak_of(batches: Iterable[torch.Tensor]) -> float:
     return 1.0 if low >= 0 and high <= 1 else (high - low) or 1.0
 
 
+def variance_of(batches: Iterable[torch.Tensor], processes: Processes) -> float:
+    """The mean squared deviation from their mean of samples (B, features) of all processes, which have to ask for it
+    together."""
+    samples, mean, squares = 0, 0.0, 0.0
+    for batch in batches:
+        # In float64 and about the batch's own mean: features may be far from 0, and of variance 0.
+        of_batch = batch.double().mean(0)
+        step = of_batch - mean
+        samples += len(batch)
+        share = len(batch) / samples
+        mean = mean + share * step
+        squares = squares + (batch - of_batch).square().sum() + (1 - share) * len(batch) * step.square().sum()
+    total = processes.sum(torch.full_like(squares, samples))
+    apart = mean - processes.sum(samples * mean) / total
+    squares = processes.sum(squares + samples * apart.square().sum())
+    return (squares / (total * len(mean))).item()
+
+
 def held_out_measures(means: dict[str, float], peak: float) -> dict[str, float]:
     """What `aefast.models.Model.evaluate` gives, averaged over the held-out samples, as it is told to users.
 

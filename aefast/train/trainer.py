@@ -29,7 +29,7 @@ from aefast.train.checkpoint import Checkpoint, CheckpointStore
 from aefast.train.compare import Comparison, compare_with_eager
 from aefast.train.config import TrainConfig
 from aefast.train.interrupt import Interrupt
-from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of, read_metrics
+from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of, read_metrics, variance_of
 from aefast.train.plots import plot_loss, plot_samples
 from aefast.train.processes import AgreedInterrupt, Processes, Request
 from aefast.train.progress import ProgressView
@@ -82,7 +82,9 @@ class TrainResult:
         held_out: the last epoch's measures on held-out samples, by name: "loss" and, in dB, "psnr" of the
             reconstructions; of a denoiser the loss and PSNR of noisy samples once denoised, and in dB "noisy_psnr",
             theirs before; of a VAE also "elbo", in nats a sample; of an InfoVAE also "mmd", the MMD² of its codes to
-            the prior. Empty if the run was interrupted, or had no held-out samples.
+            the prior; of a sparse autoencoder also "l0", how many latents a sample uses, "explained_variance", 1 - mean
+            squared error / variance, if there is any, and of topk and batchtopk "dead", the part of the latents that
+            counts as dead. Empty if the run was interrupted, or had no held-out samples.
     """
 
     directory: Path
@@ -716,8 +718,16 @@ class Trainer:
             peak = peak_of(self.held_out.in_order())
         return self.processes.largest(torch.tensor(peak, device=self.device)).item()
 
+    @functools.cached_property
+    def _variance(self) -> float:
+        with self._validation_noise():
+            return variance_of(self.held_out.in_order(), self.processes)
+
     def _validate(self, interrupt: Request) -> dict[str, float] | None:
-        """The model's measures, averaged over the held-out samples, or None if a signal arrived meanwhile."""
+        """The model's measures, averaged over the held-out samples, or None if a signal arrived meanwhile.
+
+        The explained variance is of that of all the samples, and left out where they have none.
+        """
         if self.held_out is None:
             return {}
         total = Window(self.processes)
@@ -730,7 +740,11 @@ class Trainer:
                     total.add(self.model.evaluate(batch), len(batch))
             finally:
                 self.model.train()
-        return total.means()
+        means = total.means()
+        # What a batch explains of its own variance depends on its size.
+        if means.pop("explained_variance", None) is not None and self._variance > 0:
+            means["explained_variance"] = 1.0 - means["mse"] / self._variance
+        return means
 
     @contextlib.contextmanager
     def _validation_noise(self) -> Iterator[None]:

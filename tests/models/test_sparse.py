@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch.utils.checkpoint import checkpoint
 
 from aefast import cli
@@ -22,6 +23,7 @@ from aefast.models import (
 )
 from aefast.models.sparse import SPARSITIES
 from aefast.nn import JumpReLU, PenalizedLinearAct, SparseDecoder, TopKEncoder
+from aefast.train import TrainConfig, Trainer
 from support.training import SPARSE
 
 FEATURES, LATENT, BATCH = 12, 40, 30
@@ -370,6 +372,28 @@ def test_evaluate(sparsity):
     torch.testing.assert_close(measures["l0"], (code > 0).sum(1).double().mean())
     torch.testing.assert_close(measures["explained_variance"], 1 - error / x.var(0, unbiased=False).mean())
     assert ("dead" in measures) == ("topk" in sparsity)
+
+
+@pytest.mark.parametrize("size", [1, 29, 30])
+def test_training_tells_what_is_explained_of_all_held_out_samples(tmp_path, size):
+    """Single samples among their batches, which have no variance."""
+    x = data(dtype=torch.float32)
+    for held_out in (x, torch.ones_like(x)):
+        trainer = Trainer(
+            make(dtype=torch.float32),
+            [x],
+            TrainConfig(epochs=1, device="cpu"),
+            tmp_path,
+            validation=list(held_out.split(size)),
+            console=Console(quiet=True),
+        )
+        trainer._plot = lambda: None
+        found = trainer.fit(overwrite=True, compare=False).held_out
+        if held_out is x:
+            expected = from_pretrained(tmp_path).evaluate(x)["explained_variance"].item()
+            assert found["explained_variance"] == pytest.approx(expected, rel=1e-5)
+        else:
+            assert "explained_variance" not in found
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)

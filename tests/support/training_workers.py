@@ -7,11 +7,15 @@ import torch.distributed as dist
 from rich.console import Console
 
 from aefast.data import Dataset
-from aefast.models import Autoencoder, InfoVAE
+from aefast.models import Autoencoder, InfoVAE, SparseAutoencoder
 from aefast.nn import MMDLoss
 from aefast.train import Callback, TrainConfig, Trainer, TrainingError
 
-MODELS = {"autoencoder": (Autoencoder, {}), "infovae": (InfoVAE, {"mmd_weight": 5.0})}
+MODELS = {
+    "autoencoder": (Autoencoder, {"hidden": (8,)}),
+    "infovae": (InfoVAE, {"hidden": (8,), "mmd_weight": 5.0}),
+    "sparse": (SparseAutoencoder, {"sparsity": "l1"}),
+}
 
 
 class _Stop(Callback):
@@ -59,7 +63,7 @@ def trainer(directory, model="autoencoder", callbacks=(), data=None, plots=False
     )
     torch.manual_seed(0)
     make, of_model = MODELS[model]
-    made = make(input_size=16, hidden=(8,), latent=4, **of_model)
+    made = make(input_size=16, latent=4, **of_model)
     if grouped:
         made.mmd.group = dist.group.WORLD
     if data is None:

@@ -49,10 +49,10 @@ def run(tmp_path):
     return start
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_are_as_one_with_the_joint_batch(run, tmp_path, accumulate):
-    training_workers.trainer(tmp_path / "one").fit(compare=False)
-    first, second = run(tmp_path / "two", accumulate=accumulate)
+@pytest.mark.parametrize(("model", "accumulate"), [("autoencoder", 1), ("autoencoder", 2), ("sparse", 1)])
+def test_two_processes_are_as_one_with_the_joint_batch(run, tmp_path, model, accumulate):
+    training_workers.trainer(tmp_path / "one", model).fit(compare=False)
+    first, second = run(tmp_path / "two", model=model, accumulate=accumulate)
     assert first["step"] == second["step"] == 18
     assert torch.equal(first["weights"], second["weights"])
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")

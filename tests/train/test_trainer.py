@@ -32,7 +32,7 @@ from aefast.train import Callback, CapturedStep, CheckpointError, TensorBoard, T
 from aefast.train import trainer as trainer_module
 from aefast.train.checkpoint import _checksum
 from aefast.train.interrupt import Interrupt
-from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of, read_metrics
+from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of, read_metrics, variance_of
 from aefast.train.processes import Processes
 from aefast.train.step import EagerStep, make_optimizer
 from support.training import interrupt_after, interrupt_in_validation, losses, metrics, weights
@@ -116,6 +116,14 @@ def test_window_means_weigh_samples(monkeypatch):
 def test_psnr_refers_to_the_range_of_the_data(low, high, peak):
     batches = [torch.tensor([[low, low]]), torch.tensor([[high, low], [low, low]])]
     assert peak_of(batches) == pytest.approx(peak)
+
+
+def test_the_variance_is_of_all_batches_together():
+    samples = 1e5 + torch.randn(23, 3, generator=torch.Generator().manual_seed(0))
+    expected = samples.double().var(0, unbiased=False).mean().item()
+    for size in (1, 5, 23):
+        assert variance_of(samples.split(size), Processes()) == pytest.approx(expected, rel=1e-9)
+        assert variance_of(samples[:1].expand(23, 3).split(size), Processes()) == 0.0
 
 
 def test_measures_are_told_in_db():
