@@ -155,10 +155,15 @@ class Model(nn.Module):
 
     Args:
         config: the options; or give them by name.
+
+    Attributes:
+        ends_step: whether a forward pass in training mode is the last of its training step. Who trains on a batch in
+            parts sets it to False for all parts but the last, backward included, as `aefast.train.CapturedStep` does.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[ModelConfig]]
+    ends_step = True
 
     def __init__(self, config: ModelConfig | None = None, **options: Any) -> None:
         super().__init__()

@@ -98,9 +98,10 @@ class VAE(Model):
 
     Attributes:
         log_variance: log σ² of the "gaussian" likelihood, a learnt scalar that begins at 0; None for the others.
-        training_steps: forward passes taken in training mode, an int64 scalar that the state dict keeps, so that a
-            resumed run goes on with its warm-up; None without a warm-up. Passes that activation checkpointing repeats
-            do not count; under torch.compile a warm-up and a checkpoint around the whole model do not go together.
+        training_steps: forward passes taken in training mode that end a step (`Model.ends_step`), an int64 scalar that
+            the state dict keeps, so that a resumed run goes on with its warm-up; None without a warm-up. Passes that
+            activation checkpointing repeats do not count; under torch.compile a warm-up and a checkpoint around the
+            whole model do not go together.
 
     Raises:
         InputError: data outside of [0, 1] for "bernoulli", on the CPU in eager mode.
@@ -271,6 +272,8 @@ class VAE(Model):
 class EagerVAE(nn.Module):
     """`VAE` in plain PyTorch. The logvar is not clamped, which changes nothing within `LOGVAR_RANGE`."""
 
+    ends_step = True
+
     def __init__(self, model: VAE) -> None:
         super().__init__()
         self.config = model.config
@@ -291,7 +294,7 @@ class EagerVAE(nn.Module):
 
 
 def weighted_kl(module: VAE | EagerVAE, kl: torch.Tensor) -> torch.Tensor:
-    """The divergence times its weight in this forward pass, which counts if `module` is in training mode.
+    """The divergence times its weight in this forward pass, which counts if it ends a step of `module`'s training.
 
     The count stays on its device: nothing waits for it.
     """
@@ -299,15 +302,15 @@ def weighted_kl(module: VAE | EagerVAE, kl: torch.Tensor) -> torch.Tensor:
     if not module.training or not config.kl_warmup_steps:
         return kl if config.beta == 1 else config.beta * kl
     is_compiling = torch.compiler.is_compiling()
-    # Within a backward this is what a checkpoint computes again, of the pass that was counted last.
+    # Within a backward this is what a checkpoint computes again, of the pass that was last.
     is_repeated = not is_compiling and torch._C._current_graph_task_id() != -1
-    count = module.training_steps - 1 if is_repeated else module.training_steps
+    count = module.training_steps - 1 if is_repeated and module.ends_step else module.training_steps
     share = (count.to(kl.dtype) / config.kl_warmup_steps).clamp(max=1.0)
     if is_compiling:
         # The compiler would compute this again for the backward, from a count that has moved on by then
         # (https://github.com/pytorch/pytorch/pull/197039). Reductions such as this one, of a scalar, it keeps.
         share = share.amin()
-    if not is_repeated:
+    if module.ends_step and not is_repeated:
         module.training_steps.add_(1)
     return config.beta * share * kl
 

@@ -349,9 +349,8 @@ class CapturedStep:
         parts = list(zip(*(one.chunk(self.accumulate) for one in batch), strict=True))
         means: dict[str, torch.Tensor] = {}
         for number, part in enumerate(parts):
-            # Between processes only the sum of all parts is exchanged.
             is_last = number == len(parts) - 1
-            with contextlib.nullcontext() if is_last else self._without_exchange():
+            with contextlib.nullcontext() if is_last else self._before_the_last():
                 terms = self._backward(part, len(part[0]) / count)
             for name, term in terms.items():
                 means[name] = means[name] + term if name in means else term
@@ -369,9 +368,19 @@ class CapturedStep:
             (loss if self._scaler is None else self._scaler.scale(loss)).backward()
         return terms
 
-    def _without_exchange(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _before_the_last(self) -> Iterator[None]:
+        """Context of a part that others follow: no step ends with it, and processes exchange the sum of all parts."""
+        models = [one for one in self.model.modules() if isinstance(one, Model)]
         is_exchanged = isinstance(self.model, nn.parallel.DistributedDataParallel)
-        return self.model.no_sync() if is_exchanged else contextlib.nullcontext()
+        try:
+            for one in models:
+                one.ends_step = False
+            with self.model.no_sync() if is_exchanged else contextlib.nullcontext():
+                yield
+        finally:
+            for one in models:
+                one.ends_step = True
 
     # Steps of a graph
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import aefast
 from aefast.errors import InputError
-from aefast.models import MODELS, VAE, Autoencoder, SparseAutoencoder
+from aefast.models import MODELS, VAE, Autoencoder, InfoVAE, SparseAutoencoder
 from aefast.models.sparse import SPARSITIES
 from aefast.train import CapturedStep, Schedule, make_optimizer
 from aefast.train.step import without_replays
@@ -95,6 +95,20 @@ def test_parts_of_a_batch_sum_up_to_its_mean(size):
     assert ours == pytest.approx(losses, rel=1e-12)
     # Adam divides by the root of second moments, which makes much of a gradient's last digits where that is near 0.
     torch.testing.assert_close(parameters(model), parameters(whole), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("is_replayed", [False, True])
+@pytest.mark.parametrize(("cls", "options"), [(VAE, {}), (InfoVAE, {"kl_weight": 1.0})])
+def test_parts_of_a_batch_are_one_step_of_the_warm_up(as_on_cuda, cls, options, is_replayed):
+    model = make_model(cls=cls, kl_warmup_steps=8, **options)
+    # Which leaves the model, and so the divergence, as it is.
+    step = CapturedStep(model, make_optimizer(model.parameters(), lr=0.0), accumulate=4)
+    if is_replayed:
+        step = as_on_cuda(step, 2)
+    found = step.many(batches(1) * 12)["kl"]
+    assert not is_replayed or step._recording._graph.replays > 0
+    torch.testing.assert_close(found, found[-1] * (torch.arange(12) / 8).clamp(max=1.0))
+    assert model.training_steps == 12
 
 
 @pytest.mark.parametrize(
