@@ -21,7 +21,7 @@ from aefast.models._base import Model, ModelOutput, check_choice, register
 from aefast.models._reconstruction import LOSSES, LossConfig, does_without
 from aefast.nn import SparseDecoder
 from aefast.nn.linear_act import DenseParameters, check_positive_int
-from aefast.ops import _registry
+from aefast.ops import _arguments, _registry
 from aefast.ops import jumprelu as jumprelu_op
 from aefast.ops import penalized_linear_act as penalized_op
 from aefast.ops._library import direct_apply
@@ -202,7 +202,7 @@ class SparseAutoencoder(Model):
     Attributes:
         encoder: weight W_enc (latent, input_size) and bias.
         decoder: weight W_dec (latent, input_size), None if it is tied, and bias.
-        log_threshold: (latent,), of jumprelu.
+        log_threshold: (latent,), of jumprelu, in float32 at least, whatever the dtype of the others.
         unused: (latent,) int64, of topk and batchtopk: for how many samples a latent has not been used. Training passes
             count it on in place, which `torch.func`'s transforms refuse. Passes that activation checkpointing repeats
             do not count, and have the dead latents of the first; under torch.compile they count.
@@ -269,7 +269,18 @@ class SparseAutoencoder(Model):
         weight.data.div_(torch.where(is_one, 1.0, norms.clamp_min(info.tiny)))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseAutoencoder:
-        super()._apply(fn, recurse)
+        is_learnt = self.config.sparsity == "jumprelu"
+        wide = (self.log_threshold, self.log_threshold.grad) if is_learnt else ()
+
+        def apply(one: torch.Tensor) -> torch.Tensor:
+            made = fn(one)
+            dtype = _arguments.accumulator(made.dtype)
+            if made.dtype == dtype or not any(one is other for other in wide):
+                return made
+            # A logarithm in half precision would move its threshold by a hundredth.
+            return one.to(made.device, dtype)
+
+        super()._apply(apply, recurse)
         if "kept_above" in self._buffers:
             # Half precision would round away the steps of a mean that moves by a hundredth.
             self.kept_above = self.kept_above.float()
@@ -441,7 +452,8 @@ def _add_state(module: nn.Module, config: SparseConfig, like: torch.Tensor) -> N
     """What a model keeps beside its two layers."""
     if config.sparsity == "jumprelu":
         threshold = math.log(config.option("threshold"))
-        module.log_threshold = nn.Parameter(torch.full_like(like[:, 0].detach(), threshold))
+        dtype = _arguments.accumulator(like.dtype)
+        module.log_threshold = nn.Parameter(torch.full_like(like[:, 0].detach(), threshold, dtype=dtype))
     if config.is_sparse:
         module.register_buffer("unused", torch.zeros(config.latent, dtype=torch.int64, device=like.device))
     if config.sparsity == "batchtopk":

@@ -13,6 +13,7 @@ import torch
 
 from aefast.errors import InputError
 from aefast.models.sparse import SparseAutoencoder
+from aefast.ops import _arguments
 
 CONFIG_FILE = "cfg.json"
 SPARSIFY_WEIGHTS = "sae.safetensors"
@@ -74,8 +75,8 @@ def load_saelens(directory: str | Path, *, device: torch.device | str | None = N
         device: where the parameters go.
 
     Returns:
-        A model in eval mode, in the dtype of the file: "topk", "jumprelu" (as which SAELens saves batchtopk, too), or
-        "l1" for the architecture "standard".
+        A model in eval mode, in the dtype of the file, its thresholds in float32 at least: "topk", "jumprelu" (as which
+        SAELens saves batchtopk, too), or "l1" for the architecture "standard".
 
     Raises:
         InputError: a file is missing or unreadable, lacks a weight or has one of another shape, or is of a kind that
@@ -184,6 +185,7 @@ def _model(
     if "log_threshold" in state:
         # The logarithm of what no pre-activation but 0 itself is below stays finite.
         threshold = state["log_threshold"]
+        threshold = threshold.to(_arguments.accumulator(threshold.dtype))
         state["log_threshold"] = threshold.clamp_min(torch.finfo(threshold.dtype).tiny).log()
     dtype = state["encoder.weight"].dtype
     model = SparseAutoencoder(input_size=features, latent=latents, device=device, dtype=dtype, **options)

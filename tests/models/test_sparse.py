@@ -527,6 +527,25 @@ def test_loads_what_saelens_saves(tmp_path, architecture, pre_bias, rescaled):
     torch.testing.assert_close(model(x).reconstruction, code @ decoder + weights["b_dec"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_thresholds_are_those_of_the_file_in_every_dtype(tmp_path, dtype):
+    weights = {name: one.to(dtype) for name, one in saelens_files(tmp_path, "jumprelu").items()}
+    safetensors.torch.save_file(weights, tmp_path / "sae_weights.safetensors")
+    model, threshold = load_saelens(tmp_path), weights["threshold"].float()
+    torch.testing.assert_close(model.log_threshold.exp(), threshold)
+    model(data(dtype=dtype)).loss.backward()
+    for one in (torch.float16, torch.bfloat16):
+        model.to(one)
+        assert model(data(dtype=one)).latent.dtype == one
+        torch.testing.assert_close(model.log_threshold.exp(), threshold)
+        assert model.log_threshold.grad.dtype == torch.float32
+        model.save_pretrained(tmp_path)
+        assert torch.equal(from_pretrained(tmp_path).log_threshold, model.log_threshold)
+    twin = model.float().eager_twin()
+    assert torch.equal(twin.log_threshold, model.log_threshold)
+    torch.testing.assert_close(model.log_threshold.exp(), threshold)
+
+
 def without(folder, name, file):
     weights = safetensors.torch.load_file(folder / file)
     del weights[name]
