@@ -15,7 +15,7 @@ from aefast.models.autoencoder import Autoencoder, AutoencoderConfig
 from aefast.models.denoising import DenoisingAutoencoder, DenoisingConfig
 from aefast.models.infovae import InfoVAE, InfoVAEConfig
 from aefast.models.sparse import SparseAutoencoder, SparseCode, SparseConfig
-from aefast.models.sparse_formats import load_saelens, load_sparsify
+from aefast.models.sparse_formats import load_saelens, load_sparsify, save_saelens, save_sparsify
 from aefast.models.stochastic import StochasticAutoencoder, StochasticConfig
 from aefast.models.vae import VAE, VAEConfig
 
@@ -42,4 +42,6 @@ __all__ = [
     "load_saelens",
     "load_sparsify",
     "register",
+    "save_saelens",
+    "save_sparsify",
 ]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from aefast.errors import InputError
-from aefast.models._files import write_atomically
+from aefast.models._files import make_directory, write_atomically
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -261,10 +261,7 @@ class Model(nn.Module):
             text = json.dumps(content, indent=2) + "\n"
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"metadata: expected JSON values ({error})") from None
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise InputError(f"directory={str(directory)!r}: expected a directory, found a file") from None
+        make_directory(directory)
         write_atomically(directory / WEIGHTS_FILE, safetensors.torch.save(self.cpu_state()))
         write_atomically(directory / CONFIG_FILE, text.encode())
 

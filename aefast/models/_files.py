@@ -8,6 +8,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from aefast.errors import InputError
+
+
+def make_directory(directory: Path) -> None:
+    """Make a folder, and those it lies in, where it is missing."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"directory={str(directory)!r}: expected a directory, found a file") from None
+
 
 @contextlib.contextmanager
 def named_errors(path: Path) -> Iterator[None]:

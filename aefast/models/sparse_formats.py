@@ -1,4 +1,4 @@
-"""Sparse autoencoders that other libraries have saved."""
+"""Sparse autoencoders as other libraries save them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from aefast.errors import InputError
+from aefast.models._files import make_directory, write_atomically
 from aefast.models.sparse import SparseAutoencoder
 from aefast.ops import _arguments
 
@@ -127,6 +128,128 @@ def load_saelens(directory: str | Path, *, device: torch.device | str | None = N
         weights["b_enc"] = weights["b_enc"] * norms
         weights["W_dec"] = weights["W_dec"] / norms[:, None]
     return _model(made, features, latents, names, weights, str(Path(directory) / SAELENS_WEIGHTS), device)
+
+
+@torch.no_grad()
+def save_sparsify(model: SparseAutoencoder, directory: str | Path) -> None:
+    """Write a "topk" model as EleutherAI's sparsify saves one: ``cfg.json`` and ``sae.safetensors``.
+
+    ``SparseCoder.load_from_disk(directory)`` is the same function of its samples, up to rounding. That subtracts the
+    decoder's bias from them; what a model without `pre_bias` does not goes into the encoder's bias.
+
+    Args:
+        model: of sparsity "topk", with output_activation "identity". Its directions are normalised as by ``eval()``.
+        directory: where to write; made if missing.
+
+    Raises:
+        InputError: the model is another, or `directory` is a file.
+    """
+    weights = _weights_of(model, ("topk",), "save_sparsify")
+    config = model.config
+    bias = weights["encoder.bias"]
+    if not config.pre_bias:
+        bias = bias + weights["encoder.weight"] @ weights["decoder.bias"]
+    options = {
+        "activation": "topk",
+        "normalize_decoder": config.unit_norm,
+        "num_latents": config.latent,
+        "k": config.option("k"),
+        "d_in": config.input_size,
+    }
+    saved = {
+        "encoder.weight": weights["encoder.weight"],
+        "encoder.bias": bias,
+        "W_dec": weights["decoder.weight"],
+        "b_dec": weights["decoder.bias"],
+    }
+    _write(Path(directory), options, saved, SPARSIFY_WEIGHTS)
+
+
+@torch.no_grad()
+def save_saelens(
+    model: SparseAutoencoder, directory: str | Path, *, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a model as SAELens saves one: ``cfg.json`` and ``sae_weights.safetensors``.
+
+    ``SAE.load_from_disk(directory)`` is the same function of its samples as the model in eval mode, up to rounding: of
+    the architecture "topk", of "jumprelu" for jumprelu and, with the threshold of eval mode, for batchtopk, as SAELens
+    does it too, or of "standard" for l1.
+
+    Args:
+        model: of sparsity "topk", "batchtopk", "jumprelu" or "l1", with output_activation "identity". Its directions
+            are normalised as by ``eval()``.
+        directory: where to write; made if missing.
+        metadata: what SAELens knows of an autoencoder besides, such as ``model_name`` and ``hook_name``: JSON values.
+
+    Raises:
+        InputError: the model is another, `metadata` holds something that is not a JSON value, or `directory` is a file.
+    """
+    weights = _weights_of(model, ("topk", "batchtopk", "jumprelu", "l1"), "save_saelens")
+    config = model.config
+    architectures = {"topk": "topk", "l1": "standard"}
+    options: dict[str, Any] = {
+        "architecture": architectures.get(config.sparsity, "jumprelu"),
+        "d_in": config.input_size,
+        "d_sae": config.latent,
+        "dtype": str(weights["encoder.weight"].dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": config.pre_bias,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        # The version that the format is of: SAELens takes a file without one for an older format's.
+        "metadata": {"sae_lens_version": "6.0.0", **(metadata or {})},
+    }
+    saved = {
+        "W_enc": weights["encoder.weight"].t(),
+        "b_enc": weights["encoder.bias"],
+        "W_dec": weights["decoder.weight"],
+        "b_dec": weights["decoder.bias"],
+    }
+    if config.sparsity == "topk":
+        options |= {"k": config.option("k"), "rescale_acts_by_decoder_norm": False}
+    elif config.sparsity == "jumprelu":
+        saved["threshold"] = model.log_threshold.exp().to(saved["b_enc"].dtype)
+    elif config.sparsity == "batchtopk":
+        saved["threshold"] = model.kept_above.to(saved["b_enc"].dtype).expand(config.latent)
+    _write(Path(directory), options, saved, SAELENS_WEIGHTS)
+
+
+def _weights_of(
+    model: SparseAutoencoder, sparsities: tuple[str, ...], function: str
+) -> dict[str, torch.Tensor]:
+    """Both layers by their names, of a model that is one of `sparsities`."""
+    if not isinstance(model, SparseAutoencoder):
+        raise InputError(f"{function}: model must be a SparseAutoencoder, got {type(model).__name__}")
+    config = model.config
+    if config.sparsity not in sparsities:
+        raise InputError(f"{function}: sparsity={config.sparsity!r}: expected one of {', '.join(sparsities)}")
+    if config.output_activation != "identity":
+        raise InputError(
+            f"{function}: output_activation={config.output_activation!r}: expected 'identity', as the format has none"
+        )
+    if config.unit_norm:
+        model.normalize()
+    encoder, decoder = model.encoder, model.decoder
+    return {
+        "encoder.weight": encoder.weight,
+        "encoder.bias": encoder.bias,
+        "decoder.weight": encoder.weight if config.tied else decoder.weight,
+        "decoder.bias": decoder.bias,
+    }
+
+
+def _write(
+    directory: Path, options: Mapping[str, Any], weights: Mapping[str, torch.Tensor], weights_file: str
+) -> None:
+    try:
+        text = json.dumps(options, indent=2) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"metadata: expected JSON values ({error})") from None
+    # Tensors that share no memory, which the file would have once.
+    copies = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+    make_directory(directory)
+    write_atomically(directory / weights_file, safetensors.torch.save(copies))
+    write_atomically(directory / CONFIG_FILE, text.encode())
 
 
 def _read(directory: Path, weights_file: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

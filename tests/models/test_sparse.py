@@ -20,6 +20,8 @@ from aefast.models import (
     from_pretrained,
     load_saelens,
     load_sparsify,
+    save_saelens,
+    save_sparsify,
 )
 from aefast.models.sparse import SPARSITIES
 from aefast.nn import JumpReLU, PenalizedLinearAct, SparseDecoder, TopKEncoder
@@ -544,6 +546,80 @@ def test_thresholds_are_those_of_the_file_in_every_dtype(tmp_path, dtype):
     twin = model.float().eager_twin()
     assert torch.equal(twin.log_threshold, model.log_threshold)
     torch.testing.assert_close(model.log_threshold.exp(), threshold)
+
+
+def trained(sparsity, **options):
+    """A model whose every number matters, in training mode."""
+    torch.manual_seed(0)
+    options |= {"k": 5} if "topk" in sparsity else {}
+    model = SparseAutoencoder(input_size=FEATURES, latent=LATENT, sparsity=sparsity, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model(data(dtype=torch.float32))
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"pre_bias": False}, {"tied": True}, {"unit_norm": False}], ids=str)
+def test_saves_as_sparsify_does(tmp_path, options):
+    model, x = trained("topk", **options), data(dtype=torch.float32)
+    save_sparsify(model, tmp_path / "new")
+    expected = model.eval()(x).reconstruction
+    weights = safetensors.torch.load_file(tmp_path / "new" / "sae.safetensors")
+    written = json.loads((tmp_path / "new" / "cfg.json").read_text())
+    made = F.relu((x - weights["b_dec"]) @ weights["encoder.weight"].T + weights["encoder.bias"])
+    values, indices = made.topk(written["k"])
+    code = torch.zeros_like(made).scatter(1, indices, values)
+    torch.testing.assert_close(code @ weights["W_dec"] + weights["b_dec"], expected)
+    assert written["normalize_decoder"] == model.config.unit_norm
+    back = load_sparsify(tmp_path / "new")
+    torch.testing.assert_close(back(x).reconstruction, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"pre_bias": False}, {"tied": True}], ids=str)
+@pytest.mark.parametrize("sparsity", ["topk", "batchtopk", "jumprelu", "l1"])
+def test_saves_as_saelens_does(tmp_path, sparsity, options):
+    model, x = trained(sparsity, **options), data(dtype=torch.float32)
+    save_saelens(model, tmp_path, metadata={"hook_name": "blocks.0.hook_resid_pre"})
+    expected = model.eval()(x)
+    weights = safetensors.torch.load_file(tmp_path / "sae_weights.safetensors")
+    written = json.loads((tmp_path / "cfg.json").read_text())
+    assert (written["d_in"], written["d_sae"], written["dtype"]) == (FEATURES, LATENT, "float32")
+    assert written["metadata"] == {"sae_lens_version": "6.0.0", "hook_name": "blocks.0.hook_resid_pre"}
+    seen = x - weights["b_dec"] if written["apply_b_dec_to_input"] else x
+    made = seen @ weights["W_enc"] + weights["b_enc"]
+    if written["architecture"] == "topk":
+        values, indices = made.topk(written["k"])
+        code = torch.zeros_like(made).scatter(1, indices, values.relu())
+    else:
+        code = made.relu()
+        if written["architecture"] == "jumprelu":
+            assert (weights["threshold"] > 0).all()
+            code = code * (made > weights["threshold"])
+    torch.testing.assert_close(code, model.dense(expected.latent))
+    torch.testing.assert_close(code @ weights["W_dec"] + weights["b_dec"], expected.reconstruction)
+    torch.testing.assert_close(load_saelens(tmp_path)(x).reconstruction, expected.reconstruction)
+
+
+def test_what_a_format_does_not_have_is_refused(tmp_path):
+    for save, model, message in (
+        (save_sparsify, trained("jumprelu"), "save_sparsify: sparsity='jumprelu': expected one of topk"),
+        (save_saelens, trained("kl"), "save_saelens: sparsity='kl': expected one of topk, batchtopk"),
+        (
+            save_saelens,
+            trained("l1", output_activation="sigmoid"),
+            "output_activation='sigmoid': expected 'ide",
+        ),
+        (save_saelens, torch.nn.Linear(2, 2), "model must be a SparseAutoencoder, got Linear"),
+    ):
+        with pytest.raises(InputError, match=message):
+            save(model, tmp_path)
+    with pytest.raises(InputError, match="metadata: expected JSON values"):
+        save_saelens(trained("topk"), tmp_path, metadata={"hook": object()})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="expected a directory, found a file"):
+        save_saelens(trained("topk"), tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def without(folder, name, file):
