@@ -42,8 +42,8 @@ def _chosen(encode, k: int, latents: int) -> Tensor:
             return indices[..., :0]
         # Row by row, and of equals in a row the lower index first: their order is that of their places in the batch.
         mask = is_largest(values.reshape(-1), rows * k).reshape(values.shape)
-        if count == latents or not mask[..., -1].any():
-            width = int(mask.sum(-1).max())
+        width = int(mask.sum(-1).max())
+        if width < count or count == latents:
             return indices[..., :width].masked_fill(~mask[..., :width], -1)
         # What a row has beyond its last one here may be as large.
         count = min(latents, 2 * count)
