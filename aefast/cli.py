@@ -662,7 +662,7 @@ def train(
     # The options are checked before the data is read, for which any shape will do that has levels enough.
     _model_config(model_class, given, given.get("image_shape") or (1, 1024, 1024))
 
-    with process_group(device):
+    def run() -> int:
         console = Console(quiet=not Processes().is_first)
         say = _teller(console)
         dataset = load(data, patch_size=patch_size)
@@ -690,6 +690,9 @@ def train(
         if result.comparison is not None:
             say(str(result.comparison))
         return 0
+
+    with process_group(device):
+        return run()
 
 
 def _model_config(

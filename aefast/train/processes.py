@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -14,6 +15,11 @@ import torch.distributed as dist
 
 from aefast.errors import AefastError, InputError
 from aefast.train.interrupt import Interrupt
+
+if dist.is_available():
+    # DistributedDataParallel imports it. Its functions have the group that there is by then for a default, which would
+    # keep that group, and gloo's threads with it, to the end of the interpreter.
+    import torch.distributed.nn.functional
 
 # After so long without an answer a process is given up.
 _TIMEOUT = datetime.timedelta(minutes=10)
@@ -82,6 +88,10 @@ class Processes:
             raise error
         return result
 
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        self.gathered(None)
+
     def is_loss(self, error: RuntimeError) -> bool:
         """Whether `error` tells that another process does not answer any more."""
         return not self.is_one and any(word in str(error).lower() for word in _LOST)
@@ -114,6 +124,8 @@ class AgreedInterrupt:
 def process_group(device: str) -> Iterator[None]:
     """Within it this process is one of those that torchrun has started, if it has, on a GPU of its own.
 
+    What was made for the group within, such as a Trainer, is to be out of reach at the end.
+
     Args:
         device: "cpu", "cuda" or "auto".
 
@@ -136,5 +148,8 @@ def process_group(device: str) -> Iterator[None]:
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
     try:
         yield
+        # Gloo's threads are joined once nothing has the group, as a DistributedDataParallel in a cycle still does. One
+        # that frees the tensors of the last exchange while the interpreter ends would abort the process.
+        gc.collect()
     finally:
         dist.destroy_process_group()

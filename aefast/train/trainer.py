@@ -289,6 +289,8 @@ class Trainer:
         result = self._result(request.signal, compare)
         for callback in self.callbacks:
             callback.on_end(self, result)
+        # The first process may still be writing. Should another end before it, and not well, torchrun would kill it.
+        self.processes.wait()
         return result
 
     def _result(self, interrupted: signal.Signals | None, compare: bool) -> TrainResult:

@@ -102,6 +102,7 @@ def train(rank, ranks, meeting, directory, resume, signals, options):
         ending = {"step": result.step, "interrupted": result.interrupted}
     except TrainingError as error:
         ending = {"error": str(error)}
+    ending["is_drawn"] = (directory / "plots" / "loss.png").exists()
     weights = torch.cat([parameter.detach().flatten() for parameter in made.model.parameters()])
     left = [dist.get_world_size(m.group) for m in made.model.modules() if isinstance(m, MMDLoss) and m.group]
     ending |= {"weights": weights, "groups": groups.found, "groups_left": left, "seen": seen}
