@@ -683,7 +683,7 @@ def train(
                 f"interrupted by {result.interrupted.name} at epoch {trainer.epoch_of_run()}, step "
                 f"{result.step:,}; checkpoint: {trainer.store.paths()[-1]}"
             )
-            say(f"resume with: {_resume_command()}")
+            say(_how_to_resume())
             return 128 + result.interrupted
         say(f"model, metrics and plots: {result.directory}")
         say(_held_out_line(result.held_out))
@@ -1128,10 +1128,16 @@ def _numbers(text: str | None, argument: str, condition: str = "") -> tuple[floa
 _arguments: list[str] = []
 
 
-def _resume_command() -> str:
-    """The command line that goes on with the run of this one."""
+def _how_to_resume() -> str:
+    """What goes on with the run of this command line, in as many processes."""
+    command, processes = ["aefast"], os.environ.get("WORLD_SIZE", "1")
+    if int(processes) > 1:
+        # torchrun sets it. How processes of several machines, or of another launcher, were started is not known here.
+        if os.environ.get("LOCAL_WORLD_SIZE") != processes:
+            return "to resume, start it again as before, with --resume"
+        command = ["torchrun", "--nproc-per-node", processes, "-m", "aefast"]
     kept = [argument for argument in _arguments if argument not in ("--resume", "--overwrite")]
-    return shlex.join(["aefast", *kept, "--resume"])
+    return f"resume with: {shlex.join([*command, *kept, '--resume'])}"
 
 
 def _origin(error: Exception) -> str:

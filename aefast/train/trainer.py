@@ -364,6 +364,12 @@ class Trainer:
             )
         else:
             self._say(f"resuming {self.directory} at epoch {self.epoch + 1}, step {self.steps_taken:,}")
+            count = sum(name.startswith("cpu/") for name in checkpoint.tensors["rng"])
+            if count != self.processes.count:
+                self._say(
+                    f"warning: the number of processes was {count} and is {self.processes.count}; the run goes on with "
+                    "other shares of the batches and other noise"
+                )
         return checkpoint.state["metrics_size"]
 
     def _make_directory(self) -> None:

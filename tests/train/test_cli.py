@@ -320,7 +320,8 @@ def test_a_folder_with_a_run_needs_a_word(train, capsys):
     assert "holds a run already; add --resume" in failure(capsys, train("--no-compare"))
     assert "batch_size=8: expected 16" in failure(capsys, train("--resume", "--batch-size", 8))
     assert train("--no-compare", "--resume", "--epochs", 3) == 0
-    assert "resuming" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "resuming" in out and "warning" not in out
     assert train("--no-compare", "--overwrite") == 0
 
 
@@ -493,6 +494,18 @@ def test_signals_leave_a_run_to_resume(train, data, tmp_path, capsys, number):
     # 90 samples to train on make 6 steps an epoch.
     assert steps[-1] == 6 * (epoch + 1)
     assert steps == sorted(set(steps))
+
+
+def test_a_run_of_several_processes_is_resumed_by_as_many(monkeypatch):
+    monkeypatch.setattr(cli, "_arguments", ["train", "--out", "a b", "--overwrite"])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert cli._how_to_resume() == "resume with: aefast train --out 'a b' --resume"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    command = "torchrun --nproc-per-node 2 -m aefast train --out 'a b' --resume"
+    assert cli._how_to_resume() == f"resume with: {command}"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert cli._how_to_resume() == "to resume, start it again as before, with --resume"
 
 
 def test_pyramid_of_images(train, tmp_path, capsys):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from aefast.data import Batches
 from aefast.errors import InputError
@@ -120,13 +121,16 @@ def test_a_signal_to_one_process_interrupts_both(run, tmp_path):
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_the_loss_of_a_process_ends_the_run_with_a_checkpoint(run, tmp_path, lost):
+def test_the_loss_of_a_process_ends_the_run_with_a_checkpoint(run, tmp_path, lost, capsys):
     found = run(tmp_path / "run", signals={lost: (signal.SIGKILL, 8)})
     assert found[lost] is None
     assert "a process of the run was lost after step" in found[1 - lost]["error"]
     assert "step-0000000006.safetensors, from which --resume goes on" in found[1 - lost]["error"]
     # One process can go on with what two began.
-    assert training_workers.trainer(tmp_path / "run").fit(resume=True, compare=False).step == 18
+    alone = training_workers.trainer(tmp_path / "run")
+    alone.console = Console(width=1000)
+    assert alone.fit(resume=True, compare=False).step == 18
+    assert "warning: the number of processes was 2 and is 1" in capsys.readouterr().out
 
 
 def test_batches_are_shared_out():
