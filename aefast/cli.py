@@ -701,11 +701,22 @@ def _model_config(
     """The config of a model of that class for samples of that shape, from the options given."""
     options = {"input_size": math.prod(sample_shape), **options}
     if ("noise_block" in options or options.get("loss") == "pyramid") and "image_shape" not in options:
-        # Images with their channels last, or of which that cannot be told, have to be described.
+        # Other images have their channels last, or where they have them cannot be told.
         if len(sample_shape) == 2:
             options["image_shape"] = (1, *sample_shape)
         elif len(sample_shape) == 3 and sample_shape[0] in (1, 3):
             options["image_shape"] = sample_shape
+        elif (
+            len(sample_shape) == 3
+            and sample_shape[0] != 4
+            and sample_shape[2] in (1, 3, 4)
+            and (options.get("loss") == "pyramid" or options["noise_block"] > 1)
+        ):
+            shape = ",".join(map(str, sample_shape))
+            raise InputError(
+                f"data: expected images (C, H, W), got {sample_shape}, which looks like (H, W, C); save "
+                f"x.transpose(0, 3, 1, 2) instead, or confirm the order with --image-shape {shape}"
+            )
     return model_class.config_class.from_dict(options, f"model {model_class.name}")
 
 

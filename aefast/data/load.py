@@ -120,7 +120,9 @@ def _of_folder(path: Path) -> Dataset:
         rows = ImageRows(images)
         return _of_rows(rows, rows.sample_shape, sum(file.stat().st_size for file in images), path)
     if not arrays:
-        raise DataError(f"{where}: expected .npy files or images, found a folder with neither")
+        folders = sorted(entry.name for entry in entries if entry.is_dir())
+        below = f"; what lies in folders below it, such as {folders[0]}, is not read" if folders else ""
+        raise DataError(f"{where}: expected .npy files or images, found a folder with neither{below}")
     shards = [_shard(file) for file in arrays]
     for shard in shards:
         for what, expected, got in (

@@ -186,7 +186,13 @@ def test_shards_that_vanish_are_named(tmp_path, rows, little_memory):
 
 
 def test_folders_without_data(tmp_path, rows):
-    with pytest.raises(DataError, match=r"expected \.npy files or images, found a folder with neither"):
+    with pytest.raises(DataError, match=r"expected \.npy files or images, found a folder with neither$"):
+        load(tmp_path)
+    for name in ("dog", "cat"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(
+        DataError, match=r"with neither; what lies in folders below it, such as cat, is not read"
+    ):
         load(tmp_path)
     np.save(tmp_path / "a.npy", rows[:1])
     with pytest.raises(DataError, match="expected at least 2 samples"):

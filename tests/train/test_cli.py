@@ -520,3 +520,18 @@ def test_pyramid_of_images(train, tmp_path, capsys):
     assert "pyramid_weights='2,x': expected a number" in capsys.readouterr().err
     assert train("--no-compare", "--loss", "pyramid", data=images, out=tmp_path / "other") == 2
     assert "levels must be" in capsys.readouterr().err
+
+
+def test_images_with_their_channels_last_are_to_be_transposed(train, tmp_path, capsys):
+    images, noise = tmp_path / "images.npy", ("--model", "denoising", "--noise", "masking", "--noise-block")
+    np.save(images, np.random.default_rng(0).random((60, 6, 5, 3), dtype=np.float32))
+    for options in (("--loss", "pyramid"), (*noise, 2)):
+        told = failure(capsys, train("--no-compare", *options, data=images))
+        assert "expected images (C, H, W), got (6, 5, 3), which looks like (H, W, C)" in told
+        assert "x.transpose(0, 3, 1, 2) instead, or confirm the order with --image-shape 6,5,3" in told
+    assert train("--no-compare", *noise, 1, data=images) == 0
+    np.save(images, np.load(images).transpose(0, 3, 1, 2))
+    assert train("--no-compare", "--overwrite", *noise, 2, data=images) == 0
+    # Of these it cannot be told.
+    np.save(images, np.ones((60, 4, 5, 3), np.float32))
+    assert "needs image_shape, the (C, H, W)" in failure(capsys, train("--loss", "pyramid", data=images))
