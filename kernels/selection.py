@@ -2,8 +2,9 @@
 
 import torch
 
-# The largest k that the GPU's kernels take.
+# The largest k that the GPU's kernels take, and the longest rows.
 MOST = 1024
+MOST_COLUMNS = 1 << 30
 
 
 def largest(elements, k):

@@ -173,7 +173,7 @@ def save_saelens(
 
     ``SAE.load_from_disk(directory)`` is the same function of its samples as the model in eval mode, up to rounding: of
     the architecture "topk", of "jumprelu" for jumprelu and, with the threshold of eval mode, for batchtopk, as SAELens
-    does it too, or of "standard" for l1.
+    does it too, or of "standard" for l1. Thresholds are in float32 at least, as the model has them.
 
     Args:
         model: of sparsity "topk", "batchtopk", "jumprelu" or "l1", with output_activation "identity". Its directions
@@ -208,9 +208,9 @@ def save_saelens(
     if config.sparsity == "topk":
         options |= {"k": config.option("k"), "rescale_acts_by_decoder_norm": False}
     elif config.sparsity == "jumprelu":
-        saved["threshold"] = model.log_threshold.exp().to(saved["b_enc"].dtype)
+        saved["threshold"] = model.log_threshold.exp()
     elif config.sparsity == "batchtopk":
-        saved["threshold"] = model.kept_above.to(saved["b_enc"].dtype).expand(config.latent)
+        saved["threshold"] = model.kept_above.expand(config.latent)
     _write(Path(directory), options, saved, SAELENS_WEIGHTS)
 
 

@@ -50,10 +50,11 @@ def seed_of(seed: Any, generator: Any, like: Tensor, op: str) -> Tensor:
         if generator is None:
             if not _registry.is_watched():
                 return _draw(like.device, None)
-            # Of torch.func's transforms, vmap asks for its randomness argument here.
-            is_transformed = not torch.compiler.is_compiling() and _registry.is_transformed()
-            # A program of nothing but references runs without aefast.
-            if is_transformed or (torch.compiler.is_exporting() and _registry.choose(op, like) == "eager"):
+            if torch.compiler.is_exporting() and _registry.choose(op, like) == "eager":
+                # A program of nothing but references runs without aefast, and draws what they draw.
+                return torch.ops.aten.random.default(torch.zeros((), dtype=torch.int64, device=like.device))
+            if not torch.compiler.is_compiling() and _registry.is_transformed():
+                # Of torch.func's transforms, vmap asks for its randomness argument here.
                 return torch.randint(2**63 - 1, (), device=like.device)
             return torch.ops.aefast.draw_seed.default(like)
         if not isinstance(generator, torch.Generator):

@@ -8,6 +8,7 @@ namespace {
 
 using aefast::Device;
 using aefast::with_element_type;
+using aefast::cuda::kMostColumns;
 using aefast::cuda::kMostLargest;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -21,8 +22,9 @@ void largest(const Tensor& elements, const Tensor& values, const Tensor& indices
                   "indices must be (", rows, ", ", k, ") of int64");
   STD_TORCH_CHECK(elements.is_contiguous() && values.is_contiguous() && indices.is_contiguous(),
                   "elements, values and indices must be contiguous");
-  STD_TORCH_CHECK(1 <= k && k <= columns && k <= kMostLargest && columns <= INT32_MAX, "k must be from 1 to ",
-                  kMostLargest, " and the columns, got ", k, " of ", columns);
+  STD_TORCH_CHECK(columns <= kMostColumns, "elements must have at most ", kMostColumns, " columns, got ", columns);
+  STD_TORCH_CHECK(1 <= k && k <= columns && k <= kMostLargest, "k must be from 1 to ", kMostLargest,
+                  " and the columns, got ", k, " of ", columns);
   const Device::Scope scope(elements);
   with_element_type(elements, [&](auto zero) {
     using T = decltype(zero);

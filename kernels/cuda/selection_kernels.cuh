@@ -25,7 +25,7 @@ constexpr int kChunk = 8;
 constexpr int kResidentSelections = 6;
 
 // How many groups there are, the largest k that they serve, and the elements that there is room for. Of random numbers
-// 1.6 k are expected at most.
+// 1.7 k are expected at most.
 template <int kGroupsPerThread>
 struct Selection {
   static constexpr int kGroups = kGroupsPerThread * kThreads;
@@ -61,7 +61,7 @@ __device__ void for_each_chunk(const T* __restrict__ row, int columns, const Bod
   constexpr int V = kVectorLength<T>;
   const int thread = static_cast<int>(threadIdx.x);
   const int past = static_cast<int>(reinterpret_cast<uintptr_t>(row) % sizeof(Vector<T>) / sizeof(T));
-  const int head = past == 0 ? 0 : (V - past < columns ? V - past : columns);
+  const int head = past == 0 ? 0 : V - past;
   const int chunks = (columns - head) / kChunk;
   for (int chunk = thread; chunk < chunks; chunk += kThreads) {
     const int column = head + chunk * kChunk;
@@ -254,6 +254,8 @@ __global__ void __launch_bounds__(kThreads, kResidentSelections)
 }
 
 constexpr int kMostLargest = Selection<kChunk>::kMost;
+// A column and a block's threads beyond it are counted in 32 bits.
+constexpr int64_t kMostColumns = 1 << 30;
 
 // elements (rows, columns), values and indices (rows, k), all contiguous; 1 <= k <= columns and kMostLargest.
 template <typename T>

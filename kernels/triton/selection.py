@@ -1,24 +1,28 @@
 """The k largest elements of each row of a matrix and which they are, the largest first and of equals the one of the
 lower column.
 
-A program has a row, and each place of its tile the elements that come to lie there. A bound that k of the places'
-maxima reach, k elements reach; the few more than k that do are gathered in memory and sorted. Where more do than there
-is room for, since many are equal or one place has most of the largest, the bound is raised by bisection, until those
-above it fit, or are k at most with some of its equals, of which the first are taken.
+A program has a row, whose elements belong to twice as many groups as k, or more. A bound that k of the groups' maxima
+reach, k elements reach; the few more than k that do are gathered in memory and sorted. Where more do than there is room
+for, since many are equal or one group has most of the largest, the bound is raised by bisection, until those above it
+fit, or are k at most with some of its equals, of which the first are taken.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..selection import MOST, largest
+from ..selection import MOST, MOST_COLUMNS, largest
 from .linear_act import COMPILE, power_of_two
 
 __all__ = ["select"]
 
-TILE = tl.constexpr(2 * MOST)  # twice as many places as the largest k
-WARPS = 8
-# Orders, as integers: those of NaN, and what none reaches.
+TILE = tl.constexpr(2 * MOST)  # as many elements as there are groups at most
+CHUNK = tl.constexpr(8)  # elements side by side
+AT_ONCE = tl.constexpr(64)  # chunks
+WARPS = 4
+# Without a limit the compiler spills for fewer registers than there are.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
+# Orders, as integers: that of NaN, and what none reaches.
 OF_NAN = tl.constexpr(0x7FFFFFFE)
 NONE = tl.constexpr(0x7FFFFFFF)
 
@@ -47,24 +51,39 @@ def between(low, high):
 
 
 @triton.jit
-def gather(row, keys, columns, low, high, found, room):
+def gather(row, chunks, keys, columns, low, high, found, room, ROOM: tl.constexpr):
     """Writes the keys of those whose order is from `low` to below `high`, in the order of their columns, from
-    keys[found] on and in front of keys[room] -> `found` and how many they are."""
+    keys[found] on and in front of keys[room] -> `found` and how many they are, and in how many chunks `low` is reached.
+
+    These chunks are found first. ROOM of them are gone through.
+    """
     least = number_of(low)
     found = tl.cast(found, tl.int32)
+    starts = tl.arange(0, TILE // CHUNK) * CHUNK
+    within = tl.arange(0, CHUNK)[None, :]
+    count = tl.zeros((), tl.int32)
     for first in range(0, columns, TILE):
-        cols = first + tl.arange(0, TILE)
+        cols = first + starts[:, None] + within
         inside = cols < columns
         numbers = tl.load(row + cols, mask=inside, other=0.0).to(tl.float32)
-        # No comparison with NaN is true.
-        if tl.max(tl.where(numbers < least, 0, inside.to(tl.int32)), 0) > 0:
-            order = order_of(numbers)
-            is_one = inside & (order >= low) & (order < high)
-            places = found + tl.cumsum(is_one.to(tl.int32), 0) - 1
-            key = (order.to(tl.int64) << 32) | (0x7FFFFFFF - cols).to(tl.int64)
-            tl.store(keys + places, key, mask=is_one & (places < room))
-            found += tl.sum(is_one.to(tl.int32), 0)
-    return found
+        has_one = tl.max((inside & ((numbers >= least) | (numbers != numbers))).to(tl.int32), 1)
+        places = count + tl.cumsum(has_one, 0) - 1
+        tl.store(chunks + places, first + starts, mask=(has_one > 0) & (places < ROOM))
+        count += tl.sum(has_one, 0)
+    # What other threads have written is read.
+    tl.debug_barrier()
+    for first in range(0, tl.minimum(count, ROOM), AT_ONCE):
+        place = first + tl.arange(0, AT_ONCE)
+        is_chunk = place < tl.minimum(count, ROOM)
+        cols = tl.load(chunks + place, mask=is_chunk, other=0)[:, None] + within
+        inside = is_chunk[:, None] & (cols < columns)
+        order = order_of(tl.load(row + cols, mask=inside, other=0.0).to(tl.float32))
+        is_one = tl.reshape((inside & (order >= low) & (order < high)).to(tl.int32), (AT_ONCE * CHUNK,))
+        key = tl.reshape((order.to(tl.int64) << 32) | (0x7FFFFFFF - cols).to(tl.int64), (AT_ONCE * CHUNK,))
+        places = found + tl.cumsum(is_one, 0) - 1
+        tl.store(keys + places, key, mask=(is_one > 0) & (places < room))
+        found += tl.sum(is_one, 0)
+    return found, count
 
 
 @triton.jit
@@ -85,29 +104,32 @@ def count_above(row, columns, low):
 @triton.jit
 def largest_kernel(
     elements,  # (N, columns) fp32, fp16 or bf16, contiguous
+    chunks,  # (N, ROOM) int32
     keys,  # (N, ROOM) int64
     values,  # (N, k) contiguous
     indices,  # (N, k) int64 contiguous
     columns,
     k,
+    GROUPS: tl.constexpr,  # twice k at least
     ROOM: tl.constexpr,  # for so many elements of a row, at least k
 ):
     # 64-bit: any offset may exceed 2^31 elements.
     index = tl.program_id(0).to(tl.int64)
     row = elements + index * columns
+    chunks += index * ROOM
     keys += index * ROOM
 
-    # Of places without a number the maximum is -inf: what lies there is NaN, and in no other's way.
+    # Of groups without a number the maximum is -inf: what they hold is NaN, and in no other's way.
     most = tl.full((TILE,), float("-inf"), tl.float32)
     for first in range(0, columns, TILE):
         cols = first + tl.arange(0, TILE)
         numbers = tl.load(row + cols, mask=cols < columns, other=float("-inf")).to(tl.float32)
         most = tl.maximum(most, numbers)
-    orders = order_of(most)
+    orders = order_of(tl.max(tl.reshape(most, (GROUPS, TILE // GROUPS)), 1))
     # k maxima or more reach `low`, and fewer `high`. A few more than k make few more elements to sort.
-    low = tl.full((), -0x80000000, tl.int32)
-    high = tl.full((), NONE, tl.int32)
-    reached = tl.full((), TILE, tl.int32)
+    low = tl.min(orders, 0)
+    high = tl.max(orders, 0) + 1
+    reached = tl.full((), GROUPS, tl.int32)
     while (reached > k + k // 8) & (high != low + 1):
         middle = between(low, high)
         count = tl.sum((orders >= middle).to(tl.int32), 0)
@@ -116,7 +138,8 @@ def largest_kernel(
         reached = tl.where(is_enough, count, reached)
         high = tl.where(is_enough, high, middle)
 
-    found = gather(row, keys, columns, low, NONE, 0, ROOM)
+    found, in_chunks = gather(row, chunks, keys, columns, low, NONE, 0, ROOM, ROOM)
+    found = tl.maximum(found, in_chunks)
     if found > ROOM:
         high = tl.full((), NONE, tl.int32)
         while (found > ROOM) & (high != low + 1):
@@ -128,10 +151,11 @@ def largest_kernel(
             high = tl.where(is_enough, high, middle)
         tl.debug_barrier()
         if found <= ROOM:
-            found = gather(row, keys, columns, low, NONE, 0, ROOM)
+            found, _ = gather(row, chunks, keys, columns, low, NONE, 0, ROOM, ROOM)
         else:
-            found = gather(row, keys, columns, high, NONE, 0, k)
-            gather(row, keys, columns, low, high, found, k)
+            found, _ = gather(row, chunks, keys, columns, high, NONE, 0, k, ROOM)
+            tl.debug_barrier()
+            gather(row, chunks, keys, columns, low, high, found, k, ROOM)
             found = k
     # What other threads have written is read.
     tl.debug_barrier()
@@ -146,9 +170,10 @@ def largest_kernel(
 # --- launches ---------------------------------------------------------------------------------------------
 
 
-def room_of(k):
-    """Of random numbers 1.1 k to 1.7 k reach the bound."""
-    return power_of_two(2 * k, 32, TILE.value)
+def sizes(k):
+    """How many groups there are, and elements that there is room for. Of random numbers 1.1 k to 1.7 k reach the
+    bound."""
+    return {"GROUPS": power_of_two(4 * k, 512, TILE.value), "ROOM": power_of_two(2 * k, 32, TILE.value)}
 
 
 def is_served_by_library(elements):
@@ -160,12 +185,15 @@ def select(elements, values, indices):
     (N, F), k = elements.shape, values.shape[1]
     if values.numel() == 0:
         return
-    if elements.dtype == torch.float64 or k > MOST:
+    if elements.dtype == torch.float64 or k > MOST or F > MOST_COLUMNS:
         indices.copy_(largest(elements, k))
         torch.gather(elements, 1, indices, out=values)
     elif is_served_by_library(elements):
         torch.ops.aefast_cuda.largest(elements, values, indices)
     else:
-        room = room_of(k)
-        keys = torch.empty((N, room), dtype=torch.int64, device=elements.device)
-        largest_kernel[(N,)](elements, keys, values, indices, F, k, ROOM=room, num_warps=WARPS, **COMPILE)
+        made = sizes(k)
+        chunks = torch.empty((N, made["ROOM"]), dtype=torch.int32, device=elements.device)
+        keys = torch.empty((N, made["ROOM"]), dtype=torch.int64, device=elements.device)
+        largest_kernel[(N,)](
+            elements, chunks, keys, values, indices, F, k, **made, num_warps=WARPS, **COMPILE
+        )

@@ -9,9 +9,9 @@ from .selection import select
 
 __all__ = ["topk_encode", "topk_encode_backward"]
 
-# Pre-activations that there are at once. In 16 bits they stay in an H200's L2 until they have been selected from. In
-# float64 PyTorch selects, whose sort takes some 30 bytes for each.
-ELEMENTS = 1 << 24
+# Of the pre-activations that there are at once, and their least rows: the selection has a thread block for each, of
+# which a large GPU runs some 800 at a time. In float64 PyTorch's sort takes four times as much beside them.
+BYTES, ROWS = 1 << 27, 1024
 
 
 def topk_encode(x, weight, bias, k):
@@ -21,7 +21,7 @@ def topk_encode(x, weight, bias, k):
     with on_device(x):
         values = torch.empty((N, k), dtype=x.dtype, device=x.device)
         indices = torch.empty((N, k), dtype=torch.int64, device=x.device)
-        rows = max(1, ELEMENTS // weight.shape[0])
+        rows = max(ROWS, BYTES // (weight.shape[0] * x.itemsize))
         for first in range(0, N, rows):
             pre = torch.nn.functional.linear(x[first : first + rows], weight, bias)
             select(pre, values[first : first + rows], indices[first : first + rows])

@@ -549,14 +549,14 @@ def test_thresholds_are_those_of_the_file_in_every_dtype(tmp_path, dtype):
 
 
 def trained(sparsity, **options):
-    """A model whose every number matters, in training mode."""
+    """A model whose every number matters, in training mode, as an optimiser's step leaves it."""
     torch.manual_seed(0)
     options |= {"k": 5} if "topk" in sparsity else {}
     model = SparseAutoencoder(input_size=FEATURES, latent=LATENT, sparsity=sparsity, **options)
+    model(data(dtype=torch.float32))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    model(data(dtype=torch.float32))
     return model
 
 
@@ -599,6 +599,14 @@ def test_saves_as_saelens_does(tmp_path, sparsity, options):
     torch.testing.assert_close(code, model.dense(expected.latent))
     torch.testing.assert_close(code @ weights["W_dec"] + weights["b_dec"], expected.reconstruction)
     torch.testing.assert_close(load_saelens(tmp_path)(x).reconstruction, expected.reconstruction)
+
+
+def test_thresholds_are_saved_in_float32(tmp_path):
+    model = trained("jumprelu", threshold=0.3).bfloat16()
+    save_saelens(model, tmp_path)
+    back = load_saelens(tmp_path)
+    assert back.encoder.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(back.log_threshold, model.log_threshold, rtol=0, atol=1e-6)
 
 
 def test_what_a_format_does_not_have_is_refused(tmp_path):

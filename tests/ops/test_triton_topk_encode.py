@@ -52,8 +52,9 @@ def test_rows_at_a_time(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randint(-2, 3, shape, generator=generator).float() for shape in ((17, 6), (40, 6)))
     expected = launchers.topk_encode(x, weight, None, 5)
-    for elements in (1, 40, 200, 10**6):
-        monkeypatch.setattr(launchers, "ELEMENTS", elements)
+    for size, least in ((0, 1), (0, 5), (4 * 40 * 3, 1), (10**6, 1)):
+        monkeypatch.setattr(launchers, "BYTES", size)
+        monkeypatch.setattr(launchers, "ROWS", least)
         found = launchers.topk_encode(x, weight, None, 5)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 

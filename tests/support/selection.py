@@ -28,6 +28,15 @@ def hard_rows() -> Iterator[tuple[torch.Tensor, int]]:
     some_nan = draw(columns)
     some_nan[100:1500] = torch.nan
     yield from ((some_nan, k) for k in (100, 1000))
+    # More infinities than there is room for, and NaN behind them.
+    few_nan = torch.full((columns,), torch.inf)
+    few_nan[-5:] = torch.nan
+    yield few_nan, 20
+    # Equals of which there is one in each eight, and a larger one behind them.
+    apart = torch.full((columns,), -1.0)
+    apart[::8] = 1.0
+    apart[-8] = 2.0
+    yield apart, 20
     # Equals below 0.
     below = torch.full((columns,), -5.0)
     below[-10:] = -4.0
