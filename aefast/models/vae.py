@@ -175,6 +175,12 @@ class VAE(Model):
             reduction: "mean" over the batch, or "none" for each row's, (B,).
             noise: (B, latent) or (latent,): ε of z = mu + exp(logvar / 2) ε, in place of draws from N(0, I). With one ε
                 for all rows what a row is given does not depend on the others.
+
+        Returns:
+            A scalar, or (B,).
+
+        Raises:
+            InputError: the model has a loss in place of a likelihood, or an argument is not as above.
         """
         if self.config.loss is not None:
             raise InputError(f"elbo: this model has no likelihood, but the loss {self.config.loss!r}")
