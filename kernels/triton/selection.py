@@ -22,6 +22,8 @@ AT_ONCE = tl.constexpr(64)  # chunks
 WARPS = 4
 # Without a limit the compiler spills for fewer registers than there are.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
+# Elements that PyTorch selects from at a time: its keys, or its sort, take some 30 bytes for each.
+AT_ONCE_BY_TORCH = 1 << 24
 # Orders, as integers: that of NaN, and what none reaches.
 OF_NAN = tl.constexpr(0x7FFFFFFE)
 NONE = tl.constexpr(0x7FFFFFFF)
@@ -186,14 +188,16 @@ def select(elements, values, indices):
     if values.numel() == 0:
         return
     if elements.dtype == torch.float64 or k > MOST or F > MOST_COLUMNS:
-        indices.copy_(largest(elements, k))
-        torch.gather(elements, 1, indices, out=values)
+        rows = max(1, AT_ONCE_BY_TORCH // F)
+        for first in range(0, N, rows):
+            part, chosen = elements[first : first + rows], indices[first : first + rows]
+            chosen.copy_(largest(part, k))
+            torch.gather(part, 1, chosen, out=values[first : first + rows])
     elif is_served_by_library(elements):
         torch.ops.aefast_cuda.largest(elements, values, indices)
     else:
         made = sizes(k)
         chunks = torch.empty((N, made["ROOM"]), dtype=torch.int32, device=elements.device)
         keys = torch.empty((N, made["ROOM"]), dtype=torch.int64, device=elements.device)
-        largest_kernel[(N,)](
-            elements, chunks, keys, values, indices, F, k, **made, num_warps=WARPS, **COMPILE
-        )
+        launch = largest_kernel[(N,)]
+        launch(elements, chunks, keys, values, indices, F, k, **made, num_warps=WARPS, **REGISTERS, **COMPILE)

@@ -10,7 +10,7 @@ from .selection import select
 __all__ = ["topk_encode", "topk_encode_backward"]
 
 # Of the pre-activations that there are at once, and their least rows: the selection has a thread block for each, of
-# which a large GPU runs some 800 at a time. In float64 PyTorch's sort takes four times as much beside them.
+# which a large GPU runs some 800 at a time.
 BYTES, ROWS = 1 << 27, 1024
 
 

@@ -8,6 +8,7 @@ import pkgutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from aefast.bench import sass
 
@@ -102,6 +103,18 @@ def test_every_kernel_has_a_signature():
         for name, member in members:
             if isinstance(member, triton.JITFunction) and name.endswith("_kernel"):
                 assert member in covered, f"{module.name}.{name} has no signature in aot.py"
+
+
+def test_the_selection_is_launched_as_it_is_compiled(monkeypatch):
+    selection = importlib.import_module("aefast.kernels.triton.selection")
+    launched = {}
+    kernel = {(2,): lambda *arguments, **options: launched.update(options)}
+    monkeypatch.setattr(selection, "largest_kernel", kernel)
+    for signature in SIGNATURES:
+        if signature.kernel.__name__ == "largest_kernel" and signature.types["elements"] == "*fp32":
+            k = int(signature.name.split()[1])
+            selection.select(torch.zeros(2, 4096), torch.zeros(2, k), torch.zeros(2, k, dtype=torch.int64))
+            assert launched == {**signature.constants, **signature.options, "num_warps": signature.warps}
 
 
 def test_shipped_tables_name_only_compiled_tiles():

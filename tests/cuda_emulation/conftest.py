@@ -43,3 +43,16 @@ def compile_emulated(tmp_path_factory):
         return library
 
     return compile_emulated
+
+
+@pytest.fixture(scope="session")
+def load_operators(compile_emulated):
+    """load_operators(source) -> the namespace in which that file's operators are, on CPU tensors."""
+
+    def load_operators(source: Path) -> object:
+        flags = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        link = [f"-L{TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        torch.ops.load_library(str(compile_emulated(source, *flags, *link)))
+        return torch.ops.aefast_cuda_emulation
+
+    return load_operators

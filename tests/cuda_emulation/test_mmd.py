@@ -51,11 +51,8 @@ def is_same(found, expected):
 
 
 @pytest.fixture(scope="module")
-def ops(compile_emulated):
-    flags = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    link = [f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-    torch.ops.load_library(str(compile_emulated(CUDA / "mmd.cu", *flags, *link)))
-    return torch.ops.aefast_cuda_emulation
+def ops(load_operators):
+    return load_operators(CUDA / "mmd.cu")
 
 
 @pytest.fixture(scope="module")

@@ -36,12 +36,8 @@ FORWARD = {
 
 
 @pytest.fixture(scope="module")
-def ops(compile_emulated):
-    torch_lib = Path(torch.__file__).parent / "lib"
-    flags = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    link = [f"-L{torch_lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-    torch.ops.load_library(str(compile_emulated(SOURCE, *flags, *link)))
-    return torch.ops.aefast_cuda_emulation
+def ops(load_operators):
+    return load_operators(SOURCE)
 
 
 def random(*shape, seed=0, dtype=torch.float64):

@@ -376,11 +376,8 @@ def test_a_missing_barrier_is_caught(compile_emulated, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def ops(compile_emulated):
-    flags = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    link = [f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-    torch.ops.load_library(str(compile_emulated(CUDA / "reparameterize.cu", *flags, *link)))
-    return torch.ops.aefast_cuda_emulation
+def ops(load_operators):
+    return load_operators(CUDA / "reparameterize.cu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

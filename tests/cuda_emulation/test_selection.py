@@ -37,11 +37,8 @@ SHAPES = (
 
 
 @pytest.fixture(scope="module")
-def largest(compile_emulated):
-    flags = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    link = [f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-    torch.ops.load_library(str(compile_emulated(CUDA / "selection.cu", *flags, *link)))
-    return torch.ops.aefast_cuda_emulation.largest
+def largest(load_operators):
+    return load_operators(CUDA / "selection.cu").largest
 
 
 def select(largest, elements, k):
@@ -93,13 +90,18 @@ def test_wrong_arguments_are_refused(largest):
         "indices must be": (elements, values, indices.int()),
         "contiguous": (elements.t().contiguous().t(), values, indices),
         "k must be from 1": (elements, values[:, :0], indices[:, :0]),
+        "at most 1073741824 columns": (
+            torch.empty(1, 2**30 + 1, dtype=torch.half),
+            values[:1].half(),
+            indices[:1],
+        ),
         "and the columns, got 3 of 2": (elements[:, :2].contiguous(), values, indices),
         "from 1 to 1024": (elements, torch.empty(4, 1025), torch.empty(4, 1025, dtype=torch.int64)),
         "float32, float16 or bfloat16": (elements.double(), values.double(), indices),
     }.items():
         with pytest.raises(RuntimeError, match=message):
             largest(*arguments)
-    assert selection.MOST == 1024
+    assert (selection.MOST, selection.MOST_COLUMNS) == (1024, 2**30)
 
 
 # --- barriers ---------------------------------------------------------------------------------------------

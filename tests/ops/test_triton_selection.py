@@ -45,7 +45,9 @@ def test_hard_rows(dtype):
         check(select(elements, k), elements, k)
 
 
-def test_what_pytorch_selects():
+@pytest.mark.parametrize("at_once", [1, 100, 10**6])
+def test_what_pytorch_selects(monkeypatch, at_once):
+    monkeypatch.setattr(selection, "AT_ONCE_BY_TORCH", at_once)
     for elements, k in ((draw(3, 50).double(), 7), (draw(2, 3000), selection.MOST + 1)):
         check(select(elements, k), elements, k)
 
