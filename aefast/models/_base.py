@@ -159,6 +159,8 @@ class Model(nn.Module):
     Attributes:
         ends_step: whether a forward pass in training mode is the last of its training step. Who trains on a batch in
             parts sets it to False for all parts but the last, backward included, as `aefast.train.CapturedStep` does.
+        networks: of the modules that were given in the place of the model's own, the names of their classes, by
+            "encoder" and "decoder". Whoever loads the model has to give such modules again.
     """
 
     name: ClassVar[str]
@@ -167,6 +169,7 @@ class Model(nn.Module):
 
     def __init__(self, config: ModelConfig | None = None, **options: Any) -> None:
         super().__init__()
+        self.networks: dict[str, str] = {}
         if config is None:
             config = self.config_class.from_dict(options, type(self).__name__)
         elif options:
@@ -255,6 +258,8 @@ class Model(nn.Module):
         directory = Path(directory)
         self.check_names()
         content = {"format_version": FORMAT_VERSION, "model": self.name, "config": self.config.to_dict()}
+        if self.networks:
+            content["networks"] = self.networks
         if metadata is not None:
             content["metadata"] = dict(metadata)
         try:
@@ -275,10 +280,14 @@ class Model(nn.Module):
             storages.add(storage)
         return state
 
+    def _blank(self) -> Model:
+        """A new model of the same config."""
+        return type(self)(self.config)
+
     def check_names(self) -> None:
         """That the state dict has the keys of a new model of the same config; `InputError` if not."""
         with torch.device("meta"):
-            expected = type(self)(self.config).state_dict().keys()
+            expected = self._blank().state_dict().keys()
         found = self.state_dict().keys()
         if found != expected:
             names = [*(f"missing {key!r}" for key in expected - found)]
@@ -295,6 +304,7 @@ class Model(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **networks: nn.Module,
     ) -> Model:
         """Load the model that `save_pretrained` wrote into `directory`, in eval mode.
 
@@ -302,19 +312,23 @@ class Model(nn.Module):
             directory: folder holding ``config.json`` and ``model.safetensors``.
             device: where the model goes; the CPU by default.
             dtype: floating-point type to convert to; that of the file by default.
+            networks: ``encoder=``, ``decoder=`` or both, of a model that was made with modules in their place:
+                modules of the same architecture, which become part of the model and take their weights from the file.
 
         Raises:
             InputError: a missing folder or file, an unknown model or option, a newer file format, weights
-                that are damaged or do not fit the config, or a model of another class than this one.
+                that are damaged or do not fit the config, networks that are missing or too many, or a model of another
+                class than this one.
         """
         directory = Path(directory)
-        model_class, config = _read_config(directory)
+        model_class, config, own = _read_config(directory)
         if not issubclass(model_class, cls):
             raise InputError(
                 f"directory={str(directory)!r}: holds a {model_class.__name__}, expected {cls.__name__}"
             )
+        _check_networks(networks, own, f"the {model_class.__name__} in {directory}")
         with torch.device("meta"):
-            model = model_class(config)
+            model = model_class(config, **networks)
         _fill(model, _read_weights(directory / WEIGHTS_FILE), directory / WEIGHTS_FILE)
         return model.to(device=device, dtype=dtype).eval()
 
@@ -324,12 +338,29 @@ def from_pretrained(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    **networks: nn.Module,
 ) -> Model:
     """Load whichever model `directory` holds; see `Model.from_pretrained`."""
-    return Model.from_pretrained(directory, device=device, dtype=dtype)
+    return Model.from_pretrained(directory, device=device, dtype=dtype, **networks)
 
 
-def _read_config(directory: Path) -> tuple[type[Model], ModelConfig]:
+def _check_networks(given: Mapping[str, object], own: Mapping[str, str], what: str) -> None:
+    """That `given` are the networks that a model was made with, whose classes `own` names."""
+    for name in given:
+        if name not in own:
+            raise InputError(f"{name}: {what} was not made with one that is given{did_you_mean(name, own)}")
+    missing = [name for name in own if name not in given]
+    if missing:
+        classes = " and ".join(f"{own[name]} as its {name}" for name in own)
+        arguments = ", ".join(f"{name}=..." for name in own)
+        raise InputError(
+            f"{missing[0]}: {what} was made with {classes}, which its files do not hold; give modules of the same "
+            f"architecture, in Python: from_pretrained(directory, {arguments})"
+        )
+
+
+def _read_config(directory: Path) -> tuple[type[Model], ModelConfig, dict[str, str]]:
+    """The class of the model, its config, and the classes of the networks that it was made with."""
     if not os.path.isdir(directory):
         found = "a file" if os.path.exists(directory) else "nothing"
         raise InputError(f"directory={str(directory)!r}: expected a folder with a saved model, found {found}")
@@ -345,7 +376,7 @@ def _read_config(directory: Path) -> tuple[type[Model], ModelConfig]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
 
-    known = ("format_version", "model", "config", "metadata")
+    known = ("format_version", "model", "config", "metadata", "networks")
     for key in content:
         if key not in known:
             raise InputError(f"{path}: unknown key {key!r}{did_you_mean(key, known)}")
@@ -363,7 +394,12 @@ def _read_config(directory: Path) -> tuple[type[Model], ModelConfig]:
             "upgrade aefast to load it"
         )
     model_class = find_model(content["model"], f"{path}: model")
-    return model_class, model_class.config_class.from_dict(content["config"], origin=str(path))
+    networks = content.get("networks", {})
+    if not isinstance(networks, dict) or not all(name in ("encoder", "decoder") for name in networks):
+        raise InputError(
+            f"{path}: networks={networks!r}: expected the classes of an encoder, a decoder or both"
+        )
+    return model_class, model_class.config_class.from_dict(content["config"], origin=str(path)), networks
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -375,8 +411,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: expected a readable safetensors file ({error})") from None
 
 
-def _fill(model: Model, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Give `model`, which may be on the meta device, the tensors read from `path`."""
+def check_fit(model: Model, weights: Mapping[str, torch.Tensor], what: str) -> None:
+    """That `weights` have the names, shapes and kinds of the model's state dict; `what` is how an error begins."""
     expected = model.state_dict()
     problems = [f"missing {key!r}" for key in expected if key not in weights]
     problems += [f"unexpected {key!r}" for key in weights if key not in expected]
@@ -392,5 +428,22 @@ def _fill(model: Model, weights: dict[str, torch.Tensor], path: Path) -> None:
     ]
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise InputError(f"{path}: the tensors do not fit {CONFIG_FILE}: {shown}")
-    model.load_state_dict(weights, assign=True)
+        raise InputError(f"{what}: {shown}")
+
+
+def _fill(model: Model, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Give `model`, which may be on the meta device, the tensors read from `path`."""
+    check_fit(model, weights, f"{path}: the tensors do not fit {CONFIG_FILE}")
+    for name in model.networks:
+        _fill_network(getattr(model, name), weights, f"{name}.")
+    model.load_state_dict(weights, assign=True, strict=not model.networks)
+
+
+def _fill_network(network: nn.Module, weights: dict[str, torch.Tensor], prefix: str) -> None:
+    """Give a module those of the tensors whose names begin with `prefix`, as whose type it counts from then on."""
+    own = {key.removeprefix(prefix): weights.pop(key) for key in list(weights) if key.startswith(prefix)}
+    types = {value.dtype for value in own.values() if value.is_floating_point()}
+    if len(types) == 1:
+        network.to(dtype=types.pop())
+    # Tensors that it uses in several places stay one, unless they are to be replaced.
+    network.load_state_dict(own, assign=any(one.is_meta for one in network.parameters()))

@@ -11,7 +11,7 @@ import torch
 import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.models._base import check_choice
-from aefast.models._dense import DenseConfig, check_sizes
+from aefast.models._networks import DenseConfig, check_sizes
 from aefast.nn import MLP, PyramidLoss, ReconstructionLoss
 from aefast.ops import _loss, _registry
 
@@ -41,7 +41,8 @@ class LossConfig(DenseConfig):
         pyramid: "average", which is the default, "gaussian" or "laplacian".
         pyramid_levels: 4 by default.
         pyramid_weights: of the levels, the finest first; 1 by default.
-        image_shape: (C, H, W) of a sample, the order in which its features are flattened; "pyramid" needs it.
+        image_shape: (C, H, W) of a sample, the order in which its features are flattened; "pyramid" needs it, and an
+            encoder that is given in the place of the dense one gets samples of it.
     """
 
     loss: str | None = None
@@ -190,4 +191,4 @@ def does_without(model: Any, samples: int) -> bool:
         return False
     is_large = samples * model.config.input_size >= _LARGE
     is_training = model.training and torch.is_grad_enabled()
-    return is_large and is_training and model.decoder_loss.is_of_elements
+    return is_large and is_training and model.decoder_loss.is_of_elements and "decoder" not in model.networks

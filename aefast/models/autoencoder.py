@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from aefast.errors import InputError
-from aefast.models._base import Model, ModelOutput, register
-from aefast.models._dense import make_decoder, make_encoder
+from aefast.models._base import ModelOutput, register
+from aefast.models._networks import EncoderDecoder, make_decoder, make_encoder
 from aefast.models._reconstruction import LOSSES, LossConfig, does_without
 
 
@@ -29,11 +29,12 @@ class AutoencoderConfig(LossConfig):
 
 
 @register("autoencoder")
-class Autoencoder(Model):
+class Autoencoder(EncoderDecoder):
     """Dense autoencoder, under- or overcomplete, with a symmetric decoder unless told otherwise.
 
     Args:
         config: the options; or give them by name: ``Autoencoder(input_size=784, latent=16)``.
+        encoder, decoder: modules in the place of the dense ones (docs/models.md, "Networks of your own").
         device: where the parameters live.
         dtype: their floating-point type.
 
@@ -48,20 +49,22 @@ class Autoencoder(Model):
         self,
         config: AutoencoderConfig | None = None,
         *,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(config, **options)
-        self.encoder = make_encoder(self.config, device, dtype)
-        self.decoder = make_decoder(self.config, device, dtype)
+        super().__init__(config, options, encoder, decoder)
+        self.encoder = make_encoder(self.config, encoder, device, dtype)
+        self.decoder = make_decoder(self.config, decoder, device, dtype)
         self.decoder_loss = self.config.decoder_loss("mean")
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return self.encoder(self.flatten(x))
+        return self._features(self.flatten(x))
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        return self.decoder_loss.mean_of(self.decoder(latent))
+        return self.decoder_loss.mean_of(self._output(latent))
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
         return self._reconstruct(x, x)
@@ -74,7 +77,7 @@ class Autoencoder(Model):
             loss = self.decoder_loss.of_latent(self.decoder, latent, flat)
             made = functools.partial(self._decoded, latent, target.shape)
         else:
-            output = self.decoder(latent)
+            output = self._output(latent)
             loss = self.decoder_loss(output, flat)
             made = self.decoder_loss.mean_of(output).reshape(target.shape)
         return ModelOutput(made, latent, loss, {self.config.loss: loss})
@@ -85,7 +88,8 @@ class Autoencoder(Model):
     def _eager_twin(self, **first: nn.Module) -> nn.Sequential:
         """With modules before the encoder."""
         last = {"mean": nn.Sigmoid()} if self._has_logits else {}
-        stack = OrderedDict(first, encoder=self.encoder.eager(), decoder=self.decoder.eager(), **last)
+        encoder, decoder = self._eager_networks()
+        stack = OrderedDict(first, encoder=encoder, decoder=decoder, **last)
         return nn.Sequential(stack).train(self.training)
 
     def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:

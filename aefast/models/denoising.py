@@ -72,6 +72,7 @@ class DenoisingAutoencoder(Autoencoder):
 
     Args:
         config: the options; or give them by name: ``DenoisingAutoencoder(input_size=784, noise_std=0.2)``.
+        encoder, decoder: modules in the place of the dense ones (docs/models.md, "Networks of your own").
         device: where the parameters live.
         dtype: their floating-point type.
 
@@ -86,11 +87,13 @@ class DenoisingAutoencoder(Autoencoder):
         self,
         config: DenoisingConfig | None = None,
         *,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(config, device=device, dtype=dtype, **options)
+        super().__init__(config, encoder=encoder, decoder=decoder, device=device, dtype=dtype, **options)
         self.noise = Corrupt(self.config.noise, **self.config.noise_options)
 
     def corrupt(

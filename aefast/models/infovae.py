@@ -140,6 +140,7 @@ class InfoVAE(VAE):
 
     Args:
         config: the options; or give them by name: ``InfoVAE(input_size=784, latent=16, mmd_weight=50)``.
+        encoder, decoder: modules in the place of the dense ones (docs/models.md, "Networks of your own").
         device: where the parameters live.
         dtype: their floating-point type.
 
@@ -163,11 +164,13 @@ class InfoVAE(VAE):
         self,
         config: InfoVAEConfig | None = None,
         *,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(config, device=device, dtype=dtype, **options)
+        super().__init__(config, encoder=encoder, decoder=decoder, device=device, dtype=dtype, **options)
         config = self.config
         if not config.stochastic:
             self.head = _PointHead(self.head.in_features, config.latent, device, dtype)
@@ -179,7 +182,7 @@ class InfoVAE(VAE):
         """The posterior means, or the codes that are points, of a batch: x (B, ...) to (B, latent)."""
         if self.config.stochastic:
             return super().encode(x)
-        return self.head(self.encoder(self.flatten(x)))[0]
+        return self.head(self._features(self.flatten(x)))[0]
 
     def posterior(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self._check_stochastic("posterior")

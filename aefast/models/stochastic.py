@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from aefast.models._base import Model, ModelOutput, register
-from aefast.models._dense import make_decoder, make_encoder
+from aefast.models._base import ModelOutput, register
+from aefast.models._networks import EncoderDecoder, make_decoder, make_encoder
 from aefast.models._reconstruction import LossConfig, does_without
 from aefast.nn import Corrupt
 
@@ -22,7 +22,7 @@ class StochasticConfig(LossConfig):
 
 
 @register("stochastic")
-class StochasticAutoencoder(Model):
+class StochasticAutoencoder(EncoderDecoder):
     """Autoencoder with p(h|x) = N(f(x), I) and p(x|h) = N(g(h), I), f and g being dense networks.
 
     The loss is the expectation of -log p(x|h) over p(h|x), up to its constant, half of log 2π a feature, and
@@ -40,6 +40,7 @@ class StochasticAutoencoder(Model):
 
     Args:
         config: the options; or give them by name: ``StochasticAutoencoder(input_size=784, latent=16)``.
+        encoder, decoder: modules in the place of the dense ones (docs/models.md, "Networks of your own").
         device: where the parameters live.
         dtype: their floating-point type.
 
@@ -54,24 +55,26 @@ class StochasticAutoencoder(Model):
         self,
         config: StochasticConfig | None = None,
         *,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(config, **options)
-        self.encoder = make_encoder(self.config, device, dtype)
+        super().__init__(config, options, encoder, decoder)
+        self.encoder = make_encoder(self.config, encoder, device, dtype)
         self.noise = Corrupt("gaussian", std=1.0)
-        self.decoder = make_decoder(self.config, device, dtype)
+        self.decoder = make_decoder(self.config, decoder, device, dtype)
         # -log p(x|h) without its constant.
         self.decoder_loss = self.config.decoder_loss("batchmean", "mse", loss_weight=0.5)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """The means f(x) of p(h|x): x (B, ...) to (B, latent)."""
-        return self.encoder(self.flatten(x))
+        return self._features(self.flatten(x))
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """The means g(h) of p(x|h): (B, latent) to (B, input_size)."""
-        return self.decoder_loss.mean_of(self.decoder(latent))
+        return self.decoder_loss.mean_of(self._output(latent))
 
     def sample_latent(self, x: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
         """A draw of h from p(h|x) for each row of x (B, ...): (B, latent)."""
@@ -86,16 +89,16 @@ class StochasticAutoencoder(Model):
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
         flat = self.flatten(x)
-        mean = self.encoder(flat)
+        mean = self._features(flat)
         latent = self.noise.corrupt(mean)
         if does_without(self, flat.shape[0]):
             loss = self.decoder_loss.of_latent(self.decoder, latent, flat)
             made = functools.partial(self._decoded, latent, x.shape)
             return ModelOutput(made, latent, loss, {"reconstruction": loss})
-        output = self.decoder(latent)
+        output = self._output(latent)
         loss = self.decoder_loss(output, flat)
         if not self.training:
-            latent, output = mean, self.decoder(mean)
+            latent, output = mean, self._output(mean)
         made = self.decoder_loss.mean_of(output).reshape(x.shape)
         return ModelOutput(made, latent, loss, {"reconstruction": loss})
 
@@ -112,8 +115,7 @@ class _EagerStochastic(nn.Module):
 
     def __init__(self, model: StochasticAutoencoder) -> None:
         super().__init__()
-        self.encoder = model.encoder.eager()
-        self.decoder = model.decoder.eager()
+        self.encoder, self.decoder = model._eager_networks()
         self.mean_of = model.decoder_loss.mean_of
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,8 @@ from torch import nn
 
 import aefast.functional as AF
 from aefast.errors import InputError
-from aefast.models._base import Model, ModelOutput, check_choice, register
-from aefast.models._dense import make_decoder
+from aefast.models._base import ModelOutput, check_choice, register
+from aefast.models._networks import EncoderDecoder, make_decoder
 from aefast.models._reconstruction import LossConfig, does_without
 from aefast.nn import MLP, GaussianHead
 from aefast.nn.linear_act import check_positive_int
@@ -71,7 +71,7 @@ class VAEConfig(LossConfig):
 
 
 @register("vae")
-class VAE(Model):
+class VAE(EncoderDecoder):
     """Variational autoencoder with a dense encoder, a Gaussian head and a dense decoder.
 
     The loss is the negative evidence lower bound, estimated with one sample of the latents (Kingma and Welling,
@@ -89,6 +89,7 @@ class VAE(Model):
 
     Args:
         config: the options; or give them by name: ``VAE(input_size=784, latent=16, likelihood="bernoulli")``.
+        encoder, decoder: modules in the place of the dense ones (docs/models.md, "Networks of your own").
         device: where the parameters live.
         dtype: their floating-point type.
 
@@ -109,26 +110,31 @@ class VAE(Model):
 
     config_class = VAEConfig
     config: VAEConfig
+    _has_head = True
 
     def __init__(
         self,
         config: VAEConfig | None = None,
         *,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(config, **options)
+        super().__init__(config, options, encoder, decoder)
         config = self.config
         widths = (config.input_size, *config.hidden)
-        if config.hidden:
+        if encoder is not None:
+            self.encoder = encoder.to(device=device, dtype=dtype)
+        elif config.hidden:
             self.encoder = MLP(widths, config.activation, config.activation, device=device, dtype=dtype)
         else:
             self.encoder = nn.Identity()
         self.head = GaussianHead(
             widths[-1], config.latent, logvar_range=LOGVAR_RANGE, device=device, dtype=dtype
         )
-        self.decoder = make_decoder(config, device, dtype)
+        self.decoder = make_decoder(config, decoder, device, dtype)
         learnt = config.likelihood == "gaussian"
         self.log_variance = nn.Parameter(torch.zeros((), device=device, dtype=dtype)) if learnt else None
         steps = torch.zeros((), device=device, dtype=torch.int64) if config.kl_warmup_steps else None
@@ -143,11 +149,11 @@ class VAE(Model):
 
     def posterior(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """mu and logvar, (B, latent) each, of q(z|x) = N(mu, diag(exp(logvar))); logvar within `LOGVAR_RANGE`."""
-        return self.head.moments(self.encoder(self.flatten(x)))
+        return self.head.moments(self._features(self.flatten(x)))
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """The mean of p(x|z): (B, latent) to (B, input_size)."""
-        return self.decoder_loss.mean_of(self.decoder(latent))
+        return self.decoder_loss.mean_of(self._output(latent))
 
     def sample(self, count: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
         """The decoder's mean for `count` draws from the prior N(0, I): (count, input_size).
@@ -199,7 +205,7 @@ class VAE(Model):
             z = mu + torch.exp(0.5 * logvar) * noise
             kl = AF.kl_normal(mu, logvar, reduction="none")
         loss = self.decoder_loss
-        value = AF.reconstruction_loss(self.decoder(z), flat, loss.kind, reduction="none", **loss.options)
+        value = AF.reconstruction_loss(self._output(z), flat, loss.kind, reduction="none", **loss.options)
         elbo = self._elbo(self._reconstruction_term(value.sum(1), self.log_variance), kl)
         return elbo if reduction == "none" else elbo.mean()
 
@@ -215,7 +221,7 @@ class VAE(Model):
         reconstruction, kl, output, z, mu = self._estimate(flat, not does_without(self, flat.shape[0]))
         if output is None:
             return reconstruction, kl, functools.partial(self._decoded, z, x.shape), z, z
-        latent, output = (z, output) if self.training else (mu, self.decoder(mu))
+        latent, output = (z, output) if self.training else (mu, self._output(mu))
         return reconstruction, kl, self.decoder_loss.mean_of(output).reshape(x.shape), latent, z
 
     def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -238,9 +244,9 @@ class VAE(Model):
         """-log p(x|z), or the loss in its place, and the KL divergence in nats; the decoder's output for z, if it is to
         be made; z itself, and mu."""
         self.check_samples(flat)
-        z, kl, mu, _ = self.head(self.encoder(flat))
+        z, kl, mu, _ = self.head(self._features(flat))
         if makes_output:
-            output = self.decoder(z)
+            output = self._output(z)
             value = self.decoder_loss(output, flat)
         else:
             output = None
@@ -283,11 +289,11 @@ class EagerVAE(nn.Module):
     def __init__(self, model: VAE) -> None:
         super().__init__()
         self.config = model.config
-        self.encoder = model.encoder.eager() if model.config.hidden else nn.Identity()
+        self.encoder, decoder = model._eager_networks()
         self.head = model.head.eager()
         if isinstance(model.head, GaussianHead):
             self.head.sample.logvar_range = None
-        self.decoder = model.decoder.eager()
+        self.decoder = decoder
         learnt = model.log_variance
         self.log_variance = None if learnt is None else nn.Parameter(learnt.detach().clone())
         steps = model.training_steps

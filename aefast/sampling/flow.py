@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aefast.errors import InputError
-from aefast.models._dense import check_sizes
+from aefast.models._networks import check_sizes
 from aefast.nn import MLP
 from aefast.nn.linear_act import check_positive_int
 from aefast.sampling._base import Sampler, check_positive, check_seed, register, standard_scale

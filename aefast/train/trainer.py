@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from aefast.data import Batches, IterableBatches
 from aefast.errors import AefastError, InputError
 from aefast.models import Model
-from aefast.models._base import CONFIG_FILE, WEIGHTS_FILE
+from aefast.models._base import CONFIG_FILE, WEIGHTS_FILE, check_fit
 from aefast.nn import MMDLoss
 from aefast.train.callbacks import Callback
 from aefast.train.checkpoint import Checkpoint, CheckpointStore
@@ -431,6 +431,8 @@ class Trainer:
         return {
             "model": self.model.name,
             **self.model.config.to_dict(),
+            # Runs from before models had any say nothing of them.
+            "networks": self.model.networks or None,
             "batch_size": self.config.batch_size,
             "lr": self.config.lr,
             "schedule": self.config.schedule,
@@ -528,7 +530,9 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Become the run that `checkpoint` was taken of."""
-        self.model.load_state_dict(checkpoint.tensors["model"])
+        of_model = checkpoint.tensors["model"]
+        check_fit(self.model, of_model, f"model: the checkpoints in {self.directory} are of another one")
+        self.model.load_state_dict(of_model)
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in checkpoint.tensors.get("optimizer", {}).items():
             index, _, name = key.partition("/")

@@ -6,6 +6,7 @@ Every side updates its parameters by Adam in its fused form, the fastest that Py
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
@@ -23,6 +24,9 @@ QUICK_BATCHES = (256,)
 WIDTHS = ((784, 512, 16), (256, 512, 16))
 # (batch, inputs, latents, k): activations of a language model, and patches.
 SPARSE = ((4096, 512, 8192, 32), (1024, 256, 1024, 16))
+# Small photographs, (C, H, W); channels of two convolutions, each of which halves the sides; features; latents.
+CONVOLUTIONAL = ((3, 32, 32), (32, 64), 256, 64)
+CONVOLUTIONAL_BATCHES = (256, 1024)
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[TrainingCase]:
@@ -34,6 +38,8 @@ def cases(device: torch.device, quick: bool) -> Iterator[TrainingCase]:
                 yield infovae(batch, *sizes, dtype, device)
         for batch in QUICK_BATCHES if quick else BATCHES:
             yield denoising(batch, *WIDTHS[-1], dtype, device)
+        for batch in QUICK_BATCHES if quick else CONVOLUTIONAL_BATCHES:
+            yield convolutional(batch, *CONVOLUTIONAL, dtype, device)
         for shape in SPARSE[-1:] if quick else SPARSE:
             yield sparse(*shape, dtype, device)
 
@@ -111,10 +117,7 @@ def infovae(
         return functools.partial(_pythae_vae, INFOVAE_MMD, config)
 
     def cost() -> Cost:
-        codes = torch.empty(batch, latent, dtype=dtype, device="meta")
-        pairs = OPS["mmd"].cost(True, codes, codes, kernel="imq")
-        dense = gaussian_cost(batch, inputs, hidden, latent, dtype)
-        return Cost(dense.bytes + pairs.bytes, dense.flops + pairs.flops, dense.exps + pairs.exps)
+        return with_mmd(gaussian_cost(batch, inputs, hidden, latent, dtype), batch, latent, dtype)
 
     def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
         # For each of its three sums over pairs, their differences with gradients, and three numbers a kernel.
@@ -149,6 +152,78 @@ def denoising(
         output_activation="sigmoid",
         noise="gaussian",
         noise_std=0.2,
+    )
+
+
+def convolutional(
+    batch: int,
+    shape: tuple[int, int, int],
+    channels: tuple[int, int],
+    features: int,
+    latent: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> TrainingCase:
+    """An `InfoVAE` with convolutions in encoder and decoder, which are the same modules on all sides."""
+    colours, height, width = shape
+    first, second = channels
+    inputs, sides = math.prod(shape), (height // 4, width // 4)
+    flat = second * math.prod(sides)
+
+    def make_model() -> Model:
+        # gelu has no kink, at which rounding would decide what the gradient is.
+        encoder = nn.Sequential(
+            nn.Conv2d(colours, first, 4, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(first, second, 4, stride=2, padding=1),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(flat, features),
+            nn.GELU(),
+        )
+        decoder = nn.Sequential(
+            nn.Linear(latent, flat),
+            nn.GELU(),
+            nn.Unflatten(1, (second, *sides)),
+            nn.ConvTranspose2d(second, first, 4, stride=2, padding=1),
+            nn.GELU(),
+            nn.ConvTranspose2d(first, colours, 4, stride=2, padding=1),
+        )
+        return InfoVAE(
+            input_size=inputs,
+            image_shape=shape,
+            hidden=(features,),
+            latent=latent,
+            encoder=encoder,
+            decoder=decoder,
+            device=device,
+            dtype=dtype,
+        )
+
+    def cost(model: Model) -> Cost:
+        """As `step_cost`, where each weight of a convolution counts at every place of the smaller of its two images."""
+        middle = 4 * first * math.prod(sides)
+        outer, inner = 16 * colours * middle, 16 * first * flat
+        products = 2 * (outer + inner) + flat * features + features * 2 * latent + latent * flat
+        hidden = 2 * (middle + flat) + features
+        parameters = sum(one.numel() for one in model.parameters())
+        flops = 2 * batch * (3 * products - outer)
+        elements = batch * 2 * (inputs + hidden + 2 * latent + inputs) + (2 + 1 + 7) * parameters
+        # An error function of each hidden element, and the exponential of its derivative.
+        exps = batch * (2 * hidden + 5 * latent)
+        return with_mmd(Cost(elements * dtype.itemsize, flops, exps), batch, latent, dtype)
+
+    return TrainingCase(
+        "train",
+        "convolutional",
+        f"{'x'.join(map(str, shape))}-{first}-{second}-{features}-{latent}-b{batch}",
+        {"batch": batch, "inputs": inputs, "features": inputs},
+        dtype,
+        device,
+        make_model=make_model,
+        features=inputs,
+        cost=cost,
+        is_compiled=batch in QUICK_BATCHES,
     )
 
 
@@ -277,6 +352,13 @@ def gaussian_cost(batch: int, inputs: int, hidden: int, latent: int, dtype: torc
     layers = [*pairwise((inputs, hidden, 2 * latent)), *pairwise((latent, hidden, inputs))]
     # Of each latent an exponential, and half of a logarithm, a sine and a cosine; and as much in the backward.
     return step_cost(batch, layers, dtype, 5 * latent)
+
+
+def with_mmd(cost: Cost, batch: int, latent: int, dtype: torch.dtype) -> Cost:
+    """A step's cost with that of the MMD of its codes to as many draws from the prior."""
+    codes = torch.empty(batch, latent, dtype=dtype, device="meta")
+    pairs = OPS["mmd"].cost(True, codes, codes, kernel="imq")
+    return Cost(cost.bytes + pairs.bytes, cost.flops + pairs.flops, cost.exps + pairs.exps)
 
 
 def step_cost(batch: int, layers: Iterable[tuple[int, int]], dtype: torch.dtype, exps: int) -> Cost:

@@ -1,0 +1,422 @@
+"""Models with encoders and decoders of one's own."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+
+from aefast import cli
+from aefast.data import Dataset
+from aefast.errors import InputError
+from aefast.models import (
+    VAE,
+    Autoencoder,
+    DenoisingAutoencoder,
+    InfoVAE,
+    SparseAutoencoder,
+    StochasticAutoencoder,
+    from_pretrained,
+)
+from aefast.nn import MLP, Corrupt
+from aefast.train import CapturedStep, TrainConfig, Trainer, make_optimizer
+
+SHAPE = (2, 6, 6)
+FEATURES = 72
+LATENT = 5
+# What the encoder of each model gives for a sample.
+GIVES = {
+    Autoencoder: LATENT,
+    DenoisingAutoencoder: LATENT,
+    StochasticAutoencoder: LATENT,
+    VAE: 12,
+    InfoVAE: 12,
+}
+MODELS = pytest.mark.parametrize("model_class", GIVES, ids=lambda one: one.__name__)
+
+
+class Encoder(nn.Sequential):
+    def __init__(self, features):
+        super().__init__(
+            nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, features, 3)
+        )
+
+
+class Decoder(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Unflatten(1, (LATENT, 1, 1)),
+            nn.ConvTranspose2d(LATENT, 4, 3),
+            nn.ReLU(),
+            nn.ConvTranspose2d(4, 2, 2, stride=2),
+        )
+
+
+def make(model_class, encoder=None, decoder=None, **options):
+    gives = GIVES[model_class]
+    if model_class in (VAE, InfoVAE):
+        options.setdefault("hidden", (gives,))
+    return model_class(
+        input_size=FEATURES,
+        latent=LATENT,
+        image_shape=SHAPE,
+        encoder=Encoder(gives) if encoder is None else encoder,
+        decoder=Decoder() if decoder is None else decoder,
+        **options,
+    )
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@MODELS
+def test_loss_and_gradients_are_the_twin_s(model_class):
+    # Noise that hides none of what is compared.
+    options = {DenoisingAutoencoder: {"noise_std": 0.0}, InfoVAE: {"mmd_prior": "closed_form"}}
+    model = make(model_class, **options.get(model_class, {}))
+    if model_class is StochasticAutoencoder:
+        model.noise = Corrupt("gaussian", std=0.0)
+    if hasattr(model, "head"):
+        with torch.no_grad():
+            # Deviations of exp(-15), at which codes are their means.
+            model.head.bias[LATENT:] = -30.0
+            model.head.weight[LATENT:] = 0.0
+    x = torch.rand(9, *SHAPE)
+    twin, exact = model.eager_twin(), model.eager_twin().double()
+    assert list(twin.state_dict()) == list(model.state_dict())
+    model(x).loss.backward()
+    losses = []
+    for one, data in ((twin, x), (exact, x.double())):
+        if model_class is StochasticAutoencoder:
+            loss = 0.5 * (one.decoder(one.encoder(data.flatten(1))) - data.flatten(1)).square().sum(1).mean()
+        else:
+            loss = model.eager_loss(one, data.flatten(1))
+        loss.backward()
+        losses.append(loss)
+    pairs = zip(model.parameters(), twin.parameters(), exact.parameters(), strict=True)
+    for (name, _), (ours, plain, true) in zip(model.named_parameters(), pairs, strict=True):
+        if name.startswith("head") and ours.grad is None:
+            continue
+        noise = torch.finfo(torch.float32).eps * true.grad.abs().max()
+        # Batch normalization makes the bias before it a matter of rounding alone.
+        slack = 2 * noise + 1e-6 * (name == "encoder.0.bias")
+        # Codes differ from their means by 3e-7 of a deviation of 1.
+        slack += 2e-5 * true.grad.abs().max() * hasattr(model, "head")
+        assert (ours.grad - true.grad).abs().max() <= 2 * (plain.grad - true.grad).abs().max() + slack, name
+
+
+def test_networks_see_samples_and_codes_and_their_results_are_flattened():
+    seen = {}
+
+    class Seeing(nn.Module):
+        def __init__(self, name, gives):
+            super().__init__()
+            self.name, self.gives = name, gives
+
+        def forward(self, x):
+            seen[self.name] = x.clone()
+            return self.gives(x)
+
+    encoder = Seeing("encoder", lambda x: x[:, :1, :1, :LATENT, None])
+    decoder = Seeing("decoder", lambda z: z.repeat(1, 20)[:, :FEATURES].unflatten(1, SHAPE))
+    model = make(Autoencoder, encoder, decoder)
+    x = torch.rand(3, *SHAPE)
+    for given in (x, x.flatten(1), x.to(memory_format=torch.channels_last)):
+        output = model(given)
+        assert torch.equal(seen["encoder"], x)
+        assert torch.equal(output.latent, x[:, 0, 0, :LATENT]) and torch.equal(seen["decoder"], output.latent)
+        assert output.reconstruction.shape == given.shape
+    assert model.decode(output.latent).shape == (3, FEATURES)
+    plain = Autoencoder(
+        input_size=FEATURES, latent=LATENT, encoder=Seeing("encoder", lambda x: x[:, :LATENT])
+    )
+    plain(x)
+    assert torch.equal(seen["encoder"], x.flatten(1))
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_one_of_both_can_be_dense(name):
+    given = Encoder(12) if name == "encoder" else Decoder()
+    model = VAE(input_size=FEATURES, hidden=(12,), latent=LATENT, image_shape=SHAPE, **{name: given})
+    assert getattr(model, name) is given
+    dense = model.decoder if name == "encoder" else model.encoder
+    assert isinstance(dense, MLP)
+    twin = model.eager_twin()
+    assert list(twin.state_dict()) == list(model.state_dict())
+    model.eval(), twin.eval()
+    x = torch.rand(4, *SHAPE)
+    torch.testing.assert_close(model(x).reconstruction.flatten(1), twin(x.flatten(1)))
+
+
+@MODELS
+def test_training_falls(model_class):
+    model = make(model_class)
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2))
+    x = torch.rand(64, *SHAPE)
+    losses = [float(sum(step(x).values())) for _ in range(80)]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_the_output_activation_and_the_loss_are_the_model_s():
+    model = make(Autoencoder, output_activation="sigmoid", loss="bce")
+    x = torch.rand(4, *SHAPE)
+    expected = torch.sigmoid(model.decoder(model.encoder(x).flatten(1)))
+    model.train()
+    output = model(x)
+    torch.testing.assert_close(output.reconstruction, expected)
+    torch.testing.assert_close(output.loss, F.binary_cross_entropy(expected, x))
+    twin = model.eager_twin()
+    torch.testing.assert_close(model.eager_loss(twin, x.flatten(1)), output.loss)
+    pyramid = make(Autoencoder, loss="pyramid", pyramid_levels=2)
+    torch.testing.assert_close(
+        pyramid(x).loss, pyramid.eager_loss(pyramid.eager_twin(), x.flatten(1)), rtol=1e-5, atol=0
+    )
+
+
+def test_large_batches_do_without_a_reconstruction_of_dense_decoders_alone(monkeypatch):
+    monkeypatch.setattr("aefast.models._reconstruction._LARGE", 1)
+    decoder = MLP((LATENT, 8, FEATURES))
+    model = make(Autoencoder, decoder=decoder, output_activation="sigmoid")
+    x = torch.rand(4, *SHAPE)
+    output = model(x)
+    assert isinstance(output.made, torch.Tensor)
+    torch.testing.assert_close(output.loss, F.mse_loss(torch.sigmoid(decoder(output.latent)), x.flatten(1)))
+
+
+def test_shared_weights_stay_shared(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self, weight, transposed):
+            super().__init__()
+            self.weight, self.transposed = weight, transposed
+
+        def forward(self, x):
+            return x @ (self.weight if self.transposed else self.weight.T)
+
+    def made():
+        weight = nn.Parameter(0.1 * torch.randn(LATENT, FEATURES))
+        networks = {"encoder": Tied(weight, False), "decoder": Tied(weight, True)}
+        return Autoencoder(input_size=FEATURES, latent=LATENT, **networks), networks
+
+    model, _ = made()
+    assert len(list(model.parameters())) == len(list(model.eager_twin().parameters())) == 1
+    model.save_pretrained(tmp_path)
+    networks = made()[1]
+    loaded = from_pretrained(tmp_path, **networks)
+    assert loaded.encoder.weight is loaded.decoder.weight
+    assert torch.equal(loaded.encoder.weight, model.encoder.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": Encoder}, "encoder: expected a module, got the class Encoder"),
+        ({"decoder": "conv"}, "decoder: expected a torch.nn.Module, got str"),
+        ({"encoder": nn.LazyLinear(5)}, "encoder: expected parameters of known shapes"),
+        ({"hidden": (64,)}, r"hidden=\(64,\): encoder and decoder are given"),
+        ({"activation": "gelu"}, "activation='gelu': encoder and decoder are given"),
+        ({"decoder_hidden": (8,)}, r"decoder_hidden=\(8,\): the decoder that is given has its own layers"),
+        ({"linear_decoder": True}, "linear_decoder=True: the decoder that is given"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        make(Autoencoder, **options)
+
+
+@pytest.mark.parametrize("hidden", [(), (12, 12)])
+def test_one_size_is_that_of_the_features(hidden):
+    with pytest.raises(InputError, match=r"hidden=.*: expected one size, how many features the encoder"):
+        make(VAE, hidden=hidden)
+
+
+def test_state_that_is_no_tensor_is_refused():
+    class Stateful(nn.Identity):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+    with pytest.raises(
+        InputError, match=r"decoder: expected tensors in its state dict, got dict as '_extra_state'"
+    ):
+        make(Autoencoder, decoder=Stateful())
+
+
+@pytest.mark.parametrize(
+    ("model_class", "network", "gives", "message"),
+    [
+        (
+            Autoencoder,
+            "encoder",
+            lambda x: x,
+            r"encoder: .* 5 features a sample, as latent says, got \(3, 2, 6, 6\)",
+        ),
+        (VAE, "encoder", lambda x: x.flatten(1), r"encoder: .* 12 features .* as hidden says, got \(3, 72\)"),
+        (
+            VAE,
+            "decoder",
+            lambda z: z,
+            r"decoder: .*\(3, ...\) with 72 features .*input_size says, got \(3, 5\)",
+        ),
+        (VAE, "decoder", lambda z: z.repeat(1, 30)[:1, :72], r"decoder: .* got \(1, 72\)"),
+        (Autoencoder, "encoder", lambda x: (x, x), "encoder: expected it to give a tensor, got tuple"),
+    ],
+)
+def test_results_of_another_shape_are_named(model_class, network, gives, message):
+    class Given(nn.Module):
+        def forward(self, x):
+            return gives(x)
+
+    model = make(model_class, **{network: Given()})
+    with pytest.raises(InputError, match=message):
+        model(torch.rand(3, *SHAPE))
+
+
+# Files
+
+
+@MODELS
+def test_saving_and_loading(model_class, tmp_path):
+    model = make(model_class)
+    with torch.no_grad():
+        model(torch.rand(20, *SHAPE))
+    model.eval().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["networks"] == {
+        "encoder": "Encoder",
+        "decoder": "Decoder",
+    }
+    networks = {"encoder": Encoder(GIVES[model_class]), "decoder": Decoder()}
+    before = torch.get_rng_state()
+    loaded = from_pretrained(tmp_path, **networks)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert type(loaded) is model_class and not loaded.training and loaded.config == model.config
+    assert loaded.networks == model.networks and loaded.encoder is networks["encoder"]
+    x = torch.rand(4, *SHAPE)
+    assert torch.equal(loaded(x).reconstruction, model(x).reconstruction)
+    assert loaded.encoder[1].num_batches_tracked == 1
+    loaded.save_pretrained(tmp_path / "again")
+
+
+def test_loading_keeps_what_is_frozen_and_takes_the_file_s_dtype(tmp_path):
+    model = make(Autoencoder).double()
+    model.save_pretrained(tmp_path)
+    encoder = Encoder(LATENT).requires_grad_(False)
+    loaded = from_pretrained(tmp_path, encoder=encoder, decoder=Decoder())
+    assert {one.dtype for one in loaded.parameters()} == {torch.float64}
+    assert not any(one.requires_grad for one in loaded.encoder.parameters())
+    assert all(one.requires_grad for one in loaded.decoder.parameters())
+    with torch.device("meta"):
+        networks = {"encoder": Encoder(LATENT), "decoder": Decoder()}
+    loaded = from_pretrained(tmp_path, dtype=torch.float32, **networks)
+    assert {(one.dtype, one.device.type) for one in loaded.parameters()} == {(torch.float32, "cpu")}
+    assert torch.equal(loaded.encoder[0].weight, model.encoder[0].weight.float())
+
+
+def test_loading_asks_for_the_networks_by_name(tmp_path):
+    model = make(VAE)
+    model.save_pretrained(tmp_path / "own")
+    VAE(input_size=FEATURES).save_pretrained(tmp_path / "dense")
+    SparseAutoencoder(input_size=FEATURES, latent=80).save_pretrained(tmp_path / "sparse")
+    needed = r"the VAE in .*own was made with Encoder as its encoder and Decoder as its decoder, .*encoder=.*, decoder="
+    with pytest.raises(InputError, match=f"encoder: {needed}"):
+        from_pretrained(tmp_path / "own")
+    with pytest.raises(InputError, match=f"decoder: {needed}"):
+        VAE.from_pretrained(tmp_path / "own", encoder=Encoder(12))
+    for name in ("dense", "sparse"):
+        with pytest.raises(InputError, match=r"decoder: the .* in .* was not made with one that is given"):
+            from_pretrained(tmp_path / name, decoder=Decoder())
+    with pytest.raises(InputError, match=r"encodr: .* did you mean 'encoder'"):
+        from_pretrained(tmp_path / "own", encodr=Encoder(12), decoder=Decoder())
+    with pytest.raises(
+        InputError, match=r"'encoder.3.weight' has shape \(12, 4, 3, 3\), expected \(7, 4, 3, 3\)"
+    ):
+        from_pretrained(tmp_path / "own", encoder=Encoder(7), decoder=Decoder())
+    path = tmp_path / "own" / "config.json"
+    for damaged in (["encoder"], {"head": "Linear"}):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "networks": damaged}))
+        with pytest.raises(
+            InputError, match=r"networks=.*: expected the classes of an encoder, a decoder or both"
+        ):
+            from_pretrained(tmp_path / "own")
+
+
+def test_a_run_of_such_a_model_is_not_for_the_command_line(tmp_path, capsys):
+    make(VAE).save_pretrained(tmp_path)
+    assert (
+        cli.main(["encode", "--run", str(tmp_path), "--data", "digits", "--out", str(tmp_path / "codes.npy")])
+        == 2
+    )
+    said = " ".join(capsys.readouterr().err.split())
+    assert "was made with Encoder as its encoder" in said and "in Python: from_pretrained(" in said
+
+
+def test_copies_and_pickles():
+    model = make(InfoVAE).eval()
+    x = torch.rand(3, *SHAPE)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x).reconstruction, model(x).reconstruction)
+
+
+# Training and compiling
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    data = Dataset("images", torch.rand(200, FEATURES), SHAPE)
+
+    def trainer(folder, epochs):
+        torch.manual_seed(3)
+        config = TrainConfig(epochs=epochs, batch_size=32, device="cpu", keep_best=True)
+        trainer = Trainer(make(VAE), data, config, tmp_path / folder, console=Console(quiet=True))
+        trainer._plot = lambda: None
+        return trainer
+
+    whole = trainer("whole", 4)
+    whole.fit(compare=False)
+    trainer("parts", 2).fit(compare=False)
+    parts = trainer("parts", 4)
+    parts.fit(resume=True, compare=False)
+    for (key, ours), theirs in zip(
+        parts.model.state_dict().items(), whole.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), key
+    networks = {"encoder": Encoder(12), "decoder": Decoder()}
+    best = from_pretrained(tmp_path / "whole" / "best", **networks)
+    assert torch.isfinite(best(torch.rand(2, *SHAPE)).loss)
+
+    class Other(Encoder):
+        pass
+
+    other = make(VAE, Other(12))
+    with pytest.raises(InputError, match=r"networks=\{'encoder': 'Other', .*expected \{'encoder': 'Encoder'"):
+        Trainer(other, data, parts.config, tmp_path / "parts", console=Console(quiet=True)).fit(resume=True)
+    wider = make(VAE, nn.Sequential(Encoder(12)))
+    wider.networks = dict(parts.model.networks)
+    with pytest.raises(
+        InputError, match=r"model: the checkpoints in .* another one: missing 'encoder.0.0.weight'"
+    ):
+        Trainer(wider, data, parts.config, tmp_path / "parts", console=Console(quiet=True)).fit(resume=True)
+
+
+@pytest.mark.parametrize("model_class", [Autoencoder, VAE])
+def test_compiled_and_exported(model_class):
+    model = make(model_class).eval()
+    x = torch.rand(4, *SHAPE)
+    compiled = torch.compile(lambda x: model(x).reconstruction, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x).reconstruction)
+
+    class Shipped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model.decode(self.model.encode(x))
+
+    program = torch.export.export(
+        Shipped().eval(), (torch.rand(2, *SHAPE),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    torch.testing.assert_close(program.module()(x), model.decode(model.encode(x)))
