@@ -160,6 +160,9 @@ class EncoderDecoder(Model):
                 continue
             # Parameters that both of them have stay one.
             twin = copy.deepcopy(network, copied)
+            for module in twin.modules():
+                # Of a module that `aefast.patch` has changed.
+                module.__class__ = getattr(type(module), "aefast_original", type(module))
             activation = "identity"
             if name == "encoder":
                 twin.register_forward_pre_hook(functools.partial(_see_samples, self.config.image_shape))

@@ -1,5 +1,6 @@
 """Models with encoders and decoders of one's own."""
 
+import contextlib
 import copy
 import json
 import pickle
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import aefast
 from aefast import cli
 from aefast.data import Dataset
 from aefast.errors import InputError
@@ -73,6 +76,21 @@ def make(model_class, encoder=None, decoder=None, **options):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@contextlib.contextmanager
+def ops_called():
+    """The names of aefast's ops that are called within it."""
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "aefast":
+                called.append(func._opname)
+            return func(*args, **(kwargs or {}))
+
+    called = []
+    with Mode():
+        yield called
 
 
 @MODELS
@@ -274,6 +292,23 @@ def test_results_of_another_shape_are_named(model_class, network, gives, message
     model = make(model_class, **{network: Given()})
     with pytest.raises(InputError, match=message):
         model(torch.rand(3, *SHAPE))
+
+
+def test_the_twin_of_a_patched_model_is_plain():
+    """So that what is compared with eager PyTorch is not compared with itself."""
+    decoder = nn.Sequential(nn.Linear(LATENT, 16), nn.ReLU(), nn.Linear(16, FEATURES))
+    model = make(Autoencoder, decoder=decoder)
+    report = aefast.patch(model)
+    assert [entry.where for entry in report.entries][:1] == ["decoder:0-2"]
+    twin = model.eager_twin()
+    assert type(twin.decoder) is nn.Sequential and type(model.decoder) is not nn.Sequential
+    x = torch.rand(4, *SHAPE)
+    with ops_called() as called:
+        twin(x.flatten(1))
+    assert not called
+    with ops_called() as called:
+        model(x)
+    assert any("mlp" in name for name in called)
 
 
 # Files
