@@ -280,7 +280,7 @@ _choose._dynamo_marked_constant = True
 
 def is_transformed() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is under way."""
-    return forward_ad._current_level >= 0 or _innermost_transform() is not None
+    return forward_ad._current_level >= 0 or _has_transforms()
 
 
 def choose(
@@ -328,7 +328,8 @@ _EXAMINING = frozenset(("cuda", "cpu"))
 
 # Bound here because looking them up takes longer than calling them.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_innermost_transform = torch._C._functorch.peek_interpreter_stack
+# The compiler knows the answer of this one, and takes another, `peek_interpreter_stack`, for always there.
+_has_transforms = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -339,7 +340,7 @@ def is_watched() -> bool:
         torch.compiler.is_compiling()
         or _dispatch_modes() > 0
         or forward_ad._current_level >= 0
-        or _innermost_transform() is not None
+        or _has_transforms()
         or _tracing_state() is not None
     )
 

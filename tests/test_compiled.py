@@ -1,4 +1,4 @@
-"""Batches of many sizes under torch.compile: a graph is made for a size that varies, and not one for each size."""
+"""Under torch.compile a graph is made for a size that varies, and not one for each size; and compiled backwards."""
 
 import pytest
 import torch
@@ -71,6 +71,30 @@ def test_what_an_op_is_compiled_to_serves_every_size(name, backend, dtype):
             compiled(*rows, *layer, torch.randint(LATENT, (n, 2))).backward()
         made.append(graphs.frame_count)
     assert made[0] == made[-1]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_backward_that_is_compiled_by_itself(name):
+    """What compiled autograd makes of a forward that was not compiled."""
+    layer = [torch.rand(LATENT, WIDTH), torch.rand(LATENT)]
+    operands = [torch.rand(7, WIDTH) for _ in range(2)] + layer
+    indices = torch.randint(LATENT, (7, 2))
+
+    def loss():
+        torch.manual_seed(0)
+        outputs = numerics.outputs_of(OPS[name](*operands, indices))
+        return sum(one.sum() for one in outputs if one.is_floating_point())
+
+    for one in operands:
+        one.requires_grad_()
+    expected = torch.autograd.grad(loss(), operands, allow_unused=True)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda value: value.backward(), backend="aot_eager")(loss())
+    for one, gradient in zip(operands, expected, strict=True):
+        assert (one.grad is None) == (gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(one.grad, gradient)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
