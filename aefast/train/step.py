@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -40,20 +41,35 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abs
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-@contextlib.contextmanager
-def _bfloat16_products() -> Iterator[None]:
-    """Within it products of float32 on the CPU may be formed from operands rounded to bfloat16, torch's too."""
-    # Behind `torch.backends.mkldnn.matmul.fp32_precision` and so on, which take five times as long.
-    get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
-    kinds = ("matmul", "conv", "rnn")
-    before = [get("mkldnn", kind) for kind in kinds]
-    try:
-        for kind in kinds:
-            put("mkldnn", kind, "bf16")
-        yield
-    finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            put("mkldnn", kind, precision)
+class _Bfloat16Products:
+    """Context in which products of float32 on the CPU may be formed from operands rounded to bfloat16, torch's too.
+
+    It is a setting of the process: the first thread that enters saves what it was, and the last one that leaves puts
+    that back.
+    """
+
+    _kinds = ("matmul", "conv", "rnn")
+    _lock = threading.Lock()
+    _inside = 0
+    _before: ClassVar[list[str]] = []
+
+    def __enter__(self) -> None:
+        shared = _Bfloat16Products
+        with self._lock:
+            if shared._inside == 0:
+                # Behind `torch.backends.mkldnn.matmul.fp32_precision` and so on, which take five times as long.
+                shared._before = [torch._C._get_fp32_precision_getter("mkldnn", kind) for kind in self._kinds]
+                for kind in self._kinds:
+                    torch._C._set_fp32_precision_setter("mkldnn", kind, "bf16")
+            shared._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        shared = _Bfloat16Products
+        with self._lock:
+            shared._inside -= 1
+            if shared._inside == 0:
+                for kind, precision in zip(self._kinds, shared._before, strict=True):
+                    torch._C._set_fp32_precision_setter("mkldnn", kind, precision)
 
 
 def _loss_of_model(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -135,7 +151,8 @@ class CapturedStep:
             `.terms` that the models of `aefast.models` give; of any other module the loss is its one term.
         precision: "fp32"; "bf16" or "fp16", the type in which autocast lets matrix products be formed, fp16 with a loss
             scale that adapts. On the CPU bf16 leaves all tensors in float32 and rounds the operands of products alone,
-            as ``torch.backends.mkldnn.matmul.fp32_precision = "bf16"`` does, which is faster and more exact.
+            as ``torch.backends.mkldnn.matmul.fp32_precision = "bf16"`` does, which is faster and more exact. It is so
+            during the step, in other threads of the process too.
         clip_norm: largest norm of all gradients together; longer ones are scaled down to it. None for no limit.
         accumulate: into how many parts a batch is cut, whose gradients are summed: less memory, the same mean. A loss
             that compares samples with each other, as MMD does, compares those of a part.
@@ -179,7 +196,7 @@ class CapturedStep:
         self._loss = _loss_of_model if loss is None else loss
         self.device = self._parameters[0].device
         rounds_products = precision == "bf16" and self.device.type == "cpu"
-        self._products = _bfloat16_products if rounds_products else contextlib.nullcontext
+        self._products = _Bfloat16Products if rounds_products else contextlib.nullcontext
         self._type = None if rounds_products else PRECISIONS[precision]
         self._scaler = torch.amp.GradScaler(self.device.type) if self._type is torch.float16 else None
         self.schedule = Schedule() if schedule is None else schedule
@@ -192,7 +209,7 @@ class CapturedStep:
             for group in optimizer.param_groups
         ]
         self.ema = None if ema_decay is None else [one.detach().clone() for one in self._parameters]
-        self._average = None if ema_decay is None else get_ema_multi_avg_fn(ema_decay)
+        self._decay = ema_decay
         self._recording: _Recording | None = None
         is_replayed = (
             steps_per_replay > 0 and self.device.type == "cpu" and loss is None and self._scaler is None
@@ -224,7 +241,7 @@ class CapturedStep:
 
     def __call__(self, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Train on a batch, tensors of (B, ...); the loss terms before the update, detached scalars by name."""
-        self._place_rates()
+        self._begin()
         if self._replayed == 0:
             return self._alone(batch)
         return {name: values[0] for name, values in self.many([batch]).items()}
@@ -234,7 +251,7 @@ class CapturedStep:
         batches = [(batch,) if isinstance(batch, torch.Tensor) else tuple(batch) for batch in batches]
         if not batches:
             raise InputError("batches: expected at least one, got none")
-        self._place_rates()
+        self._begin()
         terms: list[dict[str, torch.Tensor]] = []
         at = 0
         while at < len(batches):
@@ -287,8 +304,15 @@ class CapturedStep:
 
     # Steps one by one
 
-    def _place_rates(self) -> None:
-        """Put learning rates to where the device reads them: who sets one may have put a number in their place."""
+    def _begin(self) -> None:
+        """Before steps: the optimizer has the parameters that it had, and its rates where the device reads them."""
+        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        if count != len(self._parameters):
+            raise InputError(
+                f"optimizer: expected the {len(self._parameters)} parameters that it had when this step was made, got "
+                f"{count}; make another CapturedStep of it"
+            )
+        # Who sets a rate may have put a number in its place.
         for group, place in zip(self.optimizer.param_groups, self._places, strict=False):
             if place is not None and group["lr"] is not place:
                 # Filled with a number it waits for nothing.
@@ -333,7 +357,7 @@ class CapturedStep:
             self._scaler.update()
         if self.ema is not None:
             with torch.no_grad():
-                self._average(self.ema, self._parameters, self._count)
+                get_ema_multi_avg_fn(self._decay)(self.ema, self._parameters, self._count)
         self._count.add_(1)
         return terms
 

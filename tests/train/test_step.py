@@ -3,8 +3,11 @@
 import contextlib
 import copy
 import math
+import pickle
+import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -218,6 +221,38 @@ def test_an_error_leaves_the_setting_of_products_as_it_was():
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
+def test_the_last_of_several_threads_puts_the_setting_of_products_back():
+    is_first_in, is_second_in, is_first_out = (threading.Event() for _ in range(3))
+
+    def first(model, batch):
+        is_first_in.set()
+        assert is_second_in.wait(30)
+        return model(batch).loss
+
+    def second(model, batch):
+        is_second_in.set()
+        assert is_first_out.wait(30)
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return model(batch).loss
+
+    def step(loss):
+        model = make_model()
+        CapturedStep(model, make_optimizer(model.parameters(), 1e-2), loss=loss, precision="bf16")(
+            *batches(1)
+        )
+
+    seen = []
+    with ThreadPoolExecutor() as pool:
+        one = pool.submit(step, first)
+        assert is_first_in.wait(30)
+        other = pool.submit(step, second)
+        one.result(60)
+        is_first_out.set()
+        other.result(60)
+    assert seen == ["bf16"]
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
 def test_a_scaled_loss_that_overflows_makes_no_update():
     model, (batch,) = make_model(), batches(1)
     step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), precision="fp16")
@@ -341,6 +376,32 @@ def test_bad_optimizers_are_named(make, message):
     model = make_model()
     with pytest.raises(InputError, match=f"optimizer: expected one .*{message}"):
         CapturedStep(model, make(model))
+
+
+def test_parameters_that_an_optimizer_gets_later_are_refused():
+    """They would be trained without a limit of the gradients, a schedule and an average."""
+    model, (batch,) = make_model(), batches(1)
+    optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.1)
+    step = CapturedStep(model, optimizer, clip_norm=1e-3, ema_decay=0.9)
+    step(batch)
+    optimizer.add_param_group({"params": list(model.decoder.parameters())})
+    message = "optimizer: expected the 4 parameters that it had .*, got 8; make another CapturedStep"
+    for call in (step, lambda batch: step.many([batch])):
+        with pytest.raises(InputError, match=message):
+            call(batch)
+    CapturedStep(model, optimizer, clip_norm=1e-3, ema_decay=0.9)(batch)
+
+
+def test_a_step_can_be_pickled():
+    model, data = make_model(), batches(4)
+    step = CapturedStep(
+        model, make_optimizer(model.parameters(), 1e-2), ema_decay=0.9, clip_norm=1.0, precision="bf16"
+    )
+    step(data[0])
+    other = pickle.loads(pickle.dumps(step))
+    for batch in data:
+        assert torch.equal(step(batch)["mse"], other(batch)["mse"])
+    assert all(map(torch.equal, step.ema, other.ema))
 
 
 def test_no_batches_and_no_samples_are_named():
