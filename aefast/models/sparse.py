@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import sys
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from aefast.errors import InputError
 from aefast.models._base import Model, ModelOutput, check_choice, register
 from aefast.models._reconstruction import LOSSES, LossConfig, does_without
 from aefast.nn import SparseDecoder
+from aefast.nn._hooks import has_hooks
 from aefast.nn.linear_act import DenseParameters, check_positive_int
 from aefast.ops import _arguments, _registry
 from aefast.ops import jumprelu as jumprelu_op
@@ -257,6 +259,13 @@ class SparseAutoencoder(Model):
         decoder_weight = _weights(self, self.config)[1]
         return self.decoder_loss.mean_of(_decoded(self, self.config, _FUSED, latent, decoder_weight))
 
+    def reset_parameters(self) -> None:
+        """Set what is no layer's to what it begins with."""
+        if self.config.sparsity == "jumprelu":
+            nn.init.constant_(self.log_threshold, math.log(self.config.option("threshold")))
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+
     @torch.no_grad()
     def normalize(self) -> None:
         """Make the directions of the decoder of length 1, as training does before each step, and `eval`."""
@@ -293,6 +302,12 @@ class SparseAutoencoder(Model):
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
         if self.config.unit_norm and self.training and torch.is_grad_enabled():
+            if _is_sharded(self):
+                raise InputError(
+                    "unit_norm=True: within fully_shard a forward has copies of the weights alone, which it cannot "
+                    "normalize; make the model with unit_norm=False, and call its normalize() before each step for "
+                    "directions of length 1"
+                )
             self.normalize()
         flat = self.flatten(x)
         terms, code, made = _terms(self, self.config, _FUSED, self.decoder_loss, flat, x.shape)
@@ -327,6 +342,12 @@ class SparseAutoencoder(Model):
 
     def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return sum(twin.terms(x).values())
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether `torch.distributed.fsdp.fully_shard` has taken the module, without an import of it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 class _EagerSparse(nn.Module):
@@ -470,6 +491,8 @@ def _weights(module: nn.Module, config: SparseConfig) -> tuple[torch.Tensor, tor
 
 def _seen(module: nn.Module, config: SparseConfig, flat: torch.Tensor) -> torch.Tensor:
     """What the encoder gets of samples (B, input_size)."""
+    if not torch.compiler.is_compiling() and (has_hooks(module.encoder) or has_hooks(module.decoder)):
+        _warn_of_hooks()
     return flat - module.decoder.bias if config.pre_bias else flat
 
 
@@ -621,6 +644,14 @@ def _aux(
     values, indices = functions.topk_encode(seen, weights[0][dead], module.encoder.bias[dead], k=k)
     made = functions.sparse_decode(values.relu(), dead[indices], weights[1])
     return k / aux_k * F.mse_loss(made, left[0] - left[1])
+
+
+@functools.cache
+def _warn_of_hooks() -> None:
+    _registry.logger.warning(
+        "sparse: hooks of the modules encoder and decoder are not called, as those of pruning: the model reads their "
+        "weights and does not call them; torch.nn.utils.parametrize and hooks of the model work"
+    )
 
 
 @torch.no_grad()

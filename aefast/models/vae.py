@@ -143,6 +143,12 @@ class VAE(EncoderDecoder):
         weight = {"loss_weight": 0.5} if config.likelihood == "mse" else {}
         self.decoder_loss = config.decoder_loss("batchmean", kind, **weight)
 
+    def reset_parameters(self) -> None:
+        """Set what is no layer's to what it begins with."""
+        for one in (self.log_variance, self.training_steps):
+            if one is not None:
+                nn.init.zeros_(one)
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """The posterior means of a batch: x (B, ...) to (B, latent)."""
         return self.posterior(x)[0]

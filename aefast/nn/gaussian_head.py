@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import aefast.functional as AF
+from aefast.nn._hooks import has_hooks
 from aefast.nn.linear_act import DenseParameters, check_positive_int
 from aefast.nn.reparameterize import EagerReparameterize
 from aefast.ops import _arguments
@@ -79,7 +80,11 @@ class GaussianHead(DenseParameters):
 
     def moments(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """mu and logvar (\\*, latent) alone, logvar held to logvar_range; draws nothing."""
-        mu, logvar = AF.linear_act(h, self.weight, self.bias, "identity").chunk(2, -1)
+        if has_hooks(self):
+            # Pruning makes the weight in one of them.
+            *_, mu, logvar = self(h, seed=0)
+        else:
+            mu, logvar = AF.linear_act(h, self.weight, self.bias, "identity").chunk(2, -1)
         return mu, logvar if self.logvar_range is None else logvar.clamp(*self.logvar_range)
 
     def eager(self) -> nn.Linear:

@@ -47,10 +47,14 @@ class JumpReLU(nn.Module):
             _arguments.check_number(name, value, "JumpReLU", 0.0)
             if value == 0:
                 raise InputError(f"{name}={value!r}: expected a number above 0")
-        self.log_threshold = nn.Parameter(
-            torch.full((features,), math.log(threshold), device=device, dtype=dtype)
-        )
+        self.log_threshold = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
         self.bandwidth = bandwidth
+        self._first_threshold = threshold
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set all thresholds to the one that they begin with."""
+        nn.init.constant_(self.log_threshold, math.log(self._first_threshold))
 
     @property
     def threshold(self) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 import aefast.functional as AF
 from aefast.errors import InputError
+from aefast.nn._hooks import OF_ALL_MODULES
 from aefast.nn.linear_act import LinearAct, check_positive_int, eager_activation
 from aefast.ops import _arguments
 
@@ -21,7 +22,7 @@ class MLP(nn.Module):
     nn.Linear, activation, …)`` gives its linear layers. The state dict (``0.weight``, ``0.bias``,
     ``2.weight``, …) therefore loads from that twin and into it. The children hold the parameters. The
     forward pass evaluates all of them in one op and calls them in turn, more slowly, only when one was replaced
-    or carries hooks.
+    or there are hooks to call.
 
     Args:
         features: sizes from the input to the output, at least two of them.
@@ -88,7 +89,7 @@ class MLP(nn.Module):
         Parametrizations change a child's class; pruning, spectral norm and observers hang hooks on it.
         """
         layers = self._modules.values()
-        if len(layers) != len(self.activations):
+        if len(layers) != len(self.activations) or any(OF_ALL_MODULES):
             return False
         for layer, activation in zip(layers, self.activations, strict=True):
             if (

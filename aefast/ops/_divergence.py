@@ -103,6 +103,7 @@ def check_operands(op: str, names: tuple[str, str], first: Any, second: Any, dim
     _arguments.check_tensor(names[1], second, op)
     _arguments.check_floating(names[0], first, op)
     _arguments.check_dense(names[0], first, op)
+    _arguments.check_dense(names[1], second, op)
     if first.dim() < 1:
         raise InputError(f"{op}: {names[0]} must have at least one dimension{dims}, got a scalar")
     if second.shape != first.shape:

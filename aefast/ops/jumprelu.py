@@ -170,6 +170,7 @@ def _check(x: Any, threshold: Any, bandwidth: Any) -> None:
     _arguments.check_tensor("threshold", threshold, op)
     _arguments.check_floating("x", x, op)
     _arguments.check_dense("x", x, op)
+    _arguments.check_dense("threshold", threshold, op)
     if x.dim() < 1:
         raise InputError(f"{op}: x must have at least one dimension, (*, F), got a scalar")
     if threshold.shape != x.shape[-1:]:

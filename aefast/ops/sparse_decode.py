@@ -171,6 +171,7 @@ def _check(values: Any, indices: Any, weight: Any, bias: Any) -> None:
     op = "sparse_decode"
     for name, value in (("values", values), ("indices", indices), ("weight", weight)):
         _arguments.check_tensor(name, value, op)
+        _arguments.check_dense(name, value, op)
     _arguments.check_floating("values", values, op)
     if values.dim() < 1:
         raise InputError(f"{op}: values must have at least one dimension, (*, k), got a scalar")

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aefast.models import Model
 from aefast.models._reconstruction import DecoderLoss
+from aefast.nn._hooks import OF_ALL_MODULES, has_hooks
 from aefast.ops import _registry
 from aefast.ops._library import IMPLEMENTATIONS, below_autograd
 
@@ -143,15 +144,12 @@ def _is_as_it_comes(model: nn.Module) -> bool:
         all(type(one).__module__.startswith("aefast.") or type(one) in _CONTAINERS for one in modules)
         and all(one.training and "forward" not in vars(one) for one in modules)
         and not any(getattr(one, "_compiled_call_impl", None) for one in modules)
-        and not any(getattr(one, f"_{name}") for one in modules for name in _HOOKS)
+        and not any(has_hooks(one) for one in modules)
         and not any(_has_hooks(one) for one in model.parameters())
-        and not any(_GLOBAL_HOOKS)
     )
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Identity)
-_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global_{name}") for name in _HOOKS)
 
 
 def _has_hooks(parameter: Tensor) -> bool:
@@ -217,7 +215,7 @@ class _Recorded:
             and all(map(operator.is_, state, self._state))
             and [one.requires_grad for one in self._trained] == self._are_trained
             and not any([_has_hooks(one) for one in self._trained])
-            and not any(_GLOBAL_HOOKS)
+            and not any(OF_ALL_MODULES)
         )
 
     def _state_now(self) -> list[Any]:

@@ -158,6 +158,16 @@ def test_mlp_runs_backward_hooks_of_its_children():
     assert sorted(seen) == [1, 2]
 
 
+def test_mlp_runs_hooks_of_all_modules():
+    mlp, seen = MLP((4, 3, 2)), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *arguments: seen.append(module))
+    try:
+        mlp(torch.randn(2, 4))
+    finally:
+        handle.remove()
+    assert seen == [*mlp.layers, mlp]
+
+
 def test_plain_mlp_does_not_call_its_children(monkeypatch):
     mlp = MLP((4, 3, 2))
     monkeypatch.setattr(LinearAct, "forward", None)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
+from torch.nn.utils import prune
 
 import aefast.functional as AF
 from aefast.errors import InputError
@@ -93,6 +94,21 @@ def test_gaussian_head_is_a_layer_and_a_sample(same_noise, bias, training):
     twin = head.eager()
     assert list(twin.state_dict()) == list(head.state_dict())
     torch.testing.assert_close(twin(h), (z, kl, mu, logvar))
+
+
+def test_moments_of_a_pruned_head_are_of_its_weights_of_the_moment():
+    torch.manual_seed(0)
+    head = GaussianHead(6, 3, logvar_range=(-0.2, 0.2))
+    prune.random_unstructured(head, "weight", amount=0.5)
+    with torch.no_grad():
+        head.weight_orig.mul_(2)
+    h = torch.randn(4, 6)
+    before = torch.get_rng_state()
+    mu, logvar = head.moments(h)
+    assert torch.equal(torch.get_rng_state(), before)
+    expected = h @ (head.weight_orig * head.weight_mask).T + head.bias
+    torch.testing.assert_close(mu, expected[:, :3])
+    torch.testing.assert_close(logvar, expected[:, 3:].clamp(-0.2, 0.2))
 
 
 NOISES = [

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from aefast import cli
 from aefast.errors import InputError
 from aefast.models import (
+    VAE,
     SparseAutoencoder,
     SparseCode,
     SparseConfig,
@@ -22,6 +25,7 @@ from aefast.models import (
     load_sparsify,
     save_saelens,
     save_sparsify,
+    sparse,
 )
 from aefast.models.sparse import SPARSITIES
 from aefast.nn import JumpReLU, PenalizedLinearAct, SparseDecoder, TopKEncoder
@@ -278,6 +282,43 @@ def test_without_unit_norm_directions_are_free():
     torch.testing.assert_close(
         model.eval().decoder.weight.norm(dim=1), torch.full((LATENT,), 3.0, dtype=torch.float64)
     )
+
+
+def test_hooks_that_nobody_calls_are_told_of(caplog, monkeypatch):
+    monkeypatch.setattr(sparse, "_warn_of_hooks", sparse._warn_of_hooks.__wrapped__)
+    model = make()
+    model(data())
+    assert not caplog.records
+    model.encoder.register_forward_hook(lambda *arguments: None)
+    for call in (model, model.encode):
+        caplog.clear()
+        call(data())
+        (record,) = caplog.records
+        assert "hooks of the modules encoder and decoder are not called" in record.message
+
+
+def test_shards_are_not_normalized_within_a_forward():
+    """The forward has gathered copies, of which nothing would be kept."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, free = make(dtype=torch.float32), make(dtype=torch.float32, unit_norm=False)
+        for one in (model, free):
+            fully_shard(one)
+        with pytest.raises(
+            InputError, match=r"unit_norm=True: within fully_shard .* unit_norm=False, and call"
+        ):
+            model(data(dtype=torch.float32))
+        model.eval()(data(dtype=torch.float32))
+        optimizer = torch.optim.Adam(free.parameters(), lr=0.1)
+        for _ in range(3):
+            free.normalize()
+            norms = free.decoder.weight.full_tensor().norm(dim=1)
+            torch.testing.assert_close(norms, torch.ones(LATENT))
+            free(data(dtype=torch.float32)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_dead_latents_make_what_is_left():
@@ -769,6 +810,29 @@ def test_a_penalized_layer_and_its_twin_agree(options):
     assert layer.state_dict().keys() == twin.state_dict().keys()
     torch.testing.assert_close(layer(x), twin(x))
     assert f"penalty={options.get('penalty', 'l1')}" in repr(layer)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: JumpReLU(5, threshold=0.25),
+        lambda: make("jumprelu", threshold=0.25),
+        lambda: make("batchtopk"),
+        lambda: VAE(input_size=4, likelihood="gaussian", kl_warmup_steps=3),
+    ],
+    ids=["module", "jumprelu", "batchtopk", "vae"],
+)
+def test_what_is_no_layer_s_can_be_set_anew(made):
+    """As it is after a model was made on the meta device."""
+    torch.manual_seed(0)
+    module = made()
+    own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    before = {name: one.clone() for name, one in own.items()}
+    with torch.no_grad():
+        for one in own.values():
+            one.fill_(7)
+    module.reset_parameters()
+    assert before and all(torch.equal(own[name], one) for name, one in before.items())
 
 
 def test_jumprelu_and_its_twin_agree():

@@ -310,6 +310,7 @@ def test_vectorised_backward():
         ({"x": torch.ones(())}, r"x must have at least one dimension, \(\*, F\), got a scalar"),
         ({"x": torch.ones(3, 5).int()}, "x must be float32, bfloat16, float16 or float64, got int32"),
         ({"threshold": 0.1}, "threshold must be a torch.Tensor, got float"),
+        ({"threshold": torch.ones(5).to_sparse()}, "threshold must be a dense tensor, got a sparse_coo one"),
         (
             {"threshold": torch.ones(4)},
             r"threshold must be \(5,\) to match x of shape \(3, 5\), got shape \(4,\)",

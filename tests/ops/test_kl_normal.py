@@ -41,6 +41,7 @@ def test_rows_longer_than_a_piece(instruction_set):
     ("change", "message"),
     [
         ({"mu": 1.0}, "mu must be a torch.Tensor, got float"),
+        ({"logvar": torch.ones(3, 5).to_sparse()}, "logvar must be a dense tensor, got a sparse_coo one"),
         ({"logvar": torch.ones(5)}, r"logvar must have the shape of mu, \(3, 5\), got \(5,\)"),
         (
             {"mu": torch.ones(3, 5, dtype=torch.int64)},

@@ -361,6 +361,7 @@ def test_tensors_must_not_change_before_the_backward():
         ({"values": torch.ones(())}, r"values must have at least one dimension, \(\*, k\), got a scalar"),
         ({"values": torch.ones(4, 2).long()}, "values must be float32, .*, got int64"),
         ({"indices": torch.ones(4, 2)}, "indices must be int64 or int32, got float32"),
+        ({"values": torch.ones(4, 2).to_sparse()}, "values must be a dense tensor, got a sparse_coo one"),
         ({"indices": torch.ones(4, 3).long()}, r"indices must have the shape of values, \(4, 2\), got .*3"),
         ({"indices": torch.ones(4, 2, device="meta").long()}, "indices must be on the device of values, cpu"),
         ({"weight": torch.ones(5)}, r"weight must have two dimensions, \(F, D\), got shape \(5,\)"),
