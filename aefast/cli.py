@@ -285,6 +285,15 @@ def train(
         int, typer.Option(help="Steps between two lines of metrics.jsonl.", rich_help_panel=_RUN)
     ] = 50,
     patch_size: Annotated[int, typer.Option(help=_PATCH_SIZE, rich_help_panel=_RUN)] = 16,
+    channels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N...]",
+            help="For images: channels of convolutions in front of the hidden layers, each of which halves the sides, "
+            "such as 32,64; the decoder mirrors them. \\[default: none]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     hidden: Annotated[
         str | None,
         typer.Option(
@@ -572,7 +581,7 @@ def train(
         str | None,
         typer.Option(
             metavar="C,H,W",
-            help="Shape of a sample, for such squares and for pyramid. \\[default: the data's]",
+            help="Shape of a sample, for channels, such squares and pyramid. \\[default: the data's]",
             rich_help_panel=_MODEL,
         ),
     ] = None,
@@ -613,6 +622,7 @@ def train(
     if resume and overwrite:
         raise InputError("overwrite: give either --resume or --overwrite, not both")
     options = {
+        "channels": _widths(channels, "channels"),
         "hidden": _widths(hidden, "hidden"),
         "latent": latent,
         "activation": activation,
@@ -700,7 +710,8 @@ def _model_config(
 ) -> ModelConfig:
     """The config of a model of that class for samples of that shape, from the options given."""
     options = {"input_size": math.prod(sample_shape), **options}
-    if ("noise_block" in options or options.get("loss") == "pyramid") and "image_shape" not in options:
+    needs_images = "channels" in options or options.get("loss") == "pyramid"
+    if (needs_images or "noise_block" in options) and "image_shape" not in options:
         # Other images have their channels last, or where they have them cannot be told.
         if len(sample_shape) == 2:
             options["image_shape"] = (1, *sample_shape)
@@ -710,7 +721,7 @@ def _model_config(
             len(sample_shape) == 3
             and sample_shape[0] != 4
             and sample_shape[2] in (1, 3, 4)
-            and (options.get("loss") == "pyramid" or options["noise_block"] > 1)
+            and (needs_images or options["noise_block"] > 1)
         ):
             shape = ",".join(map(str, sample_shape))
             raise InputError(

@@ -280,6 +280,9 @@ class Model(nn.Module):
             storages.add(storage)
         return state
 
+    def arrange(self) -> None:
+        """Have the parameters as they lie in memory when the model is made, and not as a file had them."""
+
     def _blank(self) -> Model:
         """A new model of the same config."""
         return type(self)(self.config)
@@ -330,6 +333,7 @@ class Model(nn.Module):
         with torch.device("meta"):
             model = model_class(config, **networks)
         _fill(model, _read_weights(directory / WEIGHTS_FILE), directory / WEIGHTS_FILE)
+        model.arrange()
         return model.to(device=device, dtype=dtype).eval()
 
 

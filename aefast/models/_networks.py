@@ -1,4 +1,4 @@
-"""The encoder and the decoder of the models that have them: dense stacks, or modules of the caller's own."""
+"""The encoder and the decoder of the models that have them: of given sizes, or modules of the caller's own."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from torch.nn.parameter import is_lazy
 
 from aefast.errors import InputError
 from aefast.models._base import Model, ModelConfig
+from aefast.models._convolutional import ConvolutionalDecoder, ConvolutionalEncoder, arrange
 from aefast.nn import MLP
 from aefast.nn.linear_act import check_activation, check_positive_int, eager_activation
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig(ModelConfig):
-    """Options of a dense encoder and decoder.
+    """Options of an encoder and a decoder.
 
     Attributes:
         input_size: features of a sample.
-        hidden: widths of the encoder's hidden layers, from the input to the latent; may be empty.
+        channels: of the convolutions in front of the encoder's dense layers, each of which halves the sides of an
+            image; the decoder ends in their mirror. None for dense layers alone.
+        hidden: widths of the encoder's hidden dense layers, from the input to the latent; may be empty.
         latent: latent size. Smaller than input_size makes an undercomplete autoencoder, larger an
             overcomplete one.
         activation: activation of the hidden layers; the latent itself has none.
@@ -35,6 +38,7 @@ class DenseConfig(ModelConfig):
     """
 
     input_size: int
+    channels: tuple[int, ...] | None = None
     hidden: tuple[int, ...] = (512,)
     latent: int = 16
     activation: str = "relu"
@@ -53,6 +57,10 @@ class DenseConfig(ModelConfig):
         check_activation(self.output_activation, "output_activation")
         if not isinstance(self.linear_decoder, bool):
             raise InputError(f"linear_decoder={self.linear_decoder!r}: expected true or false")
+        if self.channels is not None:
+            object.__setattr__(self, "channels", check_sizes(self.channels, "channels") or None)
+        if self.linear_decoder and self.channels:
+            raise InputError(f"channels={self.channels!r}: a linear decoder has no convolutions")
         if self.linear_decoder and self.decoder_hidden:
             raise InputError(
                 f"decoder_hidden={self.decoder_hidden!r}: a linear decoder has no hidden layers, "
@@ -77,14 +85,14 @@ def check_sizes(value: object, argument: str) -> tuple[int, ...]:
 class EncoderDecoder(Model):
     """Base of the models with an encoder and a decoder.
 
-    Either is a dense stack of the config's sizes, or a module that is given in its place and becomes part of the model.
+    Either is made of the config's sizes, or a module that is given in its place and becomes part of the model.
     Such an encoder is called with samples (B, input_size), or (B, C, H, W) if the config has an image_shape, and such a
     decoder with codes (B, latent). What they give is flattened, (B, features).
 
     Args:
         config: the options.
         options: the same, by name.
-        encoder, decoder: modules in the place of dense stacks, or None.
+        encoder, decoder: modules in the place of those of the config's sizes, or None.
 
     Attributes:
         networks: the names of the classes of the modules that were given, by "encoder" and "decoder".
@@ -109,8 +117,12 @@ class EncoderDecoder(Model):
             self._check_options()
 
     def _check_options(self) -> None:
-        """That no option is of a dense stack that is not there."""
+        """That no option is of layers that are not there."""
         config = self.config
+        if config.channels is not None:
+            raise InputError(
+                f"channels={config.channels!r}: give either channels or an encoder and a decoder, not both"
+            )
         if "decoder" in self.networks:
             if config.decoder_hidden is not None:
                 raise InputError(
@@ -156,7 +168,7 @@ class EncoderDecoder(Model):
         for name in ("encoder", "decoder"):
             network = getattr(self, name)
             if name not in self.networks:
-                twins.append(network.eager() if isinstance(network, MLP) else copy.deepcopy(network))
+                twins.append(copy.deepcopy(network) if isinstance(network, nn.Identity) else network.eager())
                 continue
             # Parameters that both of them have stay one.
             twin = copy.deepcopy(network, copied)
@@ -171,6 +183,10 @@ class EncoderDecoder(Model):
             twin.register_forward_hook(functools.partial(_give_rows, eager_activation(activation)))
             twins.append(twin)
         return tuple(twins)
+
+    def arrange(self) -> None:
+        if self.config.channels is not None:
+            arrange(self)
 
     def _blank(self) -> EncoderDecoder:
         return type(self)(self.config, **{name: getattr(self, name) for name in self.networks})
@@ -227,18 +243,52 @@ def _give_rows(activation: nn.Module, module: nn.Module, inputs: Any, output: to
 def make_encoder(
     config: DenseConfig, given: nn.Module | None, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Module:
-    """From the input to the latent: the module that is given, or a dense stack."""
+    """From the input to the latent: the module that is given, or one of the config's sizes."""
     if given is not None:
         return given.to(device=device, dtype=dtype)
+    if config.channels is not None:
+        sizes = (*config.hidden, config.latent)
+        return ConvolutionalEncoder(
+            config.image_shape, config.channels, sizes, config.activation, device=device, dtype=dtype
+        )
     features = (config.input_size, *config.hidden, config.latent)
     return MLP(features, config.activation, device=device, dtype=dtype)
+
+
+def make_body(
+    config: DenseConfig, given: nn.Module | None, device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[nn.Module, int]:
+    """From the input to what a head makes codes of: `make_encoder` without its last layer; and how many features that
+    is."""
+    kind = {"activation": config.activation, "output_activation": config.activation}
+    if given is not None:
+        return given.to(device=device, dtype=dtype), config.hidden[0]
+    if config.channels is not None:
+        made = ConvolutionalEncoder(
+            config.image_shape, config.channels, config.hidden, **kind, device=device, dtype=dtype
+        )
+        return made, made.features[-1]
+    features = (config.input_size, *config.hidden)
+    if not config.hidden:
+        return nn.Identity(), config.input_size
+    return MLP(features, **kind, device=device, dtype=dtype), features[-1]
 
 
 def make_decoder(
     config: DenseConfig, given: nn.Module | None, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Module:
-    """From the latent to the reconstruction: the module that is given, or a dense stack."""
+    """From the latent to the reconstruction: the module that is given, or one of the config's sizes."""
     if given is not None:
         return given.to(device=device, dtype=dtype)
+    if config.channels is not None:
+        return ConvolutionalDecoder(
+            config.image_shape,
+            config.channels,
+            (config.latent, *config.decoder_widths),
+            config.activation,
+            config.output_activation,
+            device=device,
+            dtype=dtype,
+        )
     features = (config.latent, *config.decoder_widths, config.input_size)
     return MLP(features, config.activation, config.output_activation, device=device, dtype=dtype)

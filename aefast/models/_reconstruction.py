@@ -11,6 +11,7 @@ import torch
 import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.models._base import check_choice
+from aefast.models._convolutional import halved
 from aefast.models._networks import DenseConfig, check_sizes
 from aefast.nn import MLP, PyramidLoss, ReconstructionLoss
 from aefast.ops import _loss, _registry
@@ -41,8 +42,8 @@ class LossConfig(DenseConfig):
         pyramid: "average", which is the default, "gaussian" or "laplacian".
         pyramid_levels: 4 by default.
         pyramid_weights: of the levels, the finest first; 1 by default.
-        image_shape: (C, H, W) of a sample, the order in which its features are flattened; "pyramid" needs it, and an
-            encoder that is given in the place of the dense one gets samples of it.
+        image_shape: (C, H, W) of a sample, the order in which its features are flattened; "pyramid" and channels need
+            it, and an encoder that is given gets samples of it.
     """
 
     loss: str | None = None
@@ -65,6 +66,14 @@ class LossConfig(DenseConfig):
             if len(shape) != 3 or math.prod(shape) != self.input_size:
                 raise InputError(
                     f"image_shape={shape!r}: expected (C, H, W) with a product of {self.input_size}, the input_size"
+                )
+        if self.channels is not None:
+            if self.image_shape is None:
+                raise InputError(f"channels={self.channels!r}: need image_shape, the (C, H, W) of a sample")
+            if 0 in halved(self.image_shape, self.channels)[-1]:
+                raise InputError(
+                    f"channels={self.channels!r}: expected fewer, since each halves the sides of image_shape, "
+                    f"{self.image_shape!r}"
                 )
         takes = _TAKES.get(self.loss, ()) if isinstance(self.loss, str) else ()
         for name in _OPTIONS:
@@ -191,4 +200,5 @@ def does_without(model: Any, samples: int) -> bool:
         return False
     is_large = samples * model.config.input_size >= _LARGE
     is_training = model.training and torch.is_grad_enabled()
-    return is_large and is_training and model.decoder_loss.is_of_elements and "decoder" not in model.networks
+    is_dense = model.config.channels is None and "decoder" not in model.networks
+    return is_large and is_training and model.decoder_loss.is_of_elements and is_dense

@@ -95,7 +95,7 @@ class SparseConfig(LossConfig):
         super().__post_init__()
         if self.loss is None:
             raise InputError(f"loss=None: expected one of {', '.join(LOSSES)}")
-        for name in ("hidden", "decoder_hidden", "linear_decoder"):
+        for name in ("channels", "hidden", "decoder_hidden", "linear_decoder"):
             if getattr(self, name):
                 raise InputError(f"{name}={getattr(self, name)!r}: a sparse autoencoder has no hidden layers")
         if self.activation != "relu":

@@ -15,9 +15,9 @@ from torch import nn
 import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.models._base import ModelOutput, check_choice, register
-from aefast.models._networks import EncoderDecoder, make_decoder
+from aefast.models._networks import EncoderDecoder, make_body, make_decoder
 from aefast.models._reconstruction import LossConfig, does_without
-from aefast.nn import MLP, GaussianHead
+from aefast.nn import GaussianHead
 from aefast.nn.linear_act import check_positive_int
 from aefast.ops import _registry
 
@@ -124,15 +124,9 @@ class VAE(EncoderDecoder):
     ) -> None:
         super().__init__(config, options, encoder, decoder)
         config = self.config
-        widths = (config.input_size, *config.hidden)
-        if encoder is not None:
-            self.encoder = encoder.to(device=device, dtype=dtype)
-        elif config.hidden:
-            self.encoder = MLP(widths, config.activation, config.activation, device=device, dtype=dtype)
-        else:
-            self.encoder = nn.Identity()
+        self.encoder, features = make_body(config, encoder, device, dtype)
         self.head = GaussianHead(
-            widths[-1], config.latent, logvar_range=LOGVAR_RANGE, device=device, dtype=dtype
+            features, config.latent, logvar_range=LOGVAR_RANGE, device=device, dtype=dtype
         )
         self.decoder = make_decoder(config, decoder, device, dtype)
         learnt = config.likelihood == "gaussian"

@@ -1,10 +1,12 @@
-"""Models with encoders and decoders of one's own."""
+"""Models with convolutions, and with encoders and decoders of one's own."""
 
 import contextlib
 import copy
 import json
+import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -311,6 +313,110 @@ def test_the_twin_of_a_patched_model_is_plain():
     assert any("mlp" in name for name in called)
 
 
+# Convolutions by their channels
+
+CHANNELS = [((2, 6, 6), (4, 6), (12,)), ((3, 11, 7), (4, 6), ()), ((1, 5, 4), (3,), (10, 8))]
+
+
+@MODELS
+@pytest.mark.parametrize(("shape", "channels", "hidden"), CHANNELS)
+def test_channels_make_convolutions_and_their_mirror(model_class, shape, channels, hidden, tmp_path):
+    options = {"input_size": math.prod(shape), "latent": LATENT, "image_shape": shape}
+    model = model_class(**options, channels=channels, hidden=hidden, activation="gelu")
+    x = torch.rand(7, *shape)
+    output = model(x)
+    output.loss.backward()
+    assert all(one.grad is not None for one in model.parameters())
+    assert output.reconstruction.shape == x.shape and output.latent.shape == (7, LATENT)
+    twin = model.eager_twin()
+    assert list(twin.state_dict()) == list(model.state_dict())
+    for one in (model, twin):
+        one.eval()
+    torch.testing.assert_close(model(x).reconstruction.flatten(1), twin(x.flatten(1)))
+
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.config == model.config and loaded.config.channels == channels
+    assert torch.equal(loaded(x).reconstruction, model(x).reconstruction)
+    for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert ours.stride() == theirs.stride()
+
+
+def test_convolutions_are_torch_s():
+    """An encoder and a decoder of two, by hand."""
+    model = Autoencoder(
+        input_size=63,
+        image_shape=(1, 9, 7),
+        channels=(3, 4),
+        hidden=(),
+        latent=LATENT,
+        output_activation="sigmoid",
+    )
+    first, _, second, _ = model.encoder.convolutions
+    x = torch.rand(5, 1, 9, 7)
+    made = F.relu(F.conv2d(x, first.weight, first.bias, stride=2, padding=1))
+    made = F.relu(F.conv2d(made, second.weight, second.bias, stride=2, padding=1))
+    assert made.shape == (5, 4, 2, 1)
+    (dense,) = model.encoder.dense.layers
+    code = F.linear(made.permute(0, 2, 3, 1).flatten(1), dense.weight, dense.bias)
+    torch.testing.assert_close(model.encode(x), code)
+
+    (dense,) = model.decoder.dense.layers
+    first, _, second, _ = model.decoder.convolutions
+    made = F.relu(F.linear(code, dense.weight, dense.bias)).unflatten(1, (2, 1, 4)).permute(0, 3, 1, 2)
+    made = F.relu(F.conv_transpose2d(made, first.weight, first.bias, 2, 1, (0, 1)))
+    assert made.shape == (5, 3, 4, 3)
+    made = torch.sigmoid(F.conv_transpose2d(made, second.weight, second.bias, 2, 1, (1, 1)))
+    torch.testing.assert_close(model.decode(code), made.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "options", "message"),
+    [
+        (VAE, {"image_shape": None}, r"channels=\(4, 6\): need image_shape, the \(C, H, W\) of a sample"),
+        (
+            VAE,
+            {"channels": (4, 6, 8)},
+            r"channels=\(4, 6, 8\): expected fewer, .* sides of image_shape, \(2, 6, 6\)",
+        ),
+        (VAE, {"channels": (4, 0)}, r"channels\[1\]=0: expected a positive integer"),
+        (VAE, {"channels": 4}, "channels=4: expected a sequence of positive integers"),
+        (Autoencoder, {"linear_decoder": True}, r"channels=\(4, 6\): a linear decoder has no convolutions"),
+        (Autoencoder, {"encoder": nn.Identity()}, r"channels=\(4, 6\): give either channels or an encoder"),
+        (SparseAutoencoder, {"latent": 80}, r"channels=\(4, 6\): a sparse autoencoder has no hidden layers"),
+    ],
+)
+def test_bad_channels_are_named(model_class, options, message):
+    options = {"input_size": FEATURES, "image_shape": SHAPE, "channels": (4, 6), **options}
+    with pytest.raises(InputError, match=message):
+        model_class(**options)
+
+
+def test_large_batches_of_convolutions_have_a_reconstruction(monkeypatch):
+    monkeypatch.setattr("aefast.models._reconstruction._LARGE", 1)
+    model = VAE(input_size=FEATURES, image_shape=SHAPE, channels=(4,), latent=LATENT)
+    assert isinstance(model(torch.rand(3, FEATURES)).made, torch.Tensor)
+
+
+def test_a_run_of_convolutions_by_the_command_line(tmp_path, capsys):
+    """From training to samples."""
+    run = tmp_path / "run"
+    options = ["--channels", "4,8", "--hidden", "16", "--latent", "4", "--epochs", "2", "--device", "cpu"]
+    arguments = ["--data", "digits", "--model", "infovae", *options, "--out", str(run), "--no-compare"]
+    assert cli.main(["train", *arguments]) == 0
+    assert cli.main(["train", *arguments, "--resume"]) == 0
+    assert "nothing left to train" in capsys.readouterr().out
+    model = from_pretrained(run)
+    assert model.config.channels == (4, 8) and model.config.image_shape == (1, 8, 8)
+    out = tmp_path / "codes.npy"
+    assert cli.main(["encode", "--run", str(run), "--data", "digits", "--out", str(out)]) == 0
+    assert np.load(out).shape == (1797, 4)
+    assert (
+        cli.main(["train", "--data", "digits", "--channels", "4,8,8,8", "--out", str(tmp_path / "none")]) == 2
+    )
+    assert "expected fewer, since each halves the sides" in " ".join(capsys.readouterr().err.split())
+
+
 # Files
 
 
@@ -389,8 +495,10 @@ def test_a_run_of_such_a_model_is_not_for_the_command_line(tmp_path, capsys):
     assert "was made with Encoder as its encoder" in said and "in Python: from_pretrained(" in said
 
 
-def test_copies_and_pickles():
-    model = make(InfoVAE).eval()
+@pytest.mark.parametrize("is_own", [True, False])
+def test_copies_and_pickles(is_own):
+    model = make(InfoVAE) if is_own else InfoVAE(input_size=FEATURES, image_shape=SHAPE, channels=(4, 6))
+    model.eval()
     x = torch.rand(3, *SHAPE)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x).reconstruction, model(x).reconstruction)
@@ -436,9 +544,34 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
         Trainer(wider, data, parts.config, tmp_path / "parts", console=Console(quiet=True)).fit(resume=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("is_own", [True, False])
+def test_captured_steps_are_the_steps(is_own):
+    model = (
+        make(VAE) if is_own else VAE(input_size=FEATURES, image_shape=SHAPE, channels=(4, 6), latent=LATENT)
+    )
+    model = model.cuda()
+    expected = copy.deepcopy(model)
+    data = [torch.rand(16, *SHAPE, device="cuda") for _ in range(12)]
+    losses = []
+    for one, steps_per_replay in ((model, 4), (expected, 0)):
+        torch.manual_seed(0)
+        optimizer = make_optimizer(one.parameters(), 1e-3)
+        step = CapturedStep(one, optimizer, steps_per_replay=steps_per_replay)
+        losses.append(
+            torch.cat([step.many(data[index : index + 4])["reconstruction"] for index in (0, 4, 8)])
+        )
+        assert (step._recording is not None) == (steps_per_replay > 0)
+    # cuDNN may take other algorithms while a graph is recorded; their order of summation differs.
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
 @pytest.mark.parametrize("model_class", [Autoencoder, VAE])
-def test_compiled_and_exported(model_class):
-    model = make(model_class).eval()
+def test_compiled_and_exported(model_class, is_own):
+    options = {"input_size": FEATURES, "image_shape": SHAPE, "latent": LATENT, "channels": (4, 6)}
+    model = (make(model_class) if is_own else model_class(**options)).eval()
     x = torch.rand(4, *SHAPE)
     compiled = torch.compile(lambda x: model(x).reconstruction, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x).reconstruction)
