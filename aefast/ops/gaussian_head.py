@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X
 from aefast.ops import _arguments, _philox, _registry, linear_act, reparameterize
+from aefast.ops._flops import counted, of_layer, wanted
 from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 
@@ -76,6 +77,16 @@ def _(h, weight, bias, seed, low, high, backend):
 def _(grad_z, grad_kl, grad_moments, h, weight, moments, seed, low, high, needs, backend):
     shapes = {NEED_X: h.shape, NEED_WEIGHT: weight.shape, NEED_BIAS: weight.shape[:1]}
     return [h.new_empty(shape) for need, shape in shapes.items() if needs & need]
+
+
+@counted("gaussian_head")
+def _(h, weight, bias, seed, low, high, backend):
+    return of_layer(h, weight)
+
+
+@counted("gaussian_head_backward")
+def _(grad_z, grad_kl, grad_moments, h, weight, moments, seed, low, high, needs, backend):
+    return wanted(needs) * of_layer(h, weight)
 
 
 class _GaussianHead(torch.autograd.Function):

@@ -19,6 +19,7 @@ from aefast.kernels.activation import (
     specified,
 )
 from aefast.ops import _arguments, _registry
+from aefast.ops._flops import counted, of_layer, wanted
 from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 # The functions that torch.nn.functional's wrappers end in.
@@ -104,6 +105,16 @@ def _(grad, x, weight, saved, activation, needs, backend):
     if needs & NEED_BIAS:
         gradients.append(weight.new_empty(weight.shape[0]))
     return gradients
+
+
+@counted("linear_act", "linear_act_with_derivative")
+def _(x, weight, bias, activation, backend):
+    return of_layer(x, weight)
+
+
+@counted("linear_act_backward")
+def _(grad, x, weight, saved, activation, needs, backend):
+    return wanted(needs) * of_layer(x, weight)
 
 
 # By what needs a gradient of (x, weight, bias, call).

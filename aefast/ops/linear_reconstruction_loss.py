@@ -13,6 +13,7 @@ from torch import Tensor
 from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X, STORES_DERIVATIVE, specification
 from aefast.ops import _arguments, _loss, _registry, linear_act, reconstruction_loss
+from aefast.ops._flops import counted, of_layer, wanted
 from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 from aefast.ops._loss import Loss
 
@@ -97,6 +98,12 @@ def _(h, weight, bias, target, activation, kind, parameter, factor, count, needs
 @torch.library.register_fake("aefast::linear_reconstruction_loss_backward", lib=LIBRARY)
 def _(gradient, grad, factor, count, rows, backend):
     return torch.empty_like(gradient)
+
+
+@counted("linear_reconstruction_loss")
+def _(h, weight, bias, target, activation, kind, parameter, factor, count, needs, checked, backend):
+    # The gradients come in the forward.
+    return (1 + wanted(needs)) * of_layer(h, weight)
 
 
 def _sweep(

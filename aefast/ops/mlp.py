@@ -12,6 +12,7 @@ from torch import Tensor
 from aefast.errors import InputError
 from aefast.kernels.activation import EXPS, STORES_DERIVATIVE, specification
 from aefast.ops import _arguments, _registry, linear_act
+from aefast.ops._flops import counted, of_layer
 from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 
@@ -85,6 +86,22 @@ def _(x, weights, biases, activations, backend):
 def _(grad, x, weights, saved, activations, needs, backend):
     shapes = [x.shape, *(w.shape for w in weights), *(w.shape[:1] for w in weights)]
     return [x.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need == "1"]
+
+
+@counted("mlp", "mlp_saving")
+def _(x, weights, biases, activations, backend):
+    return sum(of_layer(x, weight) for weight in weights)
+
+
+@counted("mlp_backward")
+def _(grad, x, weights, saved, activations, needs, backend):
+    layers = len(weights)
+    flops = 0
+    for layer, weight in enumerate(weights):
+        # Of a layer's input there is a gradient where x or a layer below has one.
+        below = "1" in needs[: 1 + layer] + needs[1 + layers : 1 + layers + layer]
+        flops += (below + (needs[1 + layer] == "1")) * of_layer(x, weight)
+    return flops
 
 
 @functools.cache

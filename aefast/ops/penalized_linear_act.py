@@ -11,6 +11,7 @@ from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X, STORES_DERIVATIVE, specification
 from aefast.kernels.penalty import EPS, PENALTIES
 from aefast.ops import _arguments, _registry, linear_act
+from aefast.ops._flops import counted, of_layer, wanted
 from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 
@@ -100,6 +101,16 @@ def _(x, weight, bias, activation, penalty, rate, backend):
 def _(grad, grad_penalty, x, weight, saved, h, sums, activation, penalty, rate, needs, backend):
     shapes = {NEED_X: x.shape, NEED_WEIGHT: weight.shape, NEED_BIAS: weight.shape[:1]}
     return [x.new_empty(shape) for need, shape in shapes.items() if needs & need]
+
+
+@counted("penalized_linear_act", "penalized_linear_act_saving")
+def _(x, weight, bias, activation, penalty, rate, backend):
+    return of_layer(x, weight)
+
+
+@counted("penalized_linear_act_backward")
+def _(grad, grad_penalty, x, weight, saved, h, sums, activation, penalty, rate, needs, backend):
+    return wanted(needs) * of_layer(x, weight)
 
 
 class _PenalizedLinearAct(torch.autograd.Function):

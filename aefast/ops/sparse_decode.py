@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X
 from aefast.ops import _arguments, _registry
+from aefast.ops._flops import counted, wanted
 from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 
 
@@ -60,6 +61,17 @@ def _(values, indices, weight, bias, backend):
 def _(grad, values, indices, weight, needs, backend):
     shapes = {NEED_X: values.shape, NEED_WEIGHT: weight.shape, NEED_BIAS: weight.shape[1:]}
     return [values.new_empty(shape) for need, shape in shapes.items() if needs & need]
+
+
+# Those of the entries of a code: PyTorch has no product of matrices here, in which others would count.
+@counted("sparse_decode")
+def _(values, indices, weight, bias, backend):
+    return 2 * math.prod(values) * weight[1]
+
+
+@counted("sparse_decode_backward")
+def _(grad, values, indices, weight, needs, backend):
+    return wanted(needs) * 2 * math.prod(values) * weight[1]
 
 
 class _SparseDecode(torch.autograd.Function):

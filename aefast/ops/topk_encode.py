@@ -15,6 +15,7 @@ from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X
 from aefast.kernels.selection import largest
 from aefast.ops import _arguments, _registry
+from aefast.ops._flops import counted, of_layer, wanted
 from aefast.ops._library import LIBRARY, below_autograd, define, direct_apply, implement
 from aefast.ops.linear_act import check_layer
 
@@ -60,6 +61,17 @@ def _(x, weight, bias, k, backend):
 def _(grad, indices, x, weight, needs, backend):
     shapes = {NEED_X: x.shape, NEED_WEIGHT: weight.shape, NEED_BIAS: weight.shape[:1]}
     return [x.new_empty(shape) for need, shape in shapes.items() if needs & need]
+
+
+@counted("topk_encode")
+def _(x, weight, bias, k, backend):
+    return of_layer(x, weight)
+
+
+@counted("topk_encode_backward")
+def _(grad, indices, x, weight, needs, backend):
+    # PyTorch multiplies by a gradient of all latents, of which it knows no zeros.
+    return wanted(needs) * of_layer(x, weight)
 
 
 class _TopkEncode(torch.autograd.Function):
