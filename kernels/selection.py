@@ -10,7 +10,8 @@ MOST_COLUMNS = 1 << 30
 def largest(elements, k):
     """(*, F) -> the indices (*, k) of the k largest of each row, the largest first and of equals the one of the lower
     index; NaN counts as the largest of all, and -0 is 0."""
-    if elements.dtype == torch.float64:
+    # The tracer has no name for a view of another dtype.
+    if elements.dtype == torch.float64 or torch.jit.is_tracing():
         return elements.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return elements.shape[-1] - 1 - (keys(elements).topk(k, dim=-1).values & 0xFFFFFFFF)
 

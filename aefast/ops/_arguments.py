@@ -1,11 +1,15 @@
 """Checks that ops share. Each error names the argument, what it is, and what was expected."""
 
 import difflib
+import inspect
 import sys
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function
+from torch.utils._pytree import tree_leaves
 
 from aefast.errors import InputError
 from aefast.kernels.activation import ACTIVATIONS, PARAMETER
@@ -16,6 +20,27 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_tensor(name: str, value: Any, op: str) -> None:
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def are_stand_ins(*values: Any) -> bool:
+    """Whether any of the values stands for a tensor without being one, as a proxy of `torch.fx` does."""
+    return any(map(_stands_in, values))
+
+
+def _stands_in(value: Any) -> bool:
+    return hasattr(type(value), "__torch_function__") and not isinstance(value, torch.Tensor)
+
+
+def deferred(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """What the stand-ins among the arguments make of the call of a public function, by their ``__torch_function__``.
+
+    `arguments` may hold other names besides.
+    """
+    signature = inspect.signature(function)
+    call = signature.bind(**{name: arguments[name] for name in signature.parameters})
+    # Lists of tensors are arguments too.
+    stand_ins = [value for value in tree_leaves((call.args, call.kwargs)) if _stands_in(value)]
+    return handle_torch_function(function, stand_ins, *call.args, **call.kwargs)
 
 
 def check_floating(name: str, value: torch.Tensor, op: str) -> None:

@@ -78,7 +78,10 @@ class Loss:
 
     def total(self, input: Tensor, target: Tensor, factor: float, count: int) -> Tensor:
         """factor / count * Σ elements, or its root, in plain PyTorch. The root of 0 has the gradient 0."""
-        value = self.elements(input, target).sum() * normalizer_of(factor, count)
+        value = self.elements(input, target).sum()
+        # The tracer's sizes are tensors: a number by one would be of float32, whatever the losses are of.
+        is_traced = isinstance(count, Tensor)
+        value = value * factor / count if is_traced else value * normalizer_of(factor, count)
         if not self.root:
             return value
         is_zero = value == 0

@@ -8,7 +8,9 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import has_torch_function_variadic
 
+from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X
 from aefast.kernels.selection import is_largest
 from aefast.ops import _arguments, _registry, topk_encode
@@ -86,7 +88,7 @@ def batch_topk_encode(
 
     Differentiable as `topk_encode` is; padding has no gradient. x, weight and the indices are saved, and must not be
     modified in place before the backward. How wide the results are depends on the values, so that a GPU is waited for,
-    and ``torch.compile(fullgraph=True)`` and torch.func's vmap have to go without.
+    and ``torch.compile(fullgraph=True)``, ``torch.jit.trace`` and torch.func's vmap have to go without.
 
     Args:
         x: (*, D), float32, bfloat16, float16 or float64, any strides.
@@ -102,8 +104,15 @@ def batch_topk_encode(
         InputError: a shape, dtype, device or k is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(x, weight, bias) and _arguments.are_stand_ins(x, weight, bias):
+        return _arguments.deferred(batch_topk_encode, locals())
     x, weight, bias = _arguments.autocast(x, weight, bias)
     k = topk_encode.checked(x, weight, bias, k, "batch_topk_encode")
+    if torch.jit.is_tracing():
+        raise InputError(
+            "batch_topk_encode: torch.jit.trace takes no result whose shape depends on the values; "
+            "topk_encode can be traced"
+        )
     backend = _registry.choose("topk_encode", x, weight, bias)
     if backend == "eager":
         return reference(x, weight, bias, k)

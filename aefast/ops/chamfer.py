@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from aefast.ops import _arguments, _pairwise, _registry, nearest
 
@@ -46,6 +47,8 @@ def chamfer(x: Tensor, y: Tensor, *, reduction: str = "mean") -> Tensor:
             and the result is NaN for it; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(x, y) and _arguments.are_stand_ins(x, y):
+        return _arguments.deferred(chamfer, locals())
     x, y = nearest.operands("chamfer", x, y, least=1)
     _arguments.check_reduction(reduction, "chamfer")
     each = _of_clouds(nearest.squared_nearest, x, y)

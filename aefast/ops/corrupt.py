@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _philox, _registry
@@ -204,7 +205,7 @@ def _noise(noise: Any, options: tuple[Any, ...], x: Tensor) -> Noise:
             f"corrupt: {' and '.join(names)} must be within x's dtype, {str(x.dtype).removeprefix('torch.')}, "
             f"of which the largest number is {largest:g}, got {spec.first:g} and {spec.second:g}"
         )
-    if spec.block > 1 and x.dim() >= 3:
+    if spec.block > 1 and x.dim() >= 3 and not torch.jit.is_tracing():
         # Larger squares than the image are one; but a side of 1 would mean single elements.
         spec = dataclasses.replace(spec, block=min(spec.block, max(2, *x.shape[-2:])))
     return spec
@@ -254,6 +255,8 @@ def corrupt(
         InputError: a shape, dtype, name, option or value is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(x, seed) and _arguments.are_stand_ins(x, seed):
+        return _arguments.deferred(corrupt, locals())
     _arguments.check_tensor("x", x, "corrupt")
     _arguments.check_floating("x", x, "corrupt")
     _arguments.check_dense("x", x, "corrupt")
@@ -271,6 +274,9 @@ def corrupt(
     shape = x.shape
     x = x.contiguous()
     if spec.block > 1:
+        if torch.jit.is_tracing():
+            # Of the op the tracer would keep squares no larger than this example's images.
+            return _reference(x, seed, spec)
         x = x.reshape(math.prod(shape[:-3]), *shape[-3:])
     if _registry.is_direct(backend, x, seed):
         launchers = _registry.kernels(backend, "corrupt")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import has_torch_function_variadic
 
 from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X
@@ -179,6 +180,8 @@ def gaussian_head(
         InputError: a shape, dtype, device, name or value is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(h, weight, bias, seed) and _arguments.are_stand_ins(h, weight, bias, seed):
+        return _arguments.deferred(gaussian_head, locals())
     h, weight, bias = _arguments.autocast(h, weight, bias)
     linear_act.check_layer(h, weight, bias, "gaussian_head", "weight", "bias", "h")
     if weight.shape[0] % 2:

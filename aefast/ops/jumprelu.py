@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from aefast.errors import InputError
 from aefast.kernels.jumprelu import NEED_THRESHOLD, NEED_X
@@ -145,6 +146,8 @@ def jumprelu(x: Tensor, threshold: Tensor, bandwidth: float = 1e-3) -> tuple[Ten
         InputError: a shape, dtype, device or value is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(x, threshold) and _arguments.are_stand_ins(x, threshold):
+        return _arguments.deferred(jumprelu, locals())
     _check(x, threshold, bandwidth)
     backend = _registry.choose("jumprelu", x, threshold)
     threshold = threshold.to(_arguments.accumulator(x.dtype))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _divergence, _registry
@@ -50,6 +51,8 @@ def kl_discrete(p: Tensor, q: Tensor, *, dim: int = -1, reduction: str = "mean")
         InputError: a shape, dtype, device, name or value is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(p, q) and _arguments.are_stand_ins(p, q):
+        return _arguments.deferred(kl_discrete, locals())
     check_operands("kl_discrete", _NAMES, p, q)
     if isinstance(dim, bool) or not isinstance(dim, Integral) or not -p.dim() <= dim < p.dim():
         raise InputError(f"kl_discrete: dim must be from {-p.dim()} to {p.dim() - 1}, got {dim!r}")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from aefast.ops import _arguments, _divergence, _registry
 from aefast.ops._divergence import check_operands, define_divergence
@@ -44,6 +45,8 @@ def kl_normal(mu: Tensor, logvar: Tensor, *, reduction: str = "mean") -> Tensor:
         InputError: a shape, dtype, device or name is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(mu, logvar) and _arguments.are_stand_ins(mu, logvar):
+        return _arguments.deferred(kl_normal, locals())
     check(mu, logvar, reduction, "kl_normal")
     return _arguments.reduce(_rows(mu, logvar), reduction)
 

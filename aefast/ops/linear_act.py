@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import has_torch_function_variadic
 
 from aefast.errors import InputError
 from aefast.kernels.activation import (
@@ -243,6 +244,8 @@ def linear_act(
                 return _launch(x, weight, bias, specification(activation, negative_slope, alpha), *chosen)
             except _registry.REFUSALS as error:
                 _registry.logger.debug("linear_act: %s", error)
+    if has_torch_function_variadic(x, weight, bias) and _arguments.are_stand_ins(x, weight, bias):
+        return _arguments.deferred(linear_act, locals())
     x, weight, bias = _arguments.autocast(x, weight, bias)
     _check(x, weight, bias, activation, negative_slope, alpha)
     backend = _registry.choose("linear_act", x, weight, bias)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X, STORES_DERIVATIVE, specification
@@ -313,6 +314,10 @@ def linear_reconstruction_loss(
             it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(h, weight, bias, target) and _arguments.are_stand_ins(
+        h, weight, bias, target
+    ):
+        return _arguments.deferred(linear_reconstruction_loss, locals())
     loss = _loss.loss_of("linear_reconstruction_loss", kind, p, eps, delta)
     _loss.check_reduction("linear_reconstruction_loss", reduction, REDUCTIONS)
     _loss.check_weight("linear_reconstruction_loss", loss_weight)
@@ -392,6 +397,9 @@ def _launch(
     arguments = (*operands, activation, loss.kind, loss.parameter, *fraction, 0, is_direct, backend)
     if is_direct:
         return _sweep(*arguments)[0]
+    if torch.jit.is_tracing():
+        # Of the op the tracer would keep this example's count.
+        return _reference(*operands, activation, loss, *fraction)
     return torch.ops.aefast.linear_reconstruction_loss.default(*arguments)[0]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from aefast.errors import InputError
 from aefast.kernels.activation import EXPS, STORES_DERIVATIVE, specification
@@ -247,6 +248,9 @@ def mlp(
                 _registry.logger.debug("mlp: %s", error)
     weights, biases, activations = _lists(weights, biases, activations)
     if isinstance(weights, list) and isinstance(biases, list):
+        operands = (x, *weights, *biases)
+        if has_torch_function(operands) and _arguments.are_stand_ins(*operands):
+            return _arguments.deferred(mlp, locals())
         # What a star collects is a tuple to torch.compile of older releases.
         x, *parameters = _arguments.autocast(x, *weights, *biases)
         weights, biases = list(parameters[: len(weights)]), list(parameters[len(weights) :])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _pairwise, _registry
@@ -247,6 +248,8 @@ def mmd(
             "unbiased", or, on the CPU in eager mode, x or y is not finite; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(x, y) and _arguments.are_stand_ins(x, y):
+        return _arguments.deferred(mmd, locals())
     spec = _pairwise.kernel_of("mmd", kernel, bandwidth, alpha)
     _pairwise.check_points("mmd", "x", x)
     _pairwise.check_points("mmd", "y", y)

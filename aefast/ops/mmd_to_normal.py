@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _pairwise, _registry, mmd
@@ -278,6 +279,8 @@ def mmd_to_normal(
             on the CPU in eager mode, x is not finite; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(x) and _arguments.are_stand_ins(x):
+        return _arguments.deferred(mmd_to_normal, locals())
     _pairwise.check_points("mmd_to_normal", "x", x)
     spec = kernel_of(kernel, bandwidth, alpha)
     _pairwise.check_estimator("mmd_to_normal", estimator)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _pairwise, _registry
@@ -247,6 +248,8 @@ def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             distance is NaN for it; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(x, y) and _arguments.are_stand_ins(x, y):
+        return _arguments.deferred(nearest, locals())
     x, y = operands("nearest", x, y)
     squared, index = squared_nearest(x, y)
     distance = root(squared)

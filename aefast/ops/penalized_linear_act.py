@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X, STORES_DERIVATIVE, specification
@@ -212,6 +213,8 @@ def penalized_linear_act(
         InputError: a shape, dtype, device, name or value is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(x, weight, bias) and _arguments.are_stand_ins(x, weight, bias):
+        return _arguments.deferred(penalized_linear_act, locals())
     x, weight, bias = _arguments.autocast(x, weight, bias)
     _check(x, weight, bias, activation, penalty, rate, negative_slope, alpha)
     backend = _registry.choose("penalized_linear_act", x, weight, bias)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _loss, _registry
@@ -360,6 +361,8 @@ def pyramid_loss(
         InputError: a shape, dtype, device, name or number is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(input, target) and _arguments.are_stand_ins(input, target):
+        return _arguments.deferred(pyramid_loss, locals())
     _loss.check_pair("pyramid_loss", input, target)
     loss, weights = checked("pyramid_loss", levels, p, pyramid, weights, reduction, eps)
     shape = input.shape

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _loss, _pairwise, _registry
@@ -255,6 +256,10 @@ def _launch(
     input: Tensor, target: Tensor, loss: Loss, fraction: tuple[float, int] | None, backend: str
 ) -> Tensor:
     is_direct = _registry.is_direct(backend, input, target)
+    if not is_direct and torch.jit.is_tracing():
+        # Of the op the tracer would keep this example's count and layout.
+        return _eager(input, target, loss, fraction)
+    input, target = _loss.in_one_layout(input, target)
     if fraction is None:
         launchers = _registry.kernels(backend, "reconstruction_loss") if is_direct else None
         if launchers is not None and _is_differentiated(input, target):
@@ -325,6 +330,8 @@ def reconstruction_loss(
             names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(input, target) and _arguments.are_stand_ins(input, target):
+        return _arguments.deferred(reconstruction_loss, locals())
     loss = _loss.loss_of("reconstruction_loss", kind, p, eps, delta)
     _loss.check_reduction("reconstruction_loss", reduction)
     _loss.check_weight("reconstruction_loss", loss_weight)
@@ -344,7 +351,6 @@ def reconstruction_loss(
     if backend == "eager":
         value = _eager(input, target, loss, fraction)
     else:
-        input, target = _loss.in_one_layout(input, target)
         try:
             value = _launch(input, target, loss, fraction, backend)
         except RuntimeError:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from aefast.errors import InputError
 from aefast.ops import _arguments, _philox, _registry, kl_normal
@@ -178,6 +179,8 @@ def reparameterize(
         InputError: a shape, dtype, device, name or value is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(mu, logvar, seed) and _arguments.are_stand_ins(mu, logvar, seed):
+        return _arguments.deferred(reparameterize, locals())
     kl_normal.check(mu, logvar, reduction, "reparameterize")
     low, high = range_of(logvar_range, "reparameterize")
     seed = _philox.seed_of(seed, generator, mu, "reparameterize")

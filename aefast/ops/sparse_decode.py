@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import has_torch_function
 
 from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X
@@ -159,6 +160,9 @@ def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor 
             device, the result is NaN in that row, and so is the gradient of that value.
         BackendError: the backend asked for cannot serve the call.
     """
+    operands = (values, indices, weight, bias)
+    if has_torch_function(operands) and _arguments.are_stand_ins(*operands):
+        return _arguments.deferred(sparse_decode, locals())
     values, weight, bias = _arguments.autocast(values, weight, bias)
     _check(values, indices, weight, bias)
     indices = indices.long()

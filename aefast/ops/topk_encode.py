@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import has_torch_function_variadic
 
 from aefast.errors import InputError
 from aefast.kernels.activation import NEED_BIAS, NEED_WEIGHT, NEED_X
@@ -157,6 +158,8 @@ def topk_encode(
         InputError: a shape, dtype, device or k is not as above; the message names it.
         BackendError: the backend asked for cannot serve the call.
     """
+    if has_torch_function_variadic(x, weight, bias) and _arguments.are_stand_ins(x, weight, bias):
+        return _arguments.deferred(topk_encode, locals())
     x, weight, bias = _arguments.autocast(x, weight, bias)
     k = checked(x, weight, bias, k, "topk_encode")
     backend = _registry.choose("topk_encode", x, weight, bias)
