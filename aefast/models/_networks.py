@@ -30,7 +30,7 @@ class DenseConfig(ModelConfig):
         hidden: widths of the encoder's hidden dense layers, from the input to the latent; may be empty.
         latent: latent size. Smaller than input_size makes an undercomplete autoencoder, larger an
             overcomplete one.
-        activation: activation of the hidden layers; the latent itself has none.
+        activation: activation of the hidden layers, convolutions among them; the latent itself has none.
         decoder_hidden: widths of the decoder's hidden layers, from the latent to the reconstruction; None
             mirrors the encoder.
         linear_decoder: makes the decoder a single linear layer.
