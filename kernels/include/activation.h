@@ -93,8 +93,8 @@ constexpr double kSoftplusThreshold = 20.0;
 
 // tanh's argument in gelu_tanh, twice over: 0.5 (1 + tanh(u)) = sigmoid(2 u).
 template <typename T>
-AEFAST_HD T gelu_tanh_argument(T x, T square) {
-  return T(2 * kSqrt2OverPi) * x * (T(kGeluTanhCubic) * square + T(1));
+AEFAST_HD T gelu_tanh_argument(T x) {
+  return T(2 * kSqrt2OverPi) * x * (T(kGeluTanhCubic) * (x * x) + T(1));
 }
 
 template <Activation A, typename T>
@@ -116,7 +116,7 @@ AEFAST_HD T activate(T x, ActivationParameters<T> p) {
     T density_exp;
     return x * normal_cdf(x, density_exp);
   } else if constexpr (A == Activation::gelu_tanh) {
-    return x * sigmoid(gelu_tanh_argument(x, x * x));
+    return x * sigmoid(gelu_tanh_argument(x));
   } else if constexpr (A == Activation::tanh) {
     return tanh(x);
   } else if constexpr (A == Activation::sigmoid) {
@@ -180,11 +180,11 @@ AEFAST_HD T activate_with_derivative(T x, T& derivative) {
     return x * cdf;
   } else {
     T complement;
-    const T square = x * x;
-    const T s = sigmoid_and_complement(gelu_tanh_argument(x, square), complement);
-    const T slope = T(2 * kSqrt2OverPi) * (T(3 * kGeluTanhCubic) * square + T(1));
-    derivative = s * (x * slope * complement + T(1));
-    return x * s;
+    const T s = sigmoid_and_complement(gelu_tanh_argument(x), complement);
+    const T y = x * s, rest = y * complement;
+    // In the tails rest is 0, and so is x times it, where x's cube would overflow.
+    derivative = T(2 * kSqrt2OverPi) * (T(3 * kGeluTanhCubic) * x * (x * rest) + rest) + s;
+    return y;
   }
 }
 

@@ -195,7 +195,9 @@ def activate_with_derivative(x, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == GELU_TANH)
         s, rest = sigmoid_and_rest(gelu_tanh_argument(x))
-        slope = (1.0 + x * x * (3.0 * GELU_TANH_CUBIC)) * (2.0 * SQRT_2_OVER_PI)
+        # Finite where x * x overflows: there y * rest is 0, as it is from 32 on.
+        square = tl.minimum(x * x, 1024.0)
+        slope = square * (6.0 * GELU_TANH_CUBIC * SQRT_2_OVER_PI) + (2.0 * SQRT_2_OVER_PI)
         y = x * s
         derivative = s + y * rest * slope
     return y, derivative

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from aefast.kernels.activation import ACTIVATIONS, STORES_DERIVATIVE
+from support import numerics
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels/cuda/linear_act_kernels.cuh"
@@ -182,6 +183,21 @@ def test_activation_matches_float64(kernels, name, dtype):
 
 def test_activation_of_nothing(kernels):
     kernels.activation("relu", torch.empty(0), with_derivative=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "identity"])
+def test_inputs_of_every_size(kernels, name, dtype):
+    """Powers of large ones overflow, activations and derivatives do not."""
+    x = numerics.of_every_size(dtype)
+    out, derivative = kernels.activation(name, x, name in STORES_DERIVATIVE)
+    saved = derivative if name in STORES_DERIVATIVE else out
+    slope, _ = kernels.gradient(name, torch.ones(x.numel(), 1, dtype=dtype), saved[:, None], with_bias=False)
+    # Beyond 10⁴ no derivative changes any more, and torch's own are NaN for the largest numbers.
+    true = FORWARD[name](x.double()), derivative_of(name, x.double().clamp(-1e4, 1e4))
+    tolerance = 8 * torch.finfo(dtype).eps
+    for got, exact in zip((out, slope[:, 0]), true, strict=True):
+        torch.testing.assert_close(got, exact.to(dtype), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -240,6 +240,25 @@ def test_nan_and_infinity_propagate(activation, training):
     torch.testing.assert_close(found, expected.float(), equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", numerics.DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_inputs_of_every_size(instruction_set, activation, dtype):
+    """Powers of large ones overflow, activations and derivatives do not."""
+    values, one = numerics.of_every_size(dtype), torch.ones(1, 1, dtype=dtype)
+    weight = values[:, None].requires_grad_()
+    with aefast.backend("cpu"):
+        out = AF.linear_act(one, weight, None, activation)
+        (gradient,) = torch.autograd.grad(out.sum(), weight)
+        inferred = AF.linear_act(one, weight.detach(), None, activation)
+    # Beyond 10⁴ no derivative changes any more, and torch's own are NaN for the largest numbers.
+    bounded = weight.detach().double().clamp(-1e4, 1e4).requires_grad_()
+    true = OP.reference(one.double(), weight.detach().double(), None, activation)
+    (slope,) = torch.autograd.grad(OP.reference(one.double(), bounded, None, activation).sum(), bounded)
+    tolerance = 8 * torch.finfo(dtype).eps
+    for ours, truth in ((out, true), (inferred, true), (gradient, slope)):
+        torch.testing.assert_close(ours, truth.to(dtype), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("layout", ["one value", "one row", "transposed", "stepped"])
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
 def test_upstream_strides_of_long_batches(poisoned_memory, instruction_set, activation, layout):

@@ -30,6 +30,7 @@ from aefast.kernels.triton import linear_act as kernels
 from aefast.kernels.triton import mlp as stacks
 from aefast.kernels.triton import tuning
 from aefast.kernels.triton.tuning import Tile
+from support import numerics
 
 pytestmark = pytest.mark.interpret
 
@@ -328,6 +329,16 @@ def through_kernel(values, activation, with_derivative):
     return out, derivative
 
 
+def slope_of(out, derivative, activation):
+    """act' as a kernel of the backward has it, for what the forward gave."""
+    one = torch.ones(1, 1, dtype=out.dtype).expand(out.numel(), 1)
+    saved = out if derivative is None else derivative
+    g, _ = kernels.outermost_gradient(
+        one, saved[:, None], specification(activation, SLOPE, ALPHA), True, False
+    )
+    return g[:, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "identity"])
 def test_pointwise_accuracy(activation, dtype):
@@ -343,14 +354,26 @@ def test_pointwise_accuracy(activation, dtype):
     # For float64 the "exact" side rounds too.
     assert ((got.double() - exact).abs() <= 16 * eps * exact.detach().abs().clamp_min(floor)).all()
     if derivative is None:
-        one = torch.ones(1, 1, dtype=dtype).expand(x.numel(), 1)
-        spec = specification(activation, SLOPE, ALPHA)
-        derivative, _ = kernels.outermost_gradient(one, got[:, None], spec, True, False)
-        derivative = derivative[:, 0]
+        derivative = slope_of(got, None, activation)
     # act' from an output near saturation cancels, so its error is relative to act's largest slope, 1. torch's
     # softplus' jumps to 1 at the threshold, by exp(-20); its gelu_tanh' cancels in float64 as in any dtype.
     tolerance = max(64 * eps if activation == "gelu_tanh" else 16 * eps, 2.1e-9 * (activation == "softplus"))
     assert ((derivative.double() - slope).abs() <= tolerance * slope.abs().clamp_min(1.0)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "identity"])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_inputs_of_every_size(activation, dtype):
+    """Powers of large ones overflow, activations and derivatives do not."""
+    x = numerics.of_every_size(dtype)
+    out, derivative = through_kernel(x, activation, activation in STORES_DERIVATIVE)
+    # Beyond 10⁴ no derivative changes any more, and torch's own are NaN for the largest numbers.
+    bounded = x.double().clamp(-1e4, 1e4).requires_grad_()
+    (slope,) = torch.autograd.grad(EAGER[activation](bounded).sum(), bounded)
+    tolerance = 8 * torch.finfo(dtype).eps
+    for got, true in ((out, EAGER[activation](x.double())), (slope_of(out, derivative, activation), slope)):
+        torch.testing.assert_close(got, true.to(dtype), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -56,6 +56,14 @@ def is_differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def of_every_size(dtype: torch.dtype) -> Tensor:
+    """0 and numbers of both signs, from the least normal one to the largest."""
+    info = torch.finfo(dtype)
+    sizes = [info.tiny, 1.0, 20.0, 88.0, 1e4, 1e10, 1e14, 1e19, 1e30, info.max]
+    sizes = torch.tensor([size for size in sizes if size <= info.max], dtype=torch.float64)
+    return torch.cat((torch.zeros(1), sizes, -sizes)).to(dtype)
+
+
 def leaves(arguments: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(arguments) if is_differentiable(leaf)]
 
