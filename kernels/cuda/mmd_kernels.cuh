@@ -67,6 +67,14 @@ AEFAST_HD Lanes<A, kCount> operator*(const Lanes<A, kCount>& a, const Lanes<A, k
   return each<A, kCount>([&](int i) { return a.of[i] * b.of[i]; });
 }
 
+template <typename A, int kCount>
+AEFAST_HD Mask<kCount> operator<(const Lanes<A, kCount>& a, const Lanes<A, kCount>& b) {
+  Mask<kCount> y;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) y.of[i] = a.of[i] < b.of[i];
+  return y;
+}
+
 // The GPU's own functions of float32, to an ulp or two.
 namespace quick {
 
@@ -90,6 +98,16 @@ AEFAST_HD float reciprocal(float x) {
 }
 AEFAST_HD double reciprocal(double x) { return 1.0 / x; }
 
+AEFAST_HD float reciprocal_root(float x) {
+#if defined(__CUDA_ARCH__)
+  asm("rsqrt.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+#else
+  return 1.0f / std::sqrt(x);
+#endif
+}
+AEFAST_HD double reciprocal_root(double x) { return 1.0 / ::sqrt(x); }
+
 }  // namespace quick
 
 template <typename A, int kCount>
@@ -109,15 +127,7 @@ AEFAST_HD Lanes<A, kCount> reciprocal(const Lanes<A, kCount>& x) {
 
 template <typename A, int kCount>
 AEFAST_HD Lanes<A, kCount> reciprocal_root(const Lanes<A, kCount>& x) {
-  return each<A, kCount>([&](int i) { return elementary::reciprocal_root(x.of[i]); });
-}
-
-template <typename A, int kCount>
-AEFAST_HD Mask<kCount> is_zero(const Lanes<A, kCount>& x) {
-  Mask<kCount> y;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) y.of[i] = x.of[i] == A(0);
-  return y;
+  return each<A, kCount>([&](int i) { return quick::reciprocal_root(x.of[i]); });
 }
 
 template <typename A, int kCount>

@@ -78,13 +78,7 @@ AEFAST_HD double exp2_nonpositive(double x) { return ::exp2(x); }
 // 1 / x for x >= 1, and 1 / sqrt(x) for x > 0.
 AEFAST_HD float reciprocal(float x) { return 1.0f / x; }
 AEFAST_HD double reciprocal(double x) { return 1.0 / x; }
-AEFAST_HD float reciprocal_root(float x) {
-#if defined(__CUDA_ARCH__)
-  return ::rsqrtf(x);
-#else
-  return 1.0f / ::sqrtf(x);
-#endif
-}
+AEFAST_HD float reciprocal_root(float x) { return 1.0f / ::sqrtf(x); }
 AEFAST_HD double reciprocal_root(double x) { return 1.0 / ::sqrt(x); }
 
 AEFAST_HD float expm1_nonpositive(float x) { return ::expm1f(x); }

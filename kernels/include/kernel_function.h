@@ -1,9 +1,10 @@
 // Kernel functions of squared distances and their slopes, for a scalar and for vectors of floats alike. C is what they
-// are computed in and A the type of its elements; C comes with exp2_nonpositive, log, reciprocal, reciprocal_root,
-// is_zero and select.
+// are computed in and A the type of its elements; C comes with exp2_nonpositive, log, reciprocal, reciprocal_root
+// and select.
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "elementary.h"
 
@@ -33,12 +34,15 @@ struct Function {
 // Squarings in a row, each of which doubles the error, before a kernel of rbf takes an exponential again.
 constexpr int kMostSquarings = 4;
 
+// A constant, since code of a GPU cannot call what gives it.
+template <typename A>
+constexpr A kLeastNormal = std::numeric_limits<A>::min();
+
 // The values at several u >= 0, whose chains of instructions run side by side, and the slopes as `weight` has them; where
 // √u has no derivative, at 0, the slope is 0.
 template <Kind kKind, int kCount, typename C, typename A>
 AEFAST_HD void evaluate(const Function<A>& function, const C (&u)[kCount], C (&value)[kCount], C (&slope)[kCount]) {
   using elementary::exp2_nonpositive;
-  using elementary::is_zero;
   using elementary::log;
   using elementary::reciprocal;
   using elementary::reciprocal_root;
@@ -75,8 +79,8 @@ AEFAST_HD void evaluate(const Function<A>& function, const C (&u)[kCount], C (&v
   } else {
     C inverse[kCount], root[kCount];
     for (int i = 0; i < kCount; ++i) {
-      // Beside 0 the root of any number will do.
-      inverse[i] = reciprocal_root(u[i] + C(A(1e-37)));
+      // 0 where u is 0 or no normal number, which some roots are infinite of.
+      inverse[i] = select(u[i] < C(kLeastNormal<A>), C(A(0)), reciprocal_root(u[i]));
       root[i] = u[i] * inverse[i];
       if constexpr (kKind == Kind::energy) {
         value[i] = C(-function.rate[0]) * root[i];
@@ -90,7 +94,7 @@ AEFAST_HD void evaluate(const Function<A>& function, const C (&u)[kCount], C (&v
           value[i] = value[i] + power;
           slope[i] = slope[i] + C(function.weight[k]) * power;
         }
-    for (int i = 0; i < kCount; ++i) slope[i] = select(is_zero(u[i]), C(A(0)), slope[i] * inverse[i]);
+    for (int i = 0; i < kCount; ++i) slope[i] = slope[i] * inverse[i];
   }
 }
 

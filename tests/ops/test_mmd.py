@@ -187,6 +187,19 @@ def test_points_that_coincide(instruction_set, kernel, dtype):
         assert (result == 0).all()
 
 
+@pytest.mark.parametrize("dtype, scale, tolerance", numerics.TINY_POINTS)
+@pytest.mark.parametrize("kernel", ["laplacian", "energy"])
+def test_tiny_points_keep_their_digits(instruction_set, kernel, dtype, scale, tolerance):
+    """The root of a squared distance knows no smallest one, but 0."""
+    x, y = scale * draw(150, 16), scale * (1.2 * draw(70, 16, seed=2) + 0.5)
+    x, y = x.to(dtype), y.to(dtype)
+    x[1] = x[0]
+    settings = {"kernel": kernel, "estimator": "biased"}
+    truth = exact_by_differences(x, y, **settings)
+    for our, true in zip(found(x, y, **settings), truth, strict=True):
+        torch.testing.assert_close(our.double(), true, rtol=0, atol=tolerance * true.abs().max().item())
+
+
 def test_squared_bandwidths_are_as_exact_as_others():
     """Kernels that are powers of each other are computed by squaring."""
     numerics.require_backend("cpu", "mmd", "cpu", torch.float32)

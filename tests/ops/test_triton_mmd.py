@@ -205,6 +205,22 @@ def test_points_that_coincide(kernel, D):
     check_close(found, exact(x, y, spec, weights), spec, 2e-5)
 
 
+@pytest.mark.parametrize("dtype, scale, tolerance", numerics.TINY_POINTS)
+@pytest.mark.parametrize("kernel", ["laplacian", "energy"])
+@pytest.mark.parametrize("D", [2, 20])
+def test_tiny_points_keep_their_digits(kernel, dtype, scale, tolerance, D):
+    """The root of a squared distance knows no smallest one, but 0."""
+    x, y = scale * draw(20, D, dtype=torch.float64), scale * (draw(9, D, seed=1, dtype=torch.float64) + 0.5)
+    x, y = x.to(dtype), y.to(dtype)
+    x[1] = x[0]
+    spec = spec_of(kernel)
+    weights = op.weights_of("biased", spec, 20, 9)
+    unit = op.unit_of(spec, None, x, y)
+    expected = exact(x, y, spec, weights, unit)
+    for ours, true in zip(launched(x, y, spec, weights, unit=unit), expected, strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=0, atol=tolerance * true.abs().max().item())
+
+
 @pytest.mark.parametrize("D", [3, 16, 130])
 @pytest.mark.parametrize("kernel", ["rbf", "laplacian"])
 def test_data_far_from_zero(D, kernel):

@@ -20,6 +20,10 @@ from aefast.ops._registry import Op, refusal
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+# (dtype, a scale of points whose squared distances are normal numbers but for a few, the relative error that those few
+# are good for)
+TINY_POINTS = ((torch.float32, 3e-18, 5e-5), (torch.float64, 1e-17, 1e-12), (torch.float64, 1e-140, 1e-12))
+
 # In float64 the truth carries rounding of the same size as the result: sums of up to 1030 terms in another
 # order differ by a random walk of as many steps, sqrt(1030) / 2 spacings.
 _FLOAT64_NOISE = 16.0
