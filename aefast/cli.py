@@ -179,6 +179,12 @@ def train(
         int | None, typer.Option(help="End after so many steps instead.", rich_help_panel=_RUN)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples of a step.", rich_help_panel=_RUN)] = 256,
+    drop_last: Annotated[
+        bool,
+        typer.Option(
+            "--drop-last", help="Leave out what is less than a batch at an epoch's end.", rich_help_panel=_RUN
+        ),
+    ] = False,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.", rich_help_panel=_OPTIMISATION)] = 1e-3,
     schedule: Annotated[
         str,
@@ -605,6 +611,7 @@ def train(
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,
+        drop_last=drop_last,
         lr=lr,
         schedule=schedule,
         warmup_steps=warmup_steps,

@@ -31,6 +31,7 @@ class Batches:
         rows: which make up an epoch: (M,) int64, row numbers, which are shuffled all together; or blocks, of which
             the rows of some hundred at a time are.
         batch_size: rows of a batch; the last batch of an epoch keeps the rest.
+        drop_last: whether that rest is left out instead.
         seed: decides the order.
         device: where batches go; that of `samples` by default, the CPU for files.
         share: (number, count): batches are cut into so many equal shares, and what comes of each is that one. A batch
@@ -49,6 +50,7 @@ class Batches:
         seed: int,
         device: torch.device | None = None,
         share: tuple[int, int] = (0, 1),
+        drop_last: bool = False,
     ) -> None:
         if batch_size % share[1]:
             raise InputError(
@@ -59,6 +61,7 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.share = share
+        self.drop_last = drop_last
         self._home = samples.device if isinstance(samples, torch.Tensor) else torch.device("cpu")
         # A tensor's device has a number, where one that is given may have none.
         self.device = self._home if device is None else torch.empty(0, device=device).device
@@ -66,7 +69,7 @@ class Batches:
     def __len__(self) -> int:
         """Batches of an epoch."""
         whole, rest = divmod(len(self.rows), self.batch_size)
-        return whole + (rest >= self.share[1])
+        return whole + (rest >= self.share[1] and not self.drop_last)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
         """The batches (≤ batch_size, features) of an epoch, from batch number `first` on."""
@@ -104,6 +107,8 @@ class Batches:
     def _shares(self, batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         number, count = self.share
         for rows in batches:
+            if self.drop_last and len(rows) < self.batch_size:
+                return
             size = len(rows) // count
             if size:
                 yield rows[number * size : (number + 1) * size]

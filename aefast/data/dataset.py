@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,10 @@ class Dataset:
             must not be split at random; None lets `split` draw.
         block_rows: how many consecutive rows are held out, read and shuffled as one block, for data that memory does
             not hold; None where any order of rows can be read.
+
+    Raises:
+        DataError: samples of another type, dtype or number of dimensions, or a sample_shape of another number of
+            features.
     """
 
     name: str
@@ -41,6 +46,22 @@ class Dataset:
     sample_shape: tuple[int, ...]
     held_out: int | None = None
     block_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        samples = self.samples
+        is_file = hasattr(samples, "read")
+        if not is_file and not isinstance(samples, torch.Tensor):
+            raise DataError(f"samples: expected a tensor (N, features), got {type(samples).__name__}")
+        if len(samples.shape) != 2 or not (is_file or samples.dtype == torch.float32):
+            dtype = "" if is_file else f"{str(samples.dtype).removeprefix('torch.')} of "
+            raise DataError(
+                f"samples: expected float32 of shape (N, features), got {dtype}{tuple(samples.shape)}"
+            )
+        if math.prod(self.sample_shape) != samples.shape[1]:
+            raise DataError(
+                f"sample_shape={tuple(self.sample_shape)!r}: expected a product of {samples.shape[1]}, the features of "
+                "a sample"
+            )
 
     def __len__(self) -> int:
         return self.samples.shape[0]

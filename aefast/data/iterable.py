@@ -14,19 +14,19 @@ from aefast.data.dataset import DataError
 from aefast.data.files import not_finite
 
 # Keys that hold the samples in a batch of several entries, the first that is there.
-_BATCH_KEYS = ("x", "image", "data")
+_BATCH_KEYS = ("x", "image", "data", "pixel_values")
 
 
 class IterableBatches:
     """Batches of an iterable that is gone through once an epoch.
 
-    A batch is a tensor or array (B, ...), a tuple or list that begins with one, or a dict with one as "x", "image" or
-    "data". It becomes (B, features) in float32; uint8 values are divided by 255.
+    A batch is a tensor or array (B, ...), a tuple or list that begins with one, or a dict with one as "x", "image",
+    "data" or "pixel_values". It becomes (B, features) in float32; uint8 values are divided by 255.
 
     `set_epoch` of the iterable, its sampler or its data set is called before an epoch, where there is one. An iterable
     with `state_dict` and `load_state_dict` is taken back to a batch by these. Any other begins the epoch again, with
     the random numbers of PyTorch and of the iterable's generators as they were then, and the batches before that one
-    are read and left out.
+    are read and left out. What workers draw that live from epoch to epoch (``persistent_workers``) is not drawn again.
 
     Args:
         source: the iterable, or a function without arguments that returns one.
@@ -213,9 +213,8 @@ class IterableBatches:
             key = next((key for key in _BATCH_KEYS if key in batch), None)
             if key is None:
                 listed = ", ".join(map(repr, batch)) or "none"
-                raise DataError(
-                    f"{where}: expected samples called 'x', 'image' or 'data', the batch's keys: {listed}"
-                )
+                named = " or ".join(map(repr, _BATCH_KEYS))
+                raise DataError(f"{where}: expected samples called {named}, the batch's keys: {listed}")
             batch = batch[key]
         elif isinstance(batch, (tuple, list)) and batch:
             batch = batch[0]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -240,7 +241,17 @@ class Model(nn.Module):
                 f"x: expected shape (B, {size}) or (B, ...) with {size} features a sample, "
                 f"got {tuple(x.shape)}"
             )
+        self.check_order(x.shape[1:], "x")
         return x.flatten(1)
+
+    def check_order(self, shape: Sequence[int], argument: str) -> None:
+        """That samples of such a shape do not have their channels last, where the model's images have them first."""
+        expected, shape = getattr(self.config, "image_shape", None), tuple(shape)
+        if expected is not None and shape != expected and shape == (*expected[1:], expected[0]):
+            raise InputError(
+                f"{argument}: expected samples of image_shape={expected!r}, got {shape!r}, whose channels are last; "
+                "pass x.permute(0, 3, 1, 2)"
+            )
 
     def save_pretrained(self, directory: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` into `directory`, which is made if missing.
@@ -335,6 +346,18 @@ class Model(nn.Module):
         _fill(model, _read_weights(directory / WEIGHTS_FILE), directory / WEIGHTS_FILE)
         model.arrange()
         return model.to(device=device, dtype=dtype).eval()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, within; afterwards each of its modules in the mode that it was in."""
+    modes = [(one, one.training) for one in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for one, mode in modes:
+            one.training = mode
 
 
 def from_pretrained(

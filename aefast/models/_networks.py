@@ -17,6 +17,7 @@ from aefast.models._base import Model, ModelConfig
 from aefast.models._convolutional import ConvolutionalDecoder, ConvolutionalEncoder, arrange
 from aefast.nn import MLP
 from aefast.nn.linear_act import check_activation, check_positive_int, eager_activation
+from aefast.ops import _registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +150,13 @@ class EncoderDecoder(Model):
         """What the encoder gives for samples (B, input_size): codes (B, latent), or what the head makes them of."""
         if "encoder" not in self.networks:
             return self.encoder(flat)
+        version = None if _registry.is_watched() or flat.is_inference() else flat._version
         given = self.encoder(_shaped(flat, self.config.image_shape))
+        if version is not None and flat._version != version:
+            raise InputError(
+                "encoder: expected it to leave its input as it is, got one that writes into it, which is what "
+                "reconstructions are compared with; give its first layers inplace=False"
+            )
         if self._has_head:
             return _rows(given, "encoder", flat.shape[0], self.config.hidden[0], "hidden")
         return _rows(given, "encoder", flat.shape[0], self.config.latent, "latent")
@@ -183,6 +190,15 @@ class EncoderDecoder(Model):
             twin.register_forward_hook(functools.partial(_give_rows, eager_activation(activation)))
             twins.append(twin)
         return tuple(twins)
+
+    def _in_mode(self, twin: nn.Module) -> nn.Module:
+        """A twin in the mode of this model, modules of given networks each in its own."""
+        twin.train(self.training)
+        for name in self.networks:
+            pairs = zip(getattr(twin, name).modules(), getattr(self, name).modules(), strict=True)
+            for one, other in pairs:
+                one.training = other.training
+        return twin
 
     def arrange(self) -> None:
         if self.config.channels is not None:

@@ -90,7 +90,7 @@ class Autoencoder(EncoderDecoder):
         last = {"mean": nn.Sigmoid()} if self._has_logits else {}
         encoder, decoder = self._eager_networks()
         stack = OrderedDict(first, encoder=encoder, decoder=decoder, **last)
-        return nn.Sequential(stack).train(self.training)
+        return self._in_mode(nn.Sequential(stack))
 
     def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
         output = twin[:-1](x) if self._has_logits else twin(x)

@@ -236,7 +236,7 @@ class InfoVAE(VAE):
         return measures
 
     def eager_twin(self) -> nn.Module:
-        return _EagerInfoVAE(self).train(self.training)
+        return self._in_mode(_EagerInfoVAE(self))
 
     def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
         config = self.config

@@ -103,7 +103,7 @@ class StochasticAutoencoder(EncoderDecoder):
         return ModelOutput(made, latent, loss, {"reconstruction": loss})
 
     def eager_twin(self) -> nn.Module:
-        return _EagerStochastic(self).train(self.training)
+        return self._in_mode(_EagerStochastic(self))
 
     def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
         mean = twin.encoder(x)

@@ -273,7 +273,7 @@ class VAE(EncoderDecoder):
         return -(reconstruction + kl) - constant
 
     def eager_twin(self) -> nn.Module:
-        return EagerVAE(self).train(self.training)
+        return self._in_mode(EagerVAE(self))
 
     def eager_loss(self, twin: nn.Module, x: torch.Tensor) -> torch.Tensor:
         z, kl, _, _ = twin.head(twin.encoder(x))

@@ -11,6 +11,7 @@ from torch import Tensor
 from aefast.data import Batches, Dataset
 from aefast.errors import InputError
 from aefast.models import Model, SparseAutoencoder
+from aefast.models._base import evaluating
 from aefast.nn.linear_act import check_positive_int
 from aefast.sampling._base import Sampler
 
@@ -101,10 +102,5 @@ def _batches(model: Model, samples: Tensor | Dataset, batch_size: int) -> Iterat
 @contextlib.contextmanager
 def _evaluating(model: Model) -> Iterator[None]:
     """The model in eval mode and without gradients, within; afterwards in the mode that it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        yield

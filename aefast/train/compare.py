@@ -52,7 +52,9 @@ def compare_with_eager(
         lr: learning rate of both.
         precision: of both, as of `CapturedStep`.
     """
-    model = copy.deepcopy(model).train()
+    model = copy.deepcopy(model)
+    if not model.training:
+        model.train()
     fused = CapturedStep(model, make_optimizer(model.parameters(), lr), precision=precision)
     eager = EagerStep(model, lr, precision)
     device = batches[0].device

@@ -24,6 +24,7 @@ class TrainConfig:
         epochs: passes over the training samples.
         steps: the run ends after so many steps instead; None for whole epochs.
         batch_size: samples of a step; the last batch of an epoch keeps the rest.
+        drop_last: whether that rest is left out of the epoch instead.
         lr: learning rate of Adam.
         schedule: how the learning rate goes over the run: "constant", "linear" or "cosine", to 0
             (`aefast.train.Schedule`).
@@ -31,12 +32,13 @@ class TrainConfig:
         precision: "fp32"; "bf16" or "fp16", the type in which matrix products are formed, as `CapturedStep` has it.
         clip_norm: largest norm of all gradients together; None for no limit.
         accumulate: into how many parts a batch is cut whose gradients are summed, to save memory.
-        ema_decay: decay of a moving average of the weights, which is what is validated and kept; None for none.
+        ema_decay: decay of a moving average of the weights, which is what is validated and kept, and of the running
+            statistics that networks of the caller's own keep; None for none.
         patience: the run ends once so many epochs in a row have not lowered the loss on held-out samples; None to
             go on to the end.
         keep_last: how many checkpoints stay.
         keep_best: whether the weights with the lowest loss on held-out samples go to ``best/``.
-        steps_per_replay: steps of a CUDA graph; on the CPU each step is one.
+        steps_per_replay: steps of a CUDA graph, 0 for none; on the CPU each step is one.
         seed: decides the order of the samples and the noise of stochastic models.
         device: "cpu", "cuda", or "auto": CUDA where it is.
         log_every: steps between two lines of ``metrics.jsonl``; the end of an epoch always makes one.
@@ -47,6 +49,7 @@ class TrainConfig:
     epochs: int = 10
     steps: int | None = None
     batch_size: int = 256
+    drop_last: bool = False
     lr: float = 1e-3
     schedule: str = "constant"
     warmup_steps: int = 0
@@ -64,8 +67,12 @@ class TrainConfig:
     checkpoint_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "log_every", "accumulate", "keep_last", "steps_per_replay"):
+        for name in ("epochs", "batch_size", "log_every", "accumulate", "keep_last"):
             check_positive_int(getattr(self, name), name)
+        if not isinstance(self.drop_last, bool):
+            raise InputError(f"drop_last={self.drop_last!r}: expected true or false")
+        if self.steps_per_replay != 0:
+            check_positive_int(self.steps_per_replay, "steps_per_replay")
         for name in ("steps", "patience"):
             if getattr(self, name) is not None:
                 check_positive_int(getattr(self, name), name)

@@ -57,6 +57,7 @@ class Source:
             "device": device,
             "share": share,
         }
+        self._drop_last = config.drop_last
         self.training: Batches | IterableBatches
         self.held_out: Batches | IterableBatches | None = None
         for argument, given in (("dataset", data), ("validation", validation)):
@@ -85,11 +86,13 @@ class Source:
 
     def _cut(self, data: Dataset) -> None:
         training, held_out = data.split() if self._is_split else (data.rows(), None)
-        self.training = Batches(self._samples, training, **self._options)
+        self.training = Batches(self._samples, training, **self._options, drop_last=self._drop_last)
         if len(self.training) == 0:
+            least, why = self.training.share[1], "one for each process"
+            if self._drop_last:
+                least, why = self.training.batch_size, "a whole batch"
             raise InputError(
-                f"dataset: expected at least {self.training.share[1]} samples to train on, one for each process, got "
-                f"{len(training)}"
+                f"dataset: expected at least {least} samples to train on, {why}, got {len(training)}"
             )
         if held_out is not None:
             self.held_out = Batches(self._samples, held_out, **self._options)

@@ -33,8 +33,18 @@ Loss = Callable[..., "torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
-    """Adam with its update fused into one kernel over all parameters."""
-    return torch.optim.Adam(parameters, lr=lr, fused=True)
+    """Adam with its update fused into one kernel over all parameters.
+
+    That kernel goes through a parameter's memory from one end to the other; where there are gaps, as in a slice of a
+    larger tensor, the update is torch's plain one.
+    """
+    parameters = list(parameters)
+    return torch.optim.Adam(parameters, lr=lr, fused=all(map(_has_no_gaps, parameters)))
+
+
+def _has_no_gaps(one: torch.Tensor) -> bool:
+    # Memory like that of a tensor has its strides then alone.
+    return torch.empty_like(one, device="meta").stride() == one.stride()
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
@@ -158,7 +168,8 @@ class CapturedStep:
             that compares samples with each other, as MMD does, compares those of a part.
         schedule: share of the optimizer's learning rates that each step takes. They are kept as `initial_lr` of its
             groups, and those that are there are taken, as torch's schedulers do.
-        ema_decay: decay of an exponential moving average of the parameters after each step; None for none.
+        ema_decay: decay of an exponential moving average of the parameters after each step, and of the running
+            statistics that go with them; None for none.
         steps_per_replay: steps of a CUDA graph, on the CPU one each; 0 records none, as `DistributedDataParallel` needs
             it.
 
@@ -208,7 +219,9 @@ class CapturedStep:
             group["lr"] if self.schedule.is_constant else group.setdefault("initial_lr", float(group["lr"]))
             for group in optimizer.param_groups
         ]
-        self.ema = None if ema_decay is None else [one.detach().clone() for one in self._parameters]
+        # What the average is of.
+        self._averaged = [*self._parameters, *_statistics(model)]
+        self.ema = None if ema_decay is None else [one.detach().clone() for one in self._averaged]
         self._decay = ema_decay
         self._recording: _Recording | None = None
         is_replayed = (
@@ -269,16 +282,16 @@ class CapturedStep:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within it the parameters are their moving averages, if those are kept."""
+        """Within it the parameters and running statistics are their moving averages, if those are kept."""
         if self.ema is None:
             yield
             return
-        kept = [one.detach().clone() for one in self._parameters]
+        kept = [one.detach().clone() for one in self._averaged]
         try:
-            _copy(self.ema, self._parameters)
+            _copy(self.ema, self._averaged)
             yield
         finally:
-            _copy(kept, self._parameters)
+            _copy(kept, self._averaged)
 
     @property
     def count(self) -> int:
@@ -357,7 +370,7 @@ class CapturedStep:
             self._scaler.update()
         if self.ema is not None:
             with torch.no_grad():
-                get_ema_multi_avg_fn(self._decay)(self.ema, self._parameters, self._count)
+                get_ema_multi_avg_fn(self._decay)(self.ema, self._averaged, self._count)
         self._count.add_(1)
         return terms
 
@@ -508,6 +521,15 @@ class _Recording:
         self._graph.replay()
         # The next replay writes there.
         return {name: values.clone() for name, values in self._terms.items()}
+
+
+def _statistics(model: nn.Module) -> list[torch.Tensor]:
+    """Buffers that were taken with the weights of the moment, such as running statistics. What the models of
+    `aefast.models` keep themselves are averages already, or counts."""
+    models = [one for one in model.modules() if isinstance(one, Model)]
+    networks = [getattr(one, name) for one in models for name in one.networks] if models else [model]
+    found = {id(one): one for network in networks for one in network.buffers() if one.is_floating_point()}
+    return list(found.values())
 
 
 @torch.no_grad()

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
-from aefast.data import Batches, IterableBatches
+from aefast.data import Batches, Dataset, IterableBatches
 from aefast.errors import AefastError, InputError
 from aefast.models import Model
-from aefast.models._base import CONFIG_FILE, WEIGHTS_FILE, check_fit
+from aefast.models._base import CONFIG_FILE, WEIGHTS_FILE, check_fit, evaluating
 from aefast.nn import MMDLoss
 from aefast.train.callbacks import Callback
 from aefast.train.checkpoint import Checkpoint, CheckpointStore
@@ -133,7 +133,8 @@ class Trainer:
         if directory == "":
             raise InputError("out='': expected a folder")
         if not isinstance(model, Model):
-            raise InputError(f"model: expected one of aefast.models, got {type(model).__name__}")
+            hint = "; compile it by model.compile()" if type(model).__name__ == "OptimizedModule" else ""
+            raise InputError(f"model: expected one of aefast.models, got {type(model).__name__}{hint}")
         if not isinstance(config, TrainConfig):
             raise InputError(f"config: expected a TrainConfig, got {type(config).__name__}")
         _check_parameters(model)
@@ -142,9 +143,13 @@ class Trainer:
         self.processes = Processes()
         self.console = Console(quiet=not self.processes.is_first) if console is None else console
         self.device = config.resolve_device()
-        self.model = model.to(self.device).train()
+        self.model = model.to(self.device)
+        if not model.training:
+            model.train()
         self.callbacks = list(callbacks)
         self.source = Source(dataset, validation, model.config.input_size, config, self.device, self._share())
+        if isinstance(dataset, Dataset):
+            model.check_order(dataset.sample_shape, "dataset")
         self.step = CapturedStep(
             self.model if self.processes.is_one else self._joint_model(),
             make_optimizer(self.model.parameters(), config.lr),
@@ -176,7 +181,10 @@ class Trainer:
 
     def _joint_model(self) -> DistributedDataParallel:
         return DistributedDataParallel(
-            self.model, device_ids=None if self.device.type == "cpu" else [torch.cuda.current_device()]
+            self.model,
+            device_ids=None if self.device.type == "cpu" else [torch.cuda.current_device()],
+            # Networks of others may leave some of their parameters unused.
+            find_unused_parameters=bool(self.model.networks),
         )
 
     @contextlib.contextmanager
@@ -304,9 +312,18 @@ class Trainer:
                 self._say(f'notice: no plots ({error}); for plots: pip install "aefast[train]"')
         # Beside other processes it would be measured with what they leave of the machine.
         if compare and self.processes.is_one:
-            comparison = compare_with_eager(
-                self.model, self._sample_batches(), self.config.lr, self.config.precision
-            )
+            try:
+                comparison = compare_with_eager(
+                    self.model, self._sample_batches(), self.config.lr, self.config.precision
+                )
+            except (RuntimeError, TypeError) as error:
+                # Modules of others need not let themselves be copied.
+                if not self.model.networks:
+                    raise
+                reason = str(error).strip().splitlines()[0]
+                self._say(
+                    f"notice: no comparison with eager PyTorch, since the model cannot be copied ({reason})"
+                )
         return TrainResult(
             self.directory, self.steps_taken, None, comparison, self._is_stopped, self._last_measures()
         )
@@ -431,9 +448,10 @@ class Trainer:
         return {
             "model": self.model.name,
             **self.model.config.to_dict(),
-            # Runs from before models had any say nothing of them.
+            # Of these two, runs from before they were there say nothing.
             "networks": self.model.networks or None,
             "batch_size": self.config.batch_size,
+            "drop_last": self.config.drop_last or None,
             "lr": self.config.lr,
             "schedule": self.config.schedule,
             "warmup_steps": self.config.warmup_steps,
@@ -538,6 +556,12 @@ class Trainer:
             index, _, name = key.partition("/")
             moments.setdefault(int(index), {})[name] = value
         optimizer = self.step.optimizer
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        for index, of_one in moments.items():
+            # The fused update goes through them as they lie in memory, which is as the parameter does.
+            for name, value in of_one.items():
+                if value.shape == parameters[index].shape:
+                    of_one[name] = torch.empty_like(parameters[index]).copy_(value)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         random, rank = checkpoint.tensors["rng"], self.processes.rank
         if f"cpu/{rank}" in random:
@@ -559,7 +583,9 @@ class Trainer:
         of_step: dict[str, Any] = {"count": self.steps_taken}
         if "ema" in checkpoint.tensors:
             averages = checkpoint.tensors["ema"]
-            of_step["ema"] = [averages[str(index)] for index in range(len(averages))]
+            found = [averages[str(index)] for index in range(len(averages))]
+            # Earlier runs have none of buffers.
+            of_step["ema"] = [*found, *(one.detach() for one in self.step._averaged[len(found) :])]
         if "scaler" in checkpoint.state:
             of_step["scaler"] = checkpoint.state["scaler"]
         self.step.load_state_dict(of_step)
@@ -632,9 +658,12 @@ class Trainer:
 
         Groups are of one size, and end where a line is logged and where the run does.
         """
-        most = self.config.steps_per_replay if self.device.type == "cuda" else 1
+        most = max(1, self.config.steps_per_replay) if self.device.type == "cuda" else 1
         step, group = self.steps_taken, []
         for batch in self.batches.epoch(self.epoch, first=self.batch):
+            if step == self.steps_taken:
+                # What an iterable gives is known now.
+                self.model.check_order(self.source.sample_shape, "dataset")
             if group and len(batch) != len(group[0]):
                 yield group
                 group = []
@@ -744,14 +773,15 @@ class Trainer:
             return {}
         total = Window(self.processes)
         with self._validation_noise(), self.step.averaged(), torch.no_grad():
-            self.model.eval()
-            try:
+            if not self.processes.is_one:
+                # Running statistics are each process's own, and the first one's are kept.
+                for buffer in self.model.buffers():
+                    dist.broadcast(buffer, 0)
+            with evaluating(self.model):
                 for batch in self.held_out.in_order():
                     if interrupt.signal is not None:
                         return None
                     total.add(self.model.evaluate(batch), len(batch))
-            finally:
-                self.model.train()
         means = total.means()
         # What a batch explains of its own variance depends on its size.
         if means.pop("explained_variance", None) is not None and self._variance > 0:
@@ -801,20 +831,29 @@ class Trainer:
         batches = [batch for _, batch in zip(range(COMPARED_BATCHES), self.batches.epoch(0), strict=False)]
         return [batch for batch in batches if len(batch) == len(batches[0])]
 
+    def _shown_shape(self) -> tuple[int, ...]:
+        """The shape of a sample in pictures: of flat ones that of the model's images, if it has any."""
+        shape = self.source.sample_shape
+        return (getattr(self.model.config, "image_shape", None) or shape) if len(shape) == 1 else shape
+
     def _plot(self) -> None:
         folder = self.directory / PLOT_FOLDER
         folder.mkdir(exist_ok=True)
         title = f"{self.model.name} on {self.source.name}"
         if self.held_out is not None:
-            self.model.eval()
             # The first process draws alone.
-            with self._mmd_over(None), self._validation_noise(), self.step.averaged(), torch.no_grad():
+            with (
+                self._mmd_over(None),
+                self._validation_noise(),
+                self.step.averaged(),
+                torch.no_grad(),
+                evaluating(self.model),
+            ):
                 samples = self.held_out.spread(PLOTTED_SAMPLES)
                 shown = self.model.illustrate(samples)
-            self.model.train()
             plot_samples(
                 {name: samples.cpu() for name, samples in shown.items()},
-                self.source.sample_shape,
+                self._shown_shape(),
                 f"{title}: held-out samples after step {self.steps_taken:,}",
                 folder / "reconstructions.png",
             )

@@ -38,6 +38,7 @@ SOURCES = {
     "function": lambda: lambda: (part for part in samples().split(8)),
     "tuples": lambda: [(part, torch.zeros(len(part))) for part in samples().split(8)],
     "x": lambda: [{"label": torch.zeros(len(part)), "x": part} for part in samples().split(8)],
+    "pixel_values": lambda: [{"pixel_values": part} for part in samples().split(8)],
     "image": lambda: [{"image": part} for part in samples().split(8)],
     "arrays": lambda: [part.numpy() for part in samples().split(8)],
     "halves": lambda: [part.double() for part in samples().split(8)],
@@ -93,7 +94,7 @@ def test_bytes_are_scaled_as_load_does():
         (np.array([["a"] * 4]), "expected a tensor of real numbers, got dtype <U1"),
         ("text", "expected a tensor of real numbers, got str"),
         ([], "expected a tensor of real numbers, got list"),
-        ({"y": 1, "z": 2}, "called 'x', 'image' or 'data', the batch's keys: 'y', 'z'"),
+        ({"y": 1, "z": 2}, "called 'x' or 'image' or 'data' or 'pixel_values', the batch's keys: 'y', 'z'"),
         (
             torch.tensor([[0.0] * 4, [0, 1, torch.nan, 2]]),
             "batch 1 of epoch 0.*row 1, column 2 holds nan",

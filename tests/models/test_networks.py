@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from aefast.models import (
     from_pretrained,
 )
 from aefast.nn import MLP, Corrupt
+from aefast.sampling import codes_of
 from aefast.train import CapturedStep, TrainConfig, Trainer, make_optimizer
 
 SHAPE = (2, 6, 6)
@@ -313,6 +315,31 @@ def test_the_twin_of_a_patched_model_is_plain():
     assert any("mlp" in name for name in called)
 
 
+@MODELS
+def test_an_encoder_that_writes_into_its_input_is_refused(model_class):
+    """Reconstructions would be compared with what it has left."""
+    encoder = nn.Sequential(nn.LeakyReLU(inplace=True), Encoder(GIVES[model_class]))
+    model, x = make(model_class, encoder), torch.randn(3, *SHAPE)
+    with pytest.raises(InputError, match="encoder: expected it to leave its input as it is"):
+        model(x)
+    model.encoder[0].inplace = False
+    assert torch.isfinite(model(x).loss)
+
+
+def test_channels_that_come_last_are_named(tmp_path):
+    model = make(Autoencoder)
+    message = r"expected samples of image_shape=\(2, 6, 6\), got \(6, 6, 2\), whose channels are last"
+    with pytest.raises(InputError, match=f"x: {message}"):
+        model(torch.rand(3, 6, 6, 2))
+    options = {"config": TrainConfig(epochs=1, device="cpu"), "console": Console(quiet=True)}
+    with pytest.raises(InputError, match=f"dataset: {message}"):
+        Trainer(model, Dataset("x", torch.rand(40, FEATURES), (6, 6, 2)), directory=tmp_path / "a", **options)
+    trainer = Trainer(model, [torch.rand(8, 6, 6, 2)], directory=tmp_path / "b", **options)
+    with pytest.raises(InputError, match=f"dataset: {message}"):
+        trainer.fit(compare=False)
+    make(Autoencoder)(torch.rand(3, FEATURES))
+
+
 # Convolutions by their channels
 
 CHANNELS = [((2, 6, 6), (4, 6), (12,)), ((3, 11, 7), (4, 6), ()), ((1, 5, 4), (3,), (10, 8))]
@@ -507,18 +534,57 @@ def test_copies_and_pickles(is_own):
 # Training and compiling
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+def test_a_frozen_network_in_eval_mode_stays_in_it(tmp_path):
+    """A pretrained one, whose running statistics and dropout are what they were."""
+    encoder = Encoder(12).eval().requires_grad_(False)
+    encoder.add_module("dropout", nn.Dropout(0.5))
+    encoder.dropout.eval()
+    model = make(VAE, encoder)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    data = Dataset("images", torch.rand(100, FEATURES), SHAPE)
+    config = TrainConfig(epochs=2, batch_size=16, device="cpu")
+    Trainer(model, data, config, tmp_path, console=Console(quiet=True)).fit()
+    codes_of(model, data.samples)
+    assert model.training and model.decoder.training and not any(one.training for one in encoder.modules())
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    twin = model.eager_twin()
+    assert twin.training and not any(one.training for one in twin.encoder.modules())
+    # A model that was loaded is in eval mode as a whole, and is trained.
+    loaded = from_pretrained(tmp_path, encoder=Encoder(12).append(nn.Identity()), decoder=Decoder())
+    assert Trainer(
+        loaded, data, config, tmp_path / "more", console=Console(quiet=True)
+    ).model.encoder.training
+
+
+def test_a_run_of_what_cannot_be_copied_ends_well(tmp_path, capsys):
+    encoder = Encoder(12)
+    encoder.lock = threading.Lock()
+    data = Dataset("images", torch.rand(100, FEATURES), SHAPE)
+    config = TrainConfig(epochs=1, batch_size=16, device="cpu")
+    result = Trainer(make(VAE, encoder), data, config, tmp_path, console=Console(width=1000)).fit()
+    assert result.comparison is None and result.step == 6
+    assert (
+        "notice: no comparison with eager PyTorch, since the model cannot be copied"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, memory_format):
     data = Dataset("images", torch.rand(200, FEATURES), SHAPE)
 
     def trainer(folder, epochs):
         torch.manual_seed(3)
-        config = TrainConfig(epochs=epochs, batch_size=32, device="cpu", keep_best=True)
-        trainer = Trainer(make(VAE), data, config, tmp_path / folder, console=Console(quiet=True))
+        config = TrainConfig(
+            epochs=epochs, batch_size=32, drop_last=True, device="cpu", keep_best=True, ema_decay=0.9, lr=1e-2
+        )
+        model = make(VAE).to(memory_format=memory_format)
+        trainer = Trainer(model, data, config, tmp_path / folder, console=Console(quiet=True))
         trainer._plot = lambda: None
         return trainer
 
     whole = trainer("whole", 4)
-    whole.fit(compare=False)
+    assert whole.fit(compare=False).step == 4 * 5
     trainer("parts", 2).fit(compare=False)
     parts = trainer("parts", 4)
     parts.fit(resume=True, compare=False)
@@ -526,6 +592,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
         parts.model.state_dict().items(), whole.model.state_dict().values(), strict=True
     ):
         assert torch.equal(ours, theirs), key
+    for ours, theirs in zip(parts.step.ema, whole.step.ema, strict=True):
+        assert torch.equal(ours, theirs)
     networks = {"encoder": Encoder(12), "decoder": Decoder()}
     best = from_pretrained(tmp_path / "whole" / "best", **networks)
     assert torch.isfinite(best(torch.rand(2, *SHAPE)).loss)

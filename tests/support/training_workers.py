@@ -5,15 +5,30 @@ import os
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch import nn
 
 from aefast.data import Dataset
 from aefast.models import Autoencoder, InfoVAE, SparseAutoencoder
 from aefast.nn import MMDLoss
 from aefast.train import Callback, TrainConfig, Trainer, TrainingError
 
+
+class Branches(nn.Module):
+    """An encoder of 16 features with running statistics, and a layer that it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.used = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+        self.unused = nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.used(x)
+
+
 MODELS = {
     "autoencoder": (Autoencoder, {"hidden": (8,)}),
     "infovae": (InfoVAE, {"hidden": (8,), "mmd_weight": 5.0}),
+    "branches": (lambda **sizes: Autoencoder(**sizes, encoder=Branches()), {}),
     "sparse": (SparseAutoencoder, {"sparsity": "l1"}),
 }
 

@@ -334,8 +334,38 @@ def test_split_is_disjoint_whole_and_seeded():
     assert [len(part) for part in dataset.split(1.0)] == [1, 49]
 
 
+@pytest.mark.parametrize(
+    ("samples", "sample_shape", "message"),
+    [
+        (np.zeros((4, 6), np.float32), (6,), r"samples: expected a tensor \(N, features\), got ndarray"),
+        (torch.zeros(4, 6).double(), (6,), r"samples: expected float32 .*, got float64 of \(4, 6\)"),
+        (
+            torch.zeros(4, 2, 3),
+            (2, 3),
+            r"samples: expected float32 of shape \(N, features\), got float32 of \(4, 2, 3\)",
+        ),
+        (torch.zeros(4, 6), (2, 2), r"sample_shape=\(2, 2\): expected a product of 6"),
+    ],
+)
+def test_bad_samples_of_a_dataset_are_named(samples, sample_shape, message):
+    with pytest.raises(DataError, match=message):
+        Dataset("x", samples, sample_shape)
+
+
 def make_batches(seed=0):
     return Batches(torch.arange(46.0).reshape(23, 2), torch.arange(3, 23), batch_size=6, seed=seed)
+
+
+@pytest.mark.parametrize("share", [(0, 1), (1, 2)])
+def test_the_rest_of_an_epoch_can_be_left_out(share):
+    samples, rows = torch.arange(46.0).reshape(23, 2), torch.arange(23)
+    options = {"batch_size": 6, "seed": 0, "share": share}
+    whole = Batches(samples, rows, **options)
+    batches = Batches(samples, rows, **options, drop_last=True)
+    assert len(whole) == 4 and len(batches) == 3
+    for first in (0, 2):
+        expected, found = list(whole.epoch(1, first)), list(batches.epoch(1, first))
+        assert len(found) == 3 - first and all(map(torch.equal, found, expected))
 
 
 def test_an_epoch_holds_every_row_once():

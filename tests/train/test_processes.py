@@ -65,6 +65,18 @@ def test_two_processes_are_as_one_with_the_joint_batch(run, tmp_path, model, acc
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-3, atol=1e-4)
 
 
+def test_what_is_told_is_of_the_network_that_is_saved(run, tmp_path):
+    """Its running statistics are those of the first process; a layer of it is not used."""
+    first, _ = run(tmp_path / "two", model="branches", accumulate=2)
+    assert first["step"] == 18
+    model = from_pretrained(tmp_path / "two", encoder=training_workers.Branches())
+    held_out = training_workers.trainer(tmp_path / "other", "branches").held_out
+    with torch.no_grad():
+        sums = [(model(batch).loss.item() * len(batch), len(batch)) for batch in held_out.in_order()]
+    loss = sum(total for total, _ in sums) / sum(count for _, count in sums)
+    assert metrics(tmp_path / "two")[-1]["val_loss"] == pytest.approx(loss, rel=1e-6)
+
+
 def test_codes_of_all_processes_are_compared_with_the_prior(run, tmp_path):
     """That the MMD of a group is that of all its codes, with its gradient, is a matter of the op's own tests."""
     first, second = run(tmp_path / "two", model="infovae")

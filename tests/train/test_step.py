@@ -160,6 +160,53 @@ def test_the_average_decays():
     assert torch.equal(parameters(model), last)
 
 
+def test_running_statistics_are_averaged_with_the_weights():
+    """Where they belong to weights, and not in what a model of aefast keeps by itself."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 16))
+    steps = CapturedStep(
+        net,
+        make_optimizer(net.parameters(), 1e-2),
+        loss=lambda net, x: (net(x) - x).square().mean(),
+        ema_decay=0.75,
+    )
+    average = net[1].running_mean.clone()
+    for batch in batches(4):
+        steps(batch)
+        average = 0.75 * average + 0.25 * net[1].running_mean
+    last = net[1].running_mean.clone()
+    with steps.averaged():
+        torch.testing.assert_close(net[1].running_mean, average, rtol=1e-6, atol=1e-7)
+        assert net[1].num_batches_tracked == 4
+    assert torch.equal(net[1].running_mean, last)
+
+    sparse = SparseAutoencoder(input_size=16, latent=20, sparsity="batchtopk", k=3)
+    own = CapturedStep(sparse, make_optimizer(sparse.parameters(), 1e-2), ema_decay=0.75)
+    assert len(own.ema) == len(list(sparse.parameters()))
+    encoder = nn.Sequential(nn.Linear(16, 4), nn.BatchNorm1d(4))
+    model = Autoencoder(input_size=16, latent=4, encoder=encoder)
+    given = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), ema_decay=0.75)
+    assert len(given.ema) == len(list(model.parameters())) + 2
+
+
+def test_parameters_with_gaps_in_memory_are_trained_whole():
+    """Torch's fused update of them goes through the memory between their elements instead of all of them."""
+    whole = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    before = whole.clone()
+    net = nn.Linear(16, 16, bias=False)
+    net.weight = nn.Parameter(whole[:, :4])
+    step = CapturedStep(
+        net,
+        make_optimizer(net.parameters(), 1e-2),
+        loss=lambda net, x: (x[:, :4] @ net.weight.T - x).square().mean(),
+    )
+    step(*batches(1))
+    assert (whole != before)[:, :4].all()
+    assert torch.equal(whole[:, 4:], before[:, 4:])
+    for layout in (torch.randn(4, 8).t(), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)):
+        assert make_optimizer([nn.Parameter(layout)], 1e-2).defaults["fused"]
+
+
 def test_it_goes_on_as_it_was():
     options = {"ema_decay": 0.9, "schedule": Schedule("cosine", 2, 8), "clip_norm": 0.1}
     data = batches(8)

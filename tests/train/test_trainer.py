@@ -264,8 +264,10 @@ def test_plots_show_something(make_trainer, tmp_path, dataset, shape):
 def test_plots_of_colour_images(make_trainer, tmp_path):
     generator = torch.Generator().manual_seed(0)
     samples = torch.rand(60, 3 * 5 * 5, generator=generator)
-    for shape in ((3, 5, 5), (5, 5, 3)):
-        make_trainer(tmp_path, data=Dataset("colour", samples, shape), epochs=1, plots=True).fit(
+    # Of flat samples the model tells what images they are.
+    for shape, options in (((3, 5, 5), {}), ((5, 5, 3), {}), ((75,), {"image_shape": (3, 5, 5)})):
+        data = Dataset("colour", samples, shape)
+        make_trainer(tmp_path, data=data, model_options=options, epochs=1, plots=True).fit(
             compare=False, overwrite=True
         )
         pixels = imread(tmp_path / "plots" / "reconstructions.png")[..., :3]
@@ -977,7 +979,15 @@ def test_what_cannot_be_trained_is_named(tmp_path, dataset):
     nn.utils.parametrizations.weight_norm(parametrized.encoder.layers[0])
     frozen.requires_grad_(False)
     for arguments, message in (
-        ({"model": nn.Linear(16, 16)}, "model: expected one of aefast.models, got Linear"),
+        ({"model": nn.Linear(16, 16)}, "model: expected one of aefast.models, got Linear$"),
+        (
+            {"model": torch.compile(Autoencoder(input_size=16))},
+            r"model: .* got OptimizedModule; compile it by model.compile\(\)",
+        ),
+        (
+            {"config": TrainConfig(device="cpu", drop_last=True)},
+            "dataset: expected at least 256 samples to train on, a whole batch, got 207",
+        ),
         ({"config": {"epochs": 2}}, "config: expected a TrainConfig, got dict"),
         ({"model": frozen}, "model: expected parameters to train, all of them are frozen"),
         (
@@ -1032,6 +1042,8 @@ def test_data_that_does_not_fit_the_model(make_trainer, tmp_path, dataset):
         ({"precision": "half"}, "precision='half': expected one of fp32, bf16, fp16"),
         ({"clip_norm": 0}, "clip_norm=0: expected a finite number above 0"),
         ({"accumulate": 0}, "accumulate=0"),
+        ({"steps_per_replay": -1}, "steps_per_replay=-1"),
+        ({"drop_last": 1}, "drop_last=1: expected true or false"),
         ({"ema_decay": -0.1}, "ema_decay=-0.1: expected a number from 0 to below 1"),
         ({"patience": 0}, "patience=0"),
         ({"keep_last": 0}, "keep_last=0"),
@@ -1040,6 +1052,13 @@ def test_data_that_does_not_fit_the_model(make_trainer, tmp_path, dataset):
 def test_bad_options_are_named(options, message):
     with pytest.raises(InputError, match=message):
         TrainConfig(**options)
+
+
+def test_graphs_are_an_option(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, epochs=1, steps_per_replay=0)
+    # As on a GPU.
+    trainer.device = torch.device("cuda")
+    assert [len(group) for group in trainer._groups()] == [1] * 7
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
