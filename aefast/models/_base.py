@@ -241,13 +241,16 @@ class Model(nn.Module):
                 f"x: expected shape (B, {size}) or (B, ...) with {size} features a sample, "
                 f"got {tuple(x.shape)}"
             )
-        self.check_order(x.shape[1:], "x")
+        if x.dim() == 4:
+            self.check_order(x.shape[1:], "x")
         return x.flatten(1)
 
     def check_order(self, shape: Sequence[int], argument: str) -> None:
         """That samples of such a shape do not have their channels last, where the model's images have them first."""
         expected, shape = getattr(self.config, "image_shape", None), tuple(shape)
-        if expected is not None and shape != expected and shape == (*expected[1:], expected[0]):
+        if expected is None or shape == expected or expected[0] == 1:
+            return
+        if shape == (*expected[1:], expected[0]):
             raise InputError(
                 f"{argument}: expected samples of image_shape={expected!r}, got {shape!r}, whose channels are last; "
                 "pass x.permute(0, 3, 1, 2)"
@@ -374,8 +377,13 @@ def from_pretrained(
 def _check_networks(given: Mapping[str, object], own: Mapping[str, str], what: str) -> None:
     """That `given` are the networks that a model was made with, whose classes `own` names."""
     for name in given:
+        if name not in ("encoder", "decoder"):
+            known = ("device", "dtype", "encoder", "decoder")
+            raise InputError(
+                f"{name}: unknown argument, expected one of {', '.join(known)}{did_you_mean(name, known)}"
+            )
         if name not in own:
-            raise InputError(f"{name}: {what} was not made with one that is given{did_you_mean(name, own)}")
+            raise InputError(f"{name}: {what} was not made with one that is given")
     missing = [name for name in own if name not in given]
     if missing:
         classes = " and ".join(f"{own[name]} as its {name}" for name in own)

@@ -150,9 +150,12 @@ class EncoderDecoder(Model):
         """What the encoder gives for samples (B, input_size): codes (B, latent), or what the head makes them of."""
         if "encoder" not in self.networks:
             return self.encoder(flat)
-        version = None if _registry.is_watched() or flat.is_inference() else flat._version
-        given = self.encoder(_shaped(flat, self.config.image_shape))
-        if version is not None and flat._version != version:
+        # Whether it is written into cannot be told everywhere. A compiler drops the copy if it is not.
+        is_told = not (_registry.is_watched() or flat.is_inference())
+        seen = flat if is_told else flat.clone()
+        version = flat._version if is_told else None
+        given = self.encoder(_shaped(seen, self.config.image_shape))
+        if is_told and flat._version != version:
             raise InputError(
                 "encoder: expected it to leave its input as it is, got one that writes into it, which is what "
                 "reconstructions are compared with; give its first layers inplace=False"

@@ -24,7 +24,7 @@ class TrainConfig:
         epochs: passes over the training samples.
         steps: the run ends after so many steps instead; None for whole epochs.
         batch_size: samples of a step; the last batch of an epoch keeps the rest.
-        drop_last: whether that rest is left out of the epoch instead.
+        drop_last: whether that rest is left out of the epoch instead. An iterable decides itself.
         lr: learning rate of Adam.
         schedule: how the learning rate goes over the run: "constant", "linear" or "cosine", to 0
             (`aefast.train.Schedule`).

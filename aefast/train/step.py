@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,14 +33,17 @@ Batch = torch.Tensor | Sequence[torch.Tensor]
 Loss = Callable[..., "torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]"]
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
-    """Adam with its update fused into one kernel over all parameters.
+def make_optimizer(parameters: Iterable[Any], lr: float) -> torch.optim.Adam:
+    """Adam with its update fused into one kernel over all parameters, which come as any optimizer takes them.
 
     That kernel goes through a parameter's memory from one end to the other; where there are gaps, as in a slice of a
     larger tensor, the update is torch's plain one.
     """
-    parameters = list(parameters)
-    return torch.optim.Adam(parameters, lr=lr, fused=all(map(_has_no_gaps, parameters)))
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
+    groups = optimizer.param_groups
+    if all(_has_no_gaps(one) for group in groups for one in group["params"]):
+        return optimizer
+    return torch.optim.Adam([{**group, "fused": False} for group in groups], lr=lr)
 
 
 def _has_no_gaps(one: torch.Tensor) -> bool:
@@ -311,7 +315,8 @@ class CapturedStep:
         """Go on as the step that `state` is of."""
         self._count.fill_(state["count"])
         if self.ema is not None:
-            _copy(state["ema"], self.ema)
+            # A state without running statistics is of weights alone.
+            _copy([*state["ema"], *self._averaged[len(state["ema"]) :]], self.ema)
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])
 
@@ -370,7 +375,7 @@ class CapturedStep:
             self._scaler.update()
         if self.ema is not None:
             with torch.no_grad():
-                get_ema_multi_avg_fn(self._decay)(self.ema, self._averaged, self._count)
+                _average(self._decay)(self.ema, self._averaged, self._count)
         self._count.add_(1)
         return terms
 
@@ -524,18 +529,19 @@ class _Recording:
 
 
 def _statistics(model: nn.Module) -> list[torch.Tensor]:
-    """Buffers that were taken with the weights of the moment, such as running statistics. What the models of
-    `aefast.models` keep themselves are averages already, or counts."""
-    models = [one for one in model.modules() if isinstance(one, Model)]
-    networks = [getattr(one, name) for one in models for name in one.networks] if models else [model]
-    found = {id(one): one for network in networks for one in network.buffers() if one.is_floating_point()}
-    return list(found.values())
+    """The running means and variances of batch normalizations, which are of the weights of the moment."""
+    named = (dict(one.named_buffers(recurse=False)) for one in model.modules())
+    found = (own.get(name) for own in named for name in ("running_mean", "running_var"))
+    return [one for one in found if one is not None]
 
 
 @torch.no_grad()
 def _copy(values: Sequence[torch.Tensor], to: Sequence[torch.Tensor]) -> None:
     for one, value in zip(to, values, strict=True):
         one.copy_(value)
+
+
+_average = functools.cache(get_ema_multi_avg_fn)
 
 
 class EagerStep:

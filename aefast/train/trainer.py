@@ -148,8 +148,9 @@ class Trainer:
             model.train()
         self.callbacks = list(callbacks)
         self.source = Source(dataset, validation, model.config.input_size, config, self.device, self._share())
-        if isinstance(dataset, Dataset):
-            model.check_order(dataset.sample_shape, "dataset")
+        for argument, data in (("dataset", dataset), ("validation", validation)):
+            if isinstance(data, Dataset):
+                model.check_order(data.sample_shape, argument)
         self.step = CapturedStep(
             self.model if self.processes.is_one else self._joint_model(),
             make_optimizer(self.model.parameters(), config.lr),
@@ -448,7 +449,7 @@ class Trainer:
         return {
             "model": self.model.name,
             **self.model.config.to_dict(),
-            # Of these two, runs from before they were there say nothing.
+            # A checkpoint may say nothing of these two where they are not used.
             "networks": self.model.networks or None,
             "batch_size": self.config.batch_size,
             "drop_last": self.config.drop_last or None,
@@ -583,9 +584,7 @@ class Trainer:
         of_step: dict[str, Any] = {"count": self.steps_taken}
         if "ema" in checkpoint.tensors:
             averages = checkpoint.tensors["ema"]
-            found = [averages[str(index)] for index in range(len(averages))]
-            # Earlier runs have none of buffers.
-            of_step["ema"] = [*found, *(one.detach() for one in self.step._averaged[len(found) :])]
+            of_step["ema"] = [averages[str(index)] for index in range(len(averages))]
         if "scaler" in checkpoint.state:
             of_step["scaler"] = checkpoint.state["scaler"]
         self.step.load_state_dict(of_step)
@@ -781,6 +780,8 @@ class Trainer:
                 for batch in self.held_out.in_order():
                     if interrupt.signal is not None:
                         return None
+                    if isinstance(self.held_out, IterableBatches):
+                        self.model.check_order(self.held_out.sample_shape, "validation")
                     total.add(self.model.evaluate(batch), len(batch))
         means = total.means()
         # What a batch explains of its own variance depends on its size.

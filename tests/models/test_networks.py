@@ -322,6 +322,13 @@ def test_an_encoder_that_writes_into_its_input_is_refused(model_class):
     model, x = make(model_class, encoder), torch.randn(3, *SHAPE)
     with pytest.raises(InputError, match="encoder: expected it to leave its input as it is"):
         model(x)
+    if model_class is Autoencoder:
+        model.eval()
+        before = x.clone()
+        compiled = torch.compile(lambda x: model(x).loss, fullgraph=True, backend="aot_eager")(x)
+        assert torch.equal(x, before)
+        model.encoder[0].inplace = False
+        torch.testing.assert_close(compiled, model(x).loss)
     model.encoder[0].inplace = False
     assert torch.isfinite(model(x).loss)
 
@@ -334,10 +341,21 @@ def test_channels_that_come_last_are_named(tmp_path):
     options = {"config": TrainConfig(epochs=1, device="cpu"), "console": Console(quiet=True)}
     with pytest.raises(InputError, match=f"dataset: {message}"):
         Trainer(model, Dataset("x", torch.rand(40, FEATURES), (6, 6, 2)), directory=tmp_path / "a", **options)
-    trainer = Trainer(model, [torch.rand(8, 6, 6, 2)], directory=tmp_path / "b", **options)
-    with pytest.raises(InputError, match=f"dataset: {message}"):
-        trainer.fit(compare=False)
-    make(Autoencoder)(torch.rand(3, FEATURES))
+    right, wrong = [torch.rand(8, FEATURES)], [torch.rand(8, 6, 6, 2)]
+    for argument, data in (
+        ("dataset", {"dataset": wrong}),
+        ("validation", {"dataset": right, "validation": wrong}),
+    ):
+        trainer = Trainer(model, **data, directory=tmp_path / argument, **options)
+        with pytest.raises(InputError, match=f"{argument}: {message}"):
+            trainer.fit(compare=False)
+    scrambled = Dataset("x", torch.rand(40, FEATURES), (6, 6, 2))
+    with pytest.raises(InputError, match=f"validation: {message}"):
+        Trainer(model, right, validation=scrambled, directory=tmp_path / "c", **options)
+    # Of one channel both orders are the same.
+    grey = Autoencoder(input_size=36, image_shape=(1, 6, 6), channels=(4,), latent=LATENT)
+    x = torch.rand(3, 6, 6, 1)
+    assert torch.equal(grey(x).latent, grey(x.permute(0, 3, 1, 2)).latent)
 
 
 # Convolutions by their channels
@@ -497,7 +515,7 @@ def test_loading_asks_for_the_networks_by_name(tmp_path):
     for name in ("dense", "sparse"):
         with pytest.raises(InputError, match=r"decoder: the .* in .* was not made with one that is given"):
             from_pretrained(tmp_path / name, decoder=Decoder())
-    with pytest.raises(InputError, match=r"encodr: .* did you mean 'encoder'"):
+    with pytest.raises(InputError, match=r"encodr: unknown argument, .* did you mean 'encoder'"):
         from_pretrained(tmp_path / "own", encodr=Encoder(12), decoder=Decoder())
     with pytest.raises(
         InputError, match=r"'encoder.3.weight' has shape \(12, 4, 3, 3\), expected \(7, 4, 3, 3\)"

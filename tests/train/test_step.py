@@ -180,13 +180,23 @@ def test_running_statistics_are_averaged_with_the_weights():
         assert net[1].num_batches_tracked == 4
     assert torch.equal(net[1].running_mean, last)
 
+    # A state of the weights alone goes on with the statistics of the moment.
+    state = steps.state_dict()
+    steps.load_state_dict({**state, "ema": [one.clone() for one in state["ema"][:-2]]})
+    assert torch.equal(steps.ema[-2], last)
+
     sparse = SparseAutoencoder(input_size=16, latent=20, sparsity="batchtopk", k=3)
-    own = CapturedStep(sparse, make_optimizer(sparse.parameters(), 1e-2), ema_decay=0.75)
-    assert len(own.ema) == len(list(sparse.parameters()))
-    encoder = nn.Sequential(nn.Linear(16, 4), nn.BatchNorm1d(4))
-    model = Autoencoder(input_size=16, latent=4, encoder=encoder)
+    masked = nn.Linear(16, 16)
+    masked.register_buffer("mask", torch.full((16, 16), -math.inf).triu(1))
+    for module in (sparse, masked):
+        step = CapturedStep(
+            module, make_optimizer(module.parameters(), 1e-2), loss=lambda *_: torch.zeros(()), ema_decay=0.75
+        )
+        assert len(step.ema) == len(list(module.parameters()))
+    encoder = nn.Sequential(nn.Linear(16, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False))
+    model = nn.Sequential(Autoencoder(input_size=16, latent=4, encoder=encoder), nn.BatchNorm1d(4))
     given = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), ema_decay=0.75)
-    assert len(given.ema) == len(list(model.parameters())) + 2
+    assert len(given.ema) == len(list(model.parameters())) + 4
 
 
 def test_parameters_with_gaps_in_memory_are_trained_whole():
@@ -203,6 +213,14 @@ def test_parameters_with_gaps_in_memory_are_trained_whole():
     step(*batches(1))
     assert (whole != before)[:, :4].all()
     assert torch.equal(whole[:, 4:], before[:, 4:])
+    gaps = nn.Parameter(whole[:, :4])
+    for given, lr in (
+        ([("weight", gaps)], 1e-2),
+        ([{"params": [gaps], "lr": 0.5}], 0.5),
+        (iter([gaps]), 1e-2),
+    ):
+        (group,) = make_optimizer(given, 1e-2).param_groups
+        assert not group["fused"] and group["lr"] == lr
     for layout in (torch.randn(4, 8).t(), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)):
         assert make_optimizer([nn.Parameter(layout)], 1e-2).defaults["fused"]
 
