@@ -844,11 +844,11 @@ class Trainer:
         if self.held_out is not None:
             # The first process draws alone.
             with (
+                evaluating(self.model),
                 self._mmd_over(None),
                 self._validation_noise(),
                 self.step.averaged(),
                 torch.no_grad(),
-                evaluating(self.model),
             ):
                 samples = self.held_out.spread(PLOTTED_SAMPLES)
                 shown = self.model.illustrate(samples)
