@@ -294,9 +294,6 @@ class Model(nn.Module):
             storages.add(storage)
         return state
 
-    def arrange(self) -> None:
-        """Have the parameters as they lie in memory when the model is made, and not as a file had them."""
-
     def _blank(self) -> Model:
         """A new model of the same config."""
         return type(self)(self.config)
@@ -347,7 +344,6 @@ class Model(nn.Module):
         with torch.device("meta"):
             model = model_class(config, **networks)
         _fill(model, _read_weights(directory / WEIGHTS_FILE), directory / WEIGHTS_FILE)
-        model.arrange()
         return model.to(device=device, dtype=dtype).eval()
 
 
@@ -466,9 +462,17 @@ def check_fit(model: Model, weights: Mapping[str, torch.Tensor], what: str) -> N
         raise InputError(f"{what}: {shown}")
 
 
+def laid_out_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor with its elements in memory as those of one of its shape; files have them in the order of indices."""
+    if value.stride() == like.stride():
+        return value
+    return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
+
+
 def _fill(model: Model, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Give `model`, which may be on the meta device, the tensors read from `path`."""
+    """Give `model`, which may be on the meta device, the tensors read from `path`, each as the model's own lies."""
     check_fit(model, weights, f"{path}: the tensors do not fit {CONFIG_FILE}")
+    weights = {key: laid_out_as(weights[key], own) for key, own in model.state_dict().items()}
     for name in model.networks:
         _fill_network(getattr(model, name), weights, f"{name}.")
     model.load_state_dict(weights, assign=True, strict=not model.networks)

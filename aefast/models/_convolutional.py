@@ -67,7 +67,8 @@ class ConvolutionalEncoder(nn.Module):
             self.dense = MLP(self.features, activation, output_activation, device=device, dtype=dtype)
         else:
             self.dense = nn.Identity()
-        arrange(self)
+        # The format in which images come, the faster one.
+        self.convolutions.to(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         images = x.unflatten(1, self.image_shape).contiguous(memory_format=torch.channels_last)
@@ -128,7 +129,8 @@ class ConvolutionalDecoder(nn.Module):
             ]
         layers[-1] = eager_activation(output_activation)
         self.convolutions = nn.Sequential(*layers)
-        arrange(self)
+        # The format in which images come, the faster one.
+        self.convolutions.to(memory_format=torch.channels_last)
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         images = self.dense(latent).unflatten(1, self.first_shape).permute(0, 3, 1, 2)
@@ -137,11 +139,6 @@ class ConvolutionalDecoder(nn.Module):
     def eager(self) -> ConvolutionalDecoder:
         """The same in plain PyTorch, with copied values and the same state dict keys."""
         return _with_eager_layers(self)
-
-
-def arrange(module: nn.Module) -> None:
-    """Have the weights of convolutions in the format in which images come, which is the faster one."""
-    module.to(memory_format=torch.channels_last)
 
 
 def _with_eager_layers(module: nn.Module) -> Any:

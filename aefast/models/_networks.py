@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from aefast.errors import InputError
 from aefast.models._base import Model, ModelConfig
-from aefast.models._convolutional import ConvolutionalDecoder, ConvolutionalEncoder, arrange
+from aefast.models._convolutional import ConvolutionalDecoder, ConvolutionalEncoder, halved
 from aefast.nn import MLP
 from aefast.nn.linear_act import check_activation, check_positive_int, eager_activation
 from aefast.ops import _registry
@@ -203,10 +204,6 @@ class EncoderDecoder(Model):
                 one.training = other.training
         return twin
 
-    def arrange(self) -> None:
-        if self.config.channels is not None:
-            arrange(self)
-
     def _blank(self) -> EncoderDecoder:
         return type(self)(self.config, **{name: getattr(self, name) for name in self.networks})
 
@@ -260,37 +257,37 @@ def _give_rows(activation: nn.Module, module: nn.Module, inputs: Any, output: to
 
 
 def make_encoder(
-    config: DenseConfig, given: nn.Module | None, device: torch.device | str | None, dtype: torch.dtype | None
+    config: DenseConfig,
+    given: nn.Module | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    *,
+    has_head: bool = False,
 ) -> nn.Module:
-    """From the input to the latent: the module that is given, or one of the config's sizes."""
+    """From the input to the latent, or to what a head makes codes of: the module that is given, or one of the config's
+    sizes."""
     if given is not None:
         return given.to(device=device, dtype=dtype)
+    sizes = config.hidden if has_head else (*config.hidden, config.latent)
+    activations = config.activation, config.activation if has_head else "identity"
     if config.channels is not None:
-        sizes = (*config.hidden, config.latent)
         return ConvolutionalEncoder(
-            config.image_shape, config.channels, sizes, config.activation, device=device, dtype=dtype
+            config.image_shape, config.channels, sizes, *activations, device=device, dtype=dtype
         )
-    features = (config.input_size, *config.hidden, config.latent)
-    return MLP(features, config.activation, device=device, dtype=dtype)
+    if not sizes:
+        return nn.Identity()
+    return MLP((config.input_size, *sizes), *activations, device=device, dtype=dtype)
 
 
-def make_body(
-    config: DenseConfig, given: nn.Module | None, device: torch.device | str | None, dtype: torch.dtype | None
-) -> tuple[nn.Module, int]:
-    """From the input to what a head makes codes of: `make_encoder` without its last layer; and how many features that
-    is."""
-    kind = {"activation": config.activation, "output_activation": config.activation}
-    if given is not None:
-        return given.to(device=device, dtype=dtype), config.hidden[0]
-    if config.channels is not None:
-        made = ConvolutionalEncoder(
-            config.image_shape, config.channels, config.hidden, **kind, device=device, dtype=dtype
-        )
-        return made, made.features[-1]
-    features = (config.input_size, *config.hidden)
-    if not config.hidden:
-        return nn.Identity(), config.input_size
-    return MLP(features, **kind, device=device, dtype=dtype), features[-1]
+def features_of(config: DenseConfig) -> int:
+    """How many features of a sample a head makes codes of."""
+    if config.hidden:
+        return config.hidden[-1]
+    return (
+        config.input_size
+        if config.channels is None
+        else math.prod(halved(config.image_shape, config.channels)[-1])
+    )
 
 
 def make_decoder(

@@ -1,4 +1,4 @@
-"""The plain autoencoder: dense encoder, dense decoder, reconstruction loss."""
+"""The plain autoencoder: encoder, decoder, reconstruction loss."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class AutoencoderConfig(LossConfig):
 
 @register("autoencoder")
 class Autoencoder(EncoderDecoder):
-    """Dense autoencoder, under- or overcomplete, with a symmetric decoder unless told otherwise.
+    """Autoencoder, under- or overcomplete, with a symmetric decoder unless told otherwise.
 
     Args:
         config: the options; or give them by name: ``Autoencoder(input_size=784, latent=16)``.
-        encoder, decoder: modules in the place of the dense ones (docs/models.md, "Networks of your own").
+        encoder, decoder: modules in the place of its own (docs/models.md, "Networks of your own").
         device: where the parameters live.
         dtype: their floating-point type.
 

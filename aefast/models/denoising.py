@@ -64,7 +64,7 @@ class DenoisingConfig(AutoencoderConfig):
 
 @register("denoising")
 class DenoisingAutoencoder(Autoencoder):
-    """Dense autoencoder that learns to undo noise (Vincent et al., JMLR 11, 2010, section 3).
+    """Autoencoder that learns to undo noise (Vincent et al., JMLR 11, 2010, section 3).
 
     In training mode the input gets noise, and the loss compares what the model makes of it with the input as it was
     given. In eval mode the model reconstructs what it is given, so that noisy samples come out denoised; `corrupt`
@@ -72,7 +72,7 @@ class DenoisingAutoencoder(Autoencoder):
 
     Args:
         config: the options; or give them by name: ``DenoisingAutoencoder(input_size=784, noise_std=0.2)``.
-        encoder, decoder: modules in the place of the dense ones (docs/models.md, "Networks of your own").
+        encoder, decoder: modules in the place of its own (docs/models.md, "Networks of your own").
         device: where the parameters live.
         dtype: their floating-point type.
 

@@ -140,7 +140,7 @@ class InfoVAE(VAE):
 
     Args:
         config: the options; or give them by name: ``InfoVAE(input_size=784, latent=16, mmd_weight=50)``.
-        encoder, decoder: modules in the place of the dense ones (docs/models.md, "Networks of your own").
+        encoder, decoder: modules in the place of its own (docs/models.md, "Networks of your own").
         device: where the parameters live.
         dtype: their floating-point type.
 

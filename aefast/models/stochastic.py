@@ -40,7 +40,7 @@ class StochasticAutoencoder(EncoderDecoder):
 
     Args:
         config: the options; or give them by name: ``StochasticAutoencoder(input_size=784, latent=16)``.
-        encoder, decoder: modules in the place of the dense ones (docs/models.md, "Networks of your own").
+        encoder, decoder: modules in the place of its own (docs/models.md, "Networks of your own").
         device: where the parameters live.
         dtype: their floating-point type.
 

@@ -15,7 +15,7 @@ from torch import nn
 import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.models._base import ModelOutput, check_choice, register
-from aefast.models._networks import EncoderDecoder, make_body, make_decoder
+from aefast.models._networks import EncoderDecoder, features_of, make_decoder, make_encoder
 from aefast.models._reconstruction import LossConfig, does_without
 from aefast.nn import GaussianHead
 from aefast.nn.linear_act import check_positive_int
@@ -72,7 +72,7 @@ class VAEConfig(LossConfig):
 
 @register("vae")
 class VAE(EncoderDecoder):
-    """Variational autoencoder with a dense encoder, a Gaussian head and a dense decoder.
+    """Variational autoencoder: an encoder, a Gaussian head and a decoder.
 
     The loss is the negative evidence lower bound, estimated with one sample of the latents (Kingma and Welling,
     Auto-Encoding Variational Bayes, arXiv:1312.6114, equations 7 and 10)::
@@ -89,7 +89,7 @@ class VAE(EncoderDecoder):
 
     Args:
         config: the options; or give them by name: ``VAE(input_size=784, latent=16, likelihood="bernoulli")``.
-        encoder, decoder: modules in the place of the dense ones (docs/models.md, "Networks of your own").
+        encoder, decoder: modules in the place of its own (docs/models.md, "Networks of your own").
         device: where the parameters live.
         dtype: their floating-point type.
 
@@ -124,9 +124,9 @@ class VAE(EncoderDecoder):
     ) -> None:
         super().__init__(config, options, encoder, decoder)
         config = self.config
-        self.encoder, features = make_body(config, encoder, device, dtype)
+        self.encoder = make_encoder(config, encoder, device, dtype, has_head=True)
         self.head = GaussianHead(
-            features, config.latent, logvar_range=LOGVAR_RANGE, device=device, dtype=dtype
+            features_of(config), config.latent, logvar_range=LOGVAR_RANGE, device=device, dtype=dtype
         )
         self.decoder = make_decoder(config, decoder, device, dtype)
         learnt = config.likelihood == "gaussian"

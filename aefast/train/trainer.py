@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from aefast.data import Batches, Dataset, IterableBatches
 from aefast.errors import AefastError, InputError
 from aefast.models import Model
-from aefast.models._base import CONFIG_FILE, WEIGHTS_FILE, check_fit, evaluating
+from aefast.models._base import CONFIG_FILE, WEIGHTS_FILE, check_fit, evaluating, laid_out_as
 from aefast.nn import MMDLoss
 from aefast.train.callbacks import Callback
 from aefast.train.checkpoint import Checkpoint, CheckpointStore
@@ -562,7 +562,7 @@ class Trainer:
             # The fused update goes through them as they lie in memory, which is as the parameter does.
             for name, value in of_one.items():
                 if value.shape == parameters[index].shape:
-                    of_one[name] = torch.empty_like(parameters[index]).copy_(value)
+                    of_one[name] = laid_out_as(value, parameters[index])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         random, rank = checkpoint.tensors["rng"], self.processes.rank
         if f"cpu/{rank}" in random:

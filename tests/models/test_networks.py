@@ -123,13 +123,11 @@ def test_loss_and_gradients_are_the_twin_s(model_class):
         losses.append(loss)
     pairs = zip(model.parameters(), twin.parameters(), exact.parameters(), strict=True)
     for (name, _), (ours, plain, true) in zip(model.named_parameters(), pairs, strict=True):
-        if name.startswith("head") and ours.grad is None:
-            continue
         noise = torch.finfo(torch.float32).eps * true.grad.abs().max()
         # Batch normalization makes the bias before it a matter of rounding alone.
         slack = 2 * noise + 1e-6 * (name == "encoder.0.bias")
-        # Codes differ from their means by 3e-7 of a deviation of 1.
-        slack += 2e-5 * true.grad.abs().max() * hasattr(model, "head")
+        # Codes differ from their means by deviations of 3e-7, at most some four of them.
+        slack += 2e-6 * true.grad.abs().max() * hasattr(model, "head")
         assert (ours.grad - true.grad).abs().max() <= 2 * (plain.grad - true.grad).abs().max() + slack, name
 
 
