@@ -39,9 +39,9 @@ def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16 that the CPU's kernels use."""
+    """Whether this processor has instructions for products of bfloat16, without which PyTorch's are a scalar loop."""
     is_missing = _library.load("cpu") is not None
-    return not is_missing and torch.ops.aefast_cpu.instruction_set() in ("avx512bf16", "amx")
+    return not is_missing and "avx512bf16" in torch.ops.aefast_cpu.supported_instruction_sets()
 
 
 @dataclass(frozen=True)

@@ -244,11 +244,15 @@ class _Recorder(TorchDispatchMode):
         self._buffers = {id(one) for one in model.buffers()}
         self._own = {id(one) for one in model.parameters()} | self._buffers
         self._is_refused = False
+        # Whether a call has written to what another one has made.
+        self._is_written = False
         self._graph = fx.Graph()
         self._last = self._graph.placeholder("x")
         self._nodes = {id(x): self._last}
         # As long as they live, their ids are theirs alone.
         self._kept: list[Any] = [x]
+        # What calls of PyTorch's operators have given.
+        self._values: dict[fx.Node, Tensor] = {}
         self.constants: list[Tensor] = []
         self.changed: list[Tensor] = []
         self.draws = False
@@ -274,8 +278,11 @@ class _Recorder(TorchDispatchMode):
                 self._is_refused = True
             return
         self.draws |= torch.Tag.nondeterministic_seeded in func.tags
-        if func._schema.is_mutable and id(args[0]) in self._buffers:
-            self.changed.append(args[0])
+        if func._schema.is_mutable:
+            if id(args[0]) in self._buffers:
+                self.changed.append(args[0])
+            else:
+                self._is_written = True
         self._kept.append(out)
         if func is torch.ops.aten.detach.default:
             # Nothing that a replay makes has a history.
@@ -285,6 +292,8 @@ class _Recorder(TorchDispatchMode):
         node = self._graph.call_function(target, *pytree.tree_map(self._node, (tuple(args), kwargs)))
         if isinstance(out, Tensor):
             self._nodes[id(out)] = node
+            if target is func:
+                self._values[node] = out
         else:
             for index, one in enumerate(results):
                 if one is not None:
@@ -298,14 +307,60 @@ class _Recorder(TorchDispatchMode):
             # What comes from nowhere else, as from hooks of saved tensors, may be another one the next time.
             self._is_refused |= id(value) not in self._own and value.dim() > 0
             self._kept.append(value)
-            with self._graph.inserting_after(self._last):
-                self._last = self._graph.placeholder(f"constant{len(self.constants)}")
-            self.constants.append(value)
-            self._nodes[id(value)] = self._last
+            self._nodes[id(value)] = self._constant(value)
         return self._nodes[id(value)]
+
+    def _constant(self, value: Tensor) -> fx.Node:
+        with self._graph.inserting_after(self._last):
+            self._last = self._graph.placeholder(f"constant{len(self.constants)}")
+        self.constants.append(value)
+        return self._last
 
     def compiled(self, results: list[Tensor]) -> Callable[..., list[Tensor]] | None:
         """A function of x and the constants that makes the calls again and gives `results`; None if these, or what
         calls have taken, depend on anything else."""
         self._graph.output([self._node(one) for one in results])
-        return None if self._is_refused else fx.GraphModule(nn.Module(), self._graph).forward
+        if self._is_refused:
+            return None
+        if not self._is_written:
+            self._fold(results)
+        for node in reversed(self._graph.nodes):
+            if (
+                not node.users
+                and (node in self._values or node.target is operator.getitem)
+                and _is_pure(node.target)
+            ):
+                self._graph.erase_node(node)
+        return fx.GraphModule(nn.Module(), self._graph).forward
+
+    def _fold(self, results: list[Tensor]) -> None:
+        """Makes constants of what depends on shapes alone, such as the loss's gradient by itself and means' of that.
+
+        Whoever is given a result may write to it, so that nothing in its memory is one.
+        """
+        given = {one.untyped_storage().data_ptr() for one in results}
+        folded: set[fx.Node] = set()
+        for node, value in self._values.items():
+            is_known = node.target in _OF_SHAPES or (
+                bool(node.all_input_nodes)
+                and folded.issuperset(node.all_input_nodes)
+                and _is_pure(node.target)
+            )
+            if is_known and value.untyped_storage().data_ptr() not in given:
+                folded.add(node)
+        for node in folded:
+            if not folded.issuperset(node.users):
+                node.replace_all_uses_with(self._constant(self._values[node]))
+
+
+# Their values depend on no argument's.
+_OF_SHAPES = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in ("ones_like", "zeros_like", "full_like", "new_zeros", "new_ones")
+)
+
+
+def _is_pure(target: Any) -> bool:
+    return target is operator.getitem or not (
+        target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+    )

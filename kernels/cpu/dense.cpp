@@ -123,12 +123,8 @@ double layer_flops(int64_t rows, Matrix weight) {
 
 int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
-// Whether the processor has matrix instructions for bfloat16.
-#if defined(__x86_64__)
-std::atomic<bool> has_bfloat16{__builtin_cpu_supports("avx512bf16") != 0};
-#else
-std::atomic<bool> has_bfloat16{false};
-#endif
+// Whether operands in bfloat16 are multiplied as such.
+std::atomic<bool> has_bfloat16{has_fast_bfloat16_products()};
 
 // Whether float32 products may be formed from operands rounded to bfloat16.
 std::atomic<bool> may_round{false};
@@ -234,9 +230,9 @@ void multiply_add(Matrix a, Matrix b, Matrix start, Matrix out) {
 }
 
 // In what the operands of (rows, inner) times (inner, cols) are, one of which or whose product is a weight of so many
-// elements. Without matrix instructions for a half type torch's product of such matrices is a scalar loop, some 100 times
-// slower than in float32; and with them a short one in bfloat16 costs more than to convert its operands, unless
-// product_kernels() take it.
+// elements. Without instructions for a half type torch's product of such matrices is a scalar loop, some 100 times slower
+// than in float32, and with slow ones half as fast; with fast ones a short product in bfloat16 costs more than to convert
+// its operands, unless product_kernels() take it.
 Scalar product_type(Scalar scalar, int64_t rows, int64_t inner, int64_t cols, int64_t weight_elements,
                     bool is_of_rows = true) {
   if (scalar == Scalar::float16) return Scalar::float32;

@@ -15,7 +15,7 @@
 namespace aefast::cpu {
 
 // Whether operands of products stay in bfloat16, for the BLAS or product_kernels(); returns what held before. For tests:
-// at first they do if the processor has instructions for them.
+// at first they do if the processor is faster at such products than at float32's.
 bool use_bfloat16_products(bool use);
 bool has_bfloat16_products();
 

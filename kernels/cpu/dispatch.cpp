@@ -54,6 +54,23 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+bool has_vector_bfloat16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Of Intel's, Cooper Lake alone was made for them.
+bool has_fast_vector_bfloat16() {
+  return has_vector_bfloat16() && (!__builtin_cpu_is("intel") || __builtin_cpu_is("cooperlake"));
+}
+
+// And the system keeps the tiles' state.
+bool has_amx_bfloat16() {
+  constexpr unsigned kSaves = 1u << 27, kTiles = 1u << 24, kBFloat16 = 1u << 22, kTileState = 3u << 17;
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kSaves)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kBFloat16)) return false;
+  asm("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  return (a & kTileState) == kTileState;
+}
 #endif
 
 struct Kernels {
@@ -79,13 +96,16 @@ const std::vector<Kernels>& instruction_sets() {
       AEFAST_KERNELS("amx", avx512, amx, has_avx512() && has_matrix_unit()),
 #endif
 #if defined(AEFAST_VECTOR_BFLOAT16)
-      AEFAST_KERNELS("avx512bf16", avx512, avx512bf16, has_avx512() && __builtin_cpu_supports("avx512bf16")),
+      AEFAST_KERNELS("avx512bf16", avx512, avx512bf16, has_fast_vector_bfloat16()),
 #endif
 #if defined(__x86_64__)
       AEFAST_KERNELS("avx512", avx512, avx512, has_avx512()),
       AEFAST_KERNELS("avx2", avx2, avx2, has_avx2()),
 #endif
       AEFAST_KERNELS("baseline", baseline, baseline, true),
+#if defined(AEFAST_VECTOR_BFLOAT16)
+      AEFAST_KERNELS("avx512bf16", avx512, avx512bf16, has_vector_bfloat16() && !has_fast_vector_bfloat16()),
+#endif
   };
 #undef AEFAST_KERNELS
   return sets;
@@ -127,6 +147,14 @@ std::vector<std::string> supported_instruction_sets() {
   for (const Kernels& set : instruction_sets())
     if (set.supported) names.push_back(set.name);
   return names;
+}
+
+bool has_fast_bfloat16_products() {
+#if defined(__x86_64__)
+  return has_amx_bfloat16() || has_fast_vector_bfloat16();
+#else
+  return false;
+#endif
 }
 
 bool has_wider_vectors_than_blas() {

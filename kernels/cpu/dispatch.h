@@ -9,7 +9,7 @@ namespace aefast::cpu {
 // The one in use.
 std::string instruction_set();
 
-// Those that this processor has, the best first; the first is used.
+// Those that this processor has, the best first; the first is used. One that does not pay on it is the last.
 std::vector<std::string> supported_instruction_sets();
 
 // Whether the kernels' vectors are wider than those of MKL, which torch's builds have for BLAS: on AMD's processors MKL
@@ -19,6 +19,11 @@ bool has_wider_vectors_than_blas();
 // Whether the processor has Intel's AMX for bfloat16, with the vectors' instructions to round to it, and the system lets
 // this process use it. Where the compiler knows them.
 bool has_matrix_unit();
+
+// Whether products of bfloat16 take less time than those of float32: by AMX, or by vectors where their instructions for
+// it are as fast as float32's. They take four times as long on Intel's processors that were made with AMX, which
+// virtual machines may lack.
+bool has_fast_bfloat16_products();
 
 // From now on that one, in every thread; false if this processor lacks it. For tests.
 bool use_instruction_set(const std::string& name);

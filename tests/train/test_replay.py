@@ -16,7 +16,7 @@ from aefast.models import MODELS, VAE, Autoencoder, SparseAutoencoder
 from aefast.models.sparse import SPARSITIES
 from aefast.ops import _registry
 from aefast.train import CapturedStep, make_optimizer
-from aefast.train.replay import WARM_UP_STEPS
+from aefast.train.replay import WARM_UP_STEPS, _Recorder
 from support import numerics
 from support.training import SPARSE
 
@@ -434,3 +434,46 @@ def test_gradients_that_are_there_are_added_to():
     step(batch)
     for one, gradient in zip(model.parameters(), once, strict=True):
         torch.testing.assert_close(one.grad, 2 * gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("cls", "options"), [(VAE, DENSE), (MODELS["infovae"], DENSE), (Autoencoder, DENSE)])
+def test_what_depends_on_shapes_alone_is_not_made_anew(cls, options):
+    """The gradient of the loss by itself, of means, and slices that nobody reads."""
+    step = recorded(make(cls, **options))
+    (batch,) = batches(1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(batch)
+    made = {event.name for event in profile.events()}
+    assert not made & {"aten::ones_like", "aten::zeros_like", "aten::expand", "aten::div", "aten::slice"}
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: torch.ones_like(x),
+        lambda x: torch.ones_like(x[:1]).expand(x.shape),
+        lambda x: torch.zeros_like(x)[1:] * 2,
+        lambda x: torch.zeros_like(x).add_(x) * 2,
+        lambda x: torch.zeros_like(x) + torch.zeros_like(x).t().contiguous().t().copy_(x),
+        lambda x: x * torch.full_like(x, 0.5) + torch.rand_like(x),
+        lambda x: (torch.rand_like(x), x * 2)[1],
+    ],
+)
+def test_calls_are_made_again_on_memory_of_their_own(compute):
+    """Whoever gets a result may write to it."""
+    x, other = batches(2)
+    recorder = _Recorder(nn.Identity(), x)
+    with recorder:
+        result = compute(x)
+    run = recorder.compiled([result])
+    if result.stride(0):
+        result.fill_(7)
+    for _ in range(2):
+        torch.manual_seed(3)
+        expected, random = compute(other), torch.get_rng_state()
+        torch.manual_seed(3)
+        (found,) = run(other, *recorder.constants)
+        assert torch.equal(found, expected)
+        assert torch.equal(torch.get_rng_state(), random)
+        if found.stride(0):
+            found.fill_(7)
