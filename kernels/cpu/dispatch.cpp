@@ -8,6 +8,7 @@
 #include <atomic>
 
 #include "losses.h"
+#include "optimizer.h"
 #include "pairwise.h"
 #include "penalty.h"
 #include "pointwise.h"
@@ -21,6 +22,7 @@ namespace aefast::cpu {
 #define AEFAST_DECLARE(instruction_set)            \
   namespace instruction_set {                      \
   extern const LossKernels loss_kernels;           \
+  extern const OptimizerKernels optimizer_kernels; \
   extern const PairwiseKernels pairwise_kernels;   \
   extern const PenaltyKernels penalty_kernels;     \
   extern const PointwiseKernels pointwise_kernels; \
@@ -76,6 +78,7 @@ bool has_amx_bfloat16() {
 struct Kernels {
   const char* name;
   const LossKernels& loss;
+  const OptimizerKernels& optimizer;
   const PairwiseKernels& pairwise;
   const PenaltyKernels& penalty;
   const PointwiseKernels& pointwise;
@@ -89,8 +92,9 @@ struct Kernels {
 // The best first.
 const std::vector<Kernels>& instruction_sets() {
 #define AEFAST_KERNELS(name, set, product_set, supported)                                                          \
-  {name, set::loss_kernels, set::pairwise_kernels, set::penalty_kernels, set::pointwise_kernels,                   \
-   product_set::product_kernels, set::pyramid_kernels, set::random_kernels, set::sparse_kernels, supported}
+  {name, set::loss_kernels, set::optimizer_kernels, set::pairwise_kernels, set::penalty_kernels,                   \
+   set::pointwise_kernels, product_set::product_kernels, set::pyramid_kernels, set::random_kernels,                \
+   set::sparse_kernels, supported}
   static const std::vector<Kernels> sets = {
 #if defined(AEFAST_MATRIX_UNIT)
       AEFAST_KERNELS("amx", avx512, amx, has_avx512() && has_matrix_unit()),
@@ -125,6 +129,8 @@ const Kernels& selected() { return *chosen().load(std::memory_order_relaxed); }
 }  // namespace
 
 const LossKernels& loss_kernels() { return selected().loss; }
+
+const OptimizerKernels& optimizer_kernels() { return selected().optimizer; }
 
 const PairwiseKernels& pairwise_kernels() { return selected().pairwise; }
 

@@ -150,17 +150,22 @@ Tensor new_indices(int64_t rows, int64_t cols) {
 
 void poison_outputs(bool poison) { poisoned = poison; }
 
-void check_layout(const char* name, const Tensor& tensor, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.dim() == like.dim(), name, " must have the shape of the other tensors");
+bool has_layout(const Tensor& tensor, const Tensor& like) {
+  if (tensor.dim() != like.dim()) return false;
+  const bool is_empty = like.numel() == 0;
   int64_t last = 0;
   for (int64_t dim = 0; dim < like.dim(); ++dim) {
-    STD_TORCH_CHECK(tensor.size(dim) == like.size(dim), name, " must have the shape of the other tensors");
+    if (tensor.size(dim) != like.size(dim)) return false;
     if (like.size(dim) == 1) continue;
-    STD_TORCH_CHECK(like.numel() == 0 || tensor.stride(dim) == like.stride(dim), name,
-                    " must have the strides of the other tensors");
+    if (!is_empty && tensor.stride(dim) != like.stride(dim)) return false;
     last += (like.size(dim) - 1) * like.stride(dim);
   }
-  STD_TORCH_CHECK(like.numel() == 0 || last == like.numel() - 1, "tensors must have no gaps and no overlaps");
+  return is_empty || last == like.numel() - 1;
+}
+
+void check_layout(const char* name, const Tensor& tensor, const Tensor& like) {
+  STD_TORCH_CHECK(has_layout(tensor, like), name,
+                  " must have the shape and the strides of the other tensors, without gaps or overlaps");
 }
 
 void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const Tensor& like) {

@@ -56,8 +56,9 @@ int32_t cpu_device();
 Scalar scalar_of(const Tensor& tensor);
 Scalar accumulator_of(Scalar scalar);
 
-// That the elements of `like` fill a piece of memory, in whatever order of its dimensions, and that those of `tensor`,
-// of its shape, lie in the same order.
+// Whether the elements of `like` fill a piece of memory, in whatever order of its dimensions, and those of `tensor`, of
+// its shape, lie in the same order; and that it is so.
+bool has_layout(const Tensor& tensor, const Tensor& like);
 void check_layout(const char* name, const Tensor& tensor, const Tensor& like);
 
 // That `tensor` is a (rows, cols) matrix of `like`'s dtype.

@@ -1,0 +1,117 @@
+#include <torch/csrc/stable/library.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "matrix.h"
+#include "optimizer.h"
+#include "parallel.h"
+
+namespace aefast::cpu {
+namespace {
+
+// Within its scope this thread takes subnormal numbers for 0, and makes none. Where no gradient comes any more, as of a
+// dead unit's weights, a mean of gradients shrinks to the smallest of them, which rounding keeps it from leaving; and an
+// instruction with one takes Intel's processors some hundred times as long.
+class WithoutSubnormals {
+ public:
+#if defined(__x86_64__)
+  WithoutSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | kZeroInputs); }
+  ~WithoutSubnormals() { _mm_setcsr(before_); }
+  WithoutSubnormals(const WithoutSubnormals&) = delete;
+  WithoutSubnormals& operator=(const WithoutSubnormals&) = delete;
+
+ private:
+  static constexpr unsigned kZeroInputs = 0x40;
+  unsigned before_;
+#else
+  WithoutSubnormals() {}
+#endif
+};
+
+struct Parameter {
+  Scalar scalar;
+  AdamFactors factors;
+  void* values;
+  const void* gradient;
+  void *mean, *square;
+  int64_t count, first_task;
+};
+
+bool is_float(const Tensor& tensor, torch::headeronly::ScalarType type) {
+  return tensor.is_cpu() && tensor.scalar_type() == type;
+}
+
+// False, with nothing done, for tensors that are not all in float32 or all in float64, without gaps and laid out alike.
+bool adam(std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::vector<Tensor> means,
+          std::vector<Tensor> squares, std::vector<Tensor> steps, double lr, double beta1, double beta2, double eps,
+          double weight_decay, bool is_decoupled, bool maximize) {
+  using torch::headeronly::ScalarType;
+  const size_t count = parameters.size();
+  STD_TORCH_CHECK(gradients.size() == count && means.size() == count && squares.size() == count &&
+                      steps.size() == count,
+                  "parameters, gradients, means, squares and steps must be as many");
+  for (size_t index = 0; index < count; ++index) {
+    const Tensor& one = parameters[index];
+    const ScalarType type = one.scalar_type();
+    if (type != ScalarType::Float && type != ScalarType::Double) return false;
+    if (!is_float(steps[index], ScalarType::Float) || steps[index].numel() != 1) return false;
+    for (const auto* tensors : {&parameters, &gradients, &means, &squares})
+      if (!is_float((*tensors)[index], type) || !has_layout((*tensors)[index], one)) return false;
+  }
+  std::vector<Parameter> all;
+  all.reserve(count);
+  int64_t tasks = 0, elements = 0;
+  for (size_t index = 0; index < count; ++index) {
+    float* const step = static_cast<float*>(steps[index].mutable_data_ptr());
+    *step += 1.0f;
+    const AdamFactors factors{.gradient = maximize ? -1.0 : 1.0,
+                              .decay = is_decoupled ? 0.0 : weight_decay,
+                              .mean_decay = beta1,
+                              .mean_weight = 1.0 - beta1,
+                              .square_decay = beta2,
+                              .square_weight = 1.0 - beta2,
+                              .kept = is_decoupled ? 1.0 - lr * weight_decay : 1.0,
+                              .rate = lr / (1.0 - std::pow(beta1, *step)),
+                              .root = 1.0 / std::sqrt(1.0 - std::pow(beta2, *step)),
+                              .epsilon = eps};
+    const int64_t size = parameters[index].numel();
+    all.push_back({scalar_of(parameters[index]), factors, parameters[index].mutable_data_ptr(),
+                   gradients[index].const_data_ptr(), means[index].mutable_data_ptr(),
+                   squares[index].mutable_data_ptr(), size, tasks});
+    tasks += (size + kElementsOfTask - 1) / kElementsOfTask;
+    elements += size;
+  }
+  const auto update = [&](int64_t task) {
+    const auto after = std::upper_bound(all.begin(), all.end(), task,
+                                        [](int64_t value, const Parameter& one) { return value < one.first_task; });
+    const Parameter& one = *(after - 1);
+    const int64_t first = (task - one.first_task) * kElementsOfTask, bytes = first * size_of(one.scalar);
+    const WithoutSubnormals within;
+    optimizer_kernels().adam(one.scalar, one.factors, static_cast<char*>(one.values) + bytes,
+                             static_cast<const char*>(one.gradient) + bytes, static_cast<char*>(one.mean) + bytes,
+                             static_cast<char*>(one.square) + bytes, std::min(kElementsOfTask, one.count - first));
+  };
+  if (elements <= kElementsOfTask)
+    for (int64_t task = 0; task < tasks; ++task) update(task);
+  else
+    for_each(tasks, update);
+  return true;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(aefast_cpu, m) {
+  m.def(
+      "adam(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means, Tensor(c!)[] squares, Tensor(d!)[] steps, "
+      "float lr, float beta1, float beta2, float eps, float weight_decay, bool is_decoupled, bool maximize) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aefast_cpu, CPU, m) { m.impl("adam", TORCH_BOX(&adam)); }
+
+}  // namespace aefast::cpu

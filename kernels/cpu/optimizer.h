@@ -1,0 +1,26 @@
+// The updates of optimizers, compiled once per instruction set and chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "scalar.h"
+
+namespace aefast::cpu {
+
+// Of Adam, at one step of a parameter p with gradient g, mean m of gradients and mean v of their squares:
+//   g' = gradient g + decay p
+//   m = mean_decay m + mean_weight g',  v = square_decay v + square_weight g'^2
+//   p = kept p - rate m / (root sqrt(v) + epsilon)
+struct AdamFactors {
+  double gradient, decay, mean_decay, mean_weight, square_decay, square_weight, kept, rate, root, epsilon;
+};
+
+struct OptimizerKernels {
+  // `count` elements, in float32 or float64. What becomes of one depends on nothing but itself.
+  void (*adam)(Scalar scalar, const AdamFactors& factors, void* parameter, const void* gradient, void* mean,
+               void* square, int64_t count);
+};
+
+const OptimizerKernels& optimizer_kernels();
+
+}  // namespace aefast::cpu
