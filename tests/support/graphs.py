@@ -7,6 +7,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aefast.train import step as steps
+from aefast.train import update
 
 
 class Graph:
@@ -69,11 +70,15 @@ class _Stream:
 
 
 def emulate(monkeypatch):
-    """`as_on_cuda(step, steps_per_replay)`: lets a `CapturedStep` on the CPU record and replay as one on CUDA does."""
+    """`as_on_cuda(step, steps_per_replay)`: lets a `CapturedStep` on the CPU record and replay as one on CUDA does.
+
+    The update is torch's then.
+    """
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: _Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(steps, "recording", _recording)
+    monkeypatch.setattr(update, "_is_updated", lambda group, operands: False)
 
     def as_on_cuda(step, steps_per_replay):
         step.device = torch.device("cuda")

@@ -20,6 +20,7 @@ from aefast.models import MODELS, VAE, Autoencoder, InfoVAE, SparseAutoencoder
 from aefast.models.sparse import SPARSITIES
 from aefast.train import CapturedStep, Schedule, make_optimizer
 from aefast.train.step import without_replays
+from aefast.train.update import Update
 from support import graphs
 from support.training import SPARSE
 
@@ -39,14 +40,15 @@ def parameters(model):
 
 
 def plain(model, data, *, lr=1e-2, before_update=lambda optimizer, step: None):
-    """The loop that a step stands for; the losses."""
+    """The loop that a step stands for, with the same update; the losses."""
     optimizer, losses = make_optimizer(model.parameters(), lr), []
+    update = Update(optimizer)
     for step, batch in enumerate(data):
         optimizer.zero_grad()
         loss = model(batch).loss
         loss.backward()
         before_update(optimizer, step)
-        optimizer.step()
+        update.step()
         losses.append(loss.item())
     return losses
 
