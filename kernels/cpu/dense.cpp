@@ -88,8 +88,11 @@ class Workspace {
 std::atomic<bool> has_fast_blas{!has_wider_vectors_than_blas()};
 
 // Up to so many operations the BLAS spends much of its time beside them, and above it is at its full rate.
+const double kMostFlopsBesideBlas = is_intel() ? 6e7 : 5e8;
+
 double most_flops_of_own() {
-  return has_fast_blas.load(std::memory_order_relaxed) ? 5e8 : std::numeric_limits<double>::infinity();
+  return has_fast_blas.load(std::memory_order_relaxed) ? kMostFlopsBesideBlas
+                                                       : std::numeric_limits<double>::infinity();
 }
 
 // With so small a weight it never gains: parts of the batch go through product_kernels(), however many there are.

@@ -61,7 +61,7 @@ bool has_vector_bfloat16() { return has_avx512() && __builtin_cpu_supports("avx5
 
 // Of Intel's, Cooper Lake alone was made for them.
 bool has_fast_vector_bfloat16() {
-  return has_vector_bfloat16() && (!__builtin_cpu_is("intel") || __builtin_cpu_is("cooperlake"));
+  return has_vector_bfloat16() && (!is_intel() || __builtin_cpu_is("cooperlake"));
 }
 
 // And the system keeps the tiles' state.
@@ -158,6 +158,14 @@ std::vector<std::string> supported_instruction_sets() {
 bool has_fast_bfloat16_products() {
 #if defined(__x86_64__)
   return has_amx_bfloat16() || has_fast_vector_bfloat16();
+#else
+  return false;
+#endif
+}
+
+bool is_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
 #else
   return false;
 #endif

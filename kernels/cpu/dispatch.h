@@ -16,6 +16,9 @@ std::vector<std::string> supported_instruction_sets();
 // keeps to 256 bits, of which those up to Zen 4 compute as many operations in a second as of 512.
 bool has_wider_vectors_than_blas();
 
+// Whether the processor is Intel's, for which MKL is made.
+bool is_intel();
+
 // Whether the processor has Intel's AMX for bfloat16, with the vectors' instructions to round to it, and the system lets
 // this process use it. Where the compiler knows them.
 bool has_matrix_unit();
