@@ -93,7 +93,7 @@ def _timing(timing: Timing) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """GPU or processor, and for the latter the threads and the vector instructions that torch uses."""
+    """GPU or processor, and for the latter the threads, the vector instructions that torch uses, and AMX."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()
@@ -103,7 +103,8 @@ def device_name(device: str) -> str:
         model = next(
             (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
         )
-    return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    unit = ", AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}{unit}"
 
 
 def file_stem(name: str) -> str:

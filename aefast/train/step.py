@@ -155,8 +155,9 @@ class CapturedStep:
     overhead.
     Forwards in Python do not run then, and hooks of autograd's nodes do not; a model that has hooks of modules or of
     parameters, or modules of others, is left to itself. The
-    kernel of torch's fused Adam and AdamW is called at once, with the state that the optimizer keeps: profilers show no
-    `Optimizer.step`. An optimizer that has hooks, is scheduled by torch or is of another kind makes its own step.
+    update of torch's fused Adam and AdamW is made by a kernel of aefast's, with the state that the optimizer keeps: it
+    equals torch's to rounding, and takes subnormal moments for 0; profilers show no `Optimizer.step`. An optimizer that
+    has hooks, is scheduled by torch or is of another kind makes its own step.
 
     Args:
         model: the module to train, on its device, in training mode.
@@ -165,8 +166,8 @@ class CapturedStep:
             `.terms` that the models of `aefast.models` give; of any other module the loss is its one term.
         precision: "fp32"; "bf16" or "fp16", the type in which autocast lets matrix products be formed, fp16 with a loss
             scale that adapts. On the CPU bf16 leaves all tensors in float32 and rounds the operands of products alone,
-            as ``torch.backends.mkldnn.matmul.fp32_precision = "bf16"`` does, which is faster and more exact. It is so
-            during the step, in other threads of the process too.
+            as ``torch.backends.mkldnn.matmul.fp32_precision = "bf16"`` does, which is more exact; it pays on processors
+            with AMX and on AMD's with AVX512-BF16. It is so during the step, in other threads of the process too.
         clip_norm: largest norm of all gradients together; longer ones are scaled down to it. None for no limit.
         accumulate: into how many parts a batch is cut, whose gradients are summed: less memory, the same mean. A loss
             that compares samples with each other, as MMD does, compares those of a part.

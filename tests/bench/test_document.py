@@ -164,7 +164,8 @@ def test_joint_table_has_a_column_for_each_device():
 
 def test_device_name_says_threads_and_instructions():
     name = document.device_name("cpu")
-    assert name.endswith(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    assert f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}" in name
+    assert name.endswith(", AMX") == torch.cpu._is_amx_tile_supported()
     assert json.dumps(name)
 
 

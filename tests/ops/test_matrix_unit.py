@@ -306,10 +306,9 @@ def test_bfloat16_bias_and_activation_come_before_rounding(poisoned_memory, roun
     assert torch.equal(AF.linear_act(**sample), AF.linear_act(**wide).bfloat16())
 
 
+@pytest.mark.usefixtures("rounding")
 def test_follows_torchs_setting():
     """In a forward and in a backward, called at once, through the dispatcher and in a compiled graph."""
-    if not {"avx512bf16", "amx"} & set(supported_sets()):
-        pytest.skip("this processor has no instructions for bfloat16, or the compiler did not know them")
     x, weight = matrix(100, 64).requires_grad_(), matrix(90, 64, seed=1).requires_grad_()
     grad = matrix(100, 90, seed=2)
     setting = torch.backends.mkldnn.matmul
