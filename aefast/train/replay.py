@@ -278,11 +278,14 @@ class _Recorder(TorchDispatchMode):
                 self._is_refused = True
             return
         self.draws |= torch.Tag.nondeterministic_seeded in func.tags
-        if func._schema.is_mutable:
-            if id(args[0]) in self._buffers:
-                self.changed.append(args[0])
-            else:
-                self._is_written = True
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            for one in pytree.tree_leaves(args[index] if index < len(args) else kwargs.get(argument.name)):
+                if id(one) in self._buffers:
+                    self.changed.append(one)
+                else:
+                    self._is_written = True
         self._kept.append(out)
         if func is torch.ops.aten.detach.default:
             # Nothing that a replay makes has a history.
@@ -322,7 +325,9 @@ class _Recorder(TorchDispatchMode):
         self._graph.output([self._node(one) for one in results])
         if self._is_refused:
             return None
-        if not self._is_written:
+        if not self._is_written and all(
+            one.layout is torch.strided for one in (*results, *self._values.values())
+        ):
             self._fold(results)
         for node in reversed(self._graph.nodes):
             if (

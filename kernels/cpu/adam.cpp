@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "matrix.h"
@@ -15,9 +16,9 @@
 namespace aefast::cpu {
 namespace {
 
-// Within its scope this thread takes subnormal numbers for 0, and makes none. Where no gradient comes any more, as of a
-// dead unit's weights, a mean of gradients shrinks to the smallest of them, which rounding keeps it from leaving; and an
-// instruction with one takes Intel's processors some hundred times as long.
+// Within its scope this thread takes subnormal numbers for 0, and makes none, on x86-64. Where no gradient comes any
+// more, as of a dead unit's weights, a mean of gradients shrinks to the smallest of them, which rounding keeps it from
+// leaving; and an instruction with one takes Intel's processors some hundred times as long.
 class WithoutSubnormals {
  public:
 #if defined(__x86_64__)
@@ -47,7 +48,26 @@ bool is_float(const Tensor& tensor, torch::headeronly::ScalarType type) {
   return tensor.is_cpu() && tensor.scalar_type() == type;
 }
 
-// False, with nothing done, for tensors that are not all in float32 or all in float64, without gaps and laid out alike.
+// Whether any of what is written is written twice.
+bool is_shared(const std::vector<Tensor>& parameters, const std::vector<Tensor>& means,
+               const std::vector<Tensor>& squares, const std::vector<Tensor>& steps) {
+  std::vector<std::pair<const char*, const char*>> pieces;
+  pieces.reserve(4 * parameters.size());
+  for (const auto* tensors : {&parameters, &means, &squares, &steps})
+    for (const Tensor& one : *tensors) {
+      const auto* const begin = static_cast<const char*>(one.const_data_ptr());
+      if (one.numel() > 0) pieces.emplace_back(begin, begin + one.numel() * size_of(scalar_of(one)));
+    }
+  std::sort(pieces.begin(), pieces.end());
+  return std::adjacent_find(pieces.begin(), pieces.end(),
+                            [](const auto& one, const auto& next) { return next.first < one.second; }) != pieces.end();
+}
+
+// So much larger than the root of a square that is taken for 0 that the quotient does not show it.
+constexpr double kLeastEpsilon = 1e-15;
+
+// False, with nothing done, for tensors that are not in float32 or float64, without gaps, laid out alike and apart from
+// each other, and for an epsilon that would not hide what is taken for 0.
 bool adam(std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::vector<Tensor> means,
           std::vector<Tensor> squares, std::vector<Tensor> steps, double lr, double beta1, double beta2, double eps,
           double weight_decay, bool is_decoupled, bool maximize) {
@@ -56,6 +76,7 @@ bool adam(std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::ve
   STD_TORCH_CHECK(gradients.size() == count && means.size() == count && squares.size() == count &&
                       steps.size() == count,
                   "parameters, gradients, means, squares and steps must be as many");
+  if (!(eps >= kLeastEpsilon)) return false;
   for (size_t index = 0; index < count; ++index) {
     const Tensor& one = parameters[index];
     const ScalarType type = one.scalar_type();
@@ -64,6 +85,7 @@ bool adam(std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::ve
     for (const auto* tensors : {&parameters, &gradients, &means, &squares})
       if (!is_float((*tensors)[index], type) || !has_layout((*tensors)[index], one)) return false;
   }
+  if (is_shared(parameters, means, squares, steps)) return false;
   std::vector<Parameter> all;
   all.reserve(count);
   int64_t tasks = 0, elements = 0;

@@ -89,7 +89,7 @@ struct Kernels {
   bool supported;
 };
 
-// The best first.
+// The best first, and last one that does not pay.
 const std::vector<Kernels>& instruction_sets() {
 #define AEFAST_KERNELS(name, set, product_set, supported)                                                          \
   {name, set::loss_kernels, set::optimizer_kernels, set::pairwise_kernels, set::penalty_kernels,                   \

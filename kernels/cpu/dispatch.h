@@ -23,9 +23,9 @@ bool is_intel();
 // this process use it. Where the compiler knows them.
 bool has_matrix_unit();
 
-// Whether products of bfloat16 take less time than those of float32: by AMX, or by vectors where their instructions for
-// it are as fast as float32's. They take four times as long on Intel's processors that were made with AMX, which
-// virtual machines may lack.
+// Whether products of bfloat16 take less time than those of float32: by AMX, or by vectors, whose instructions for it
+// multiply twice as many pairs as float32's. On Intel's processors that were made with AMX, which virtual machines may
+// lack, such an instruction takes four times as long.
 bool has_fast_bfloat16_products();
 
 // From now on that one, in every thread; false if this processor lacks it. For tests.

@@ -153,14 +153,22 @@ void poison_outputs(bool poison) { poisoned = poison; }
 bool has_layout(const Tensor& tensor, const Tensor& like) {
   if (tensor.dim() != like.dim()) return false;
   const bool is_empty = like.numel() == 0;
-  int64_t last = 0;
+  int64_t unseen = 0;
   for (int64_t dim = 0; dim < like.dim(); ++dim) {
     if (tensor.size(dim) != like.size(dim)) return false;
     if (like.size(dim) == 1) continue;
     if (!is_empty && tensor.stride(dim) != like.stride(dim)) return false;
-    last += (like.size(dim) - 1) * like.stride(dim);
+    ++unseen;
   }
-  return is_empty || last == like.numel() - 1;
+  if (is_empty) return true;
+  // From the innermost dimension on, each strides over all that is within it.
+  for (int64_t stride = 1; unseen > 0; --unseen) {
+    int64_t dim = 0;
+    while (dim < like.dim() && (like.size(dim) == 1 || like.stride(dim) != stride)) ++dim;
+    if (dim == like.dim()) return false;
+    stride *= like.size(dim);
+  }
+  return true;
 }
 
 void check_layout(const char* name, const Tensor& tensor, const Tensor& like) {

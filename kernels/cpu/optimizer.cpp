@@ -6,7 +6,7 @@
 namespace aefast::cpu::AEFAST_INSTRUCTION_SET {
 namespace {
 
-template <typename T>
+template <bool kDecays, typename T>
 void adam_loop(const AdamFactors& factors, T* parameter, const T* gradient, T* mean, T* square, int64_t count) {
   using C = Lanes<T>;
   using elementary::square_root;
@@ -15,7 +15,9 @@ void adam_loop(const AdamFactors& factors, T* parameter, const T* gradient, T* m
   const C square_decay(factors.square_decay), square_weight(factors.square_weight);
   for_lanes<T>(count, [&](int64_t at, auto... valid) __attribute__((always_inline)) {
     const C p = read_lanes(parameter + at, valid...);
-    const C g = sign * read_lanes(gradient + at, valid...) + decay * p;
+    C g = sign * read_lanes(gradient + at, valid...);
+    // 0 times an infinite parameter would be no number.
+    if constexpr (kDecays) g = g + decay * p;
     const C m = mean_decay * read_lanes(mean + at, valid...) + mean_weight * g;
     const C v = square_decay * read_lanes(square + at, valid...) + square_weight * g * g;
     write_lanes(mean + at, m, valid...);
@@ -24,14 +26,17 @@ void adam_loop(const AdamFactors& factors, T* parameter, const T* gradient, T* m
   });
 }
 
+template <typename T>
+void adam_of(const AdamFactors& factors, void* parameter, const void* gradient, void* mean, void* square,
+             int64_t count) {
+  const auto loop = factors.decay != 0.0 ? adam_loop<true, T> : adam_loop<false, T>;
+  loop(factors, static_cast<T*>(parameter), static_cast<const T*>(gradient), static_cast<T*>(mean),
+       static_cast<T*>(square), count);
+}
+
 void adam(Scalar scalar, const AdamFactors& factors, void* parameter, const void* gradient, void* mean, void* square,
           int64_t count) {
-  if (scalar == Scalar::float64)
-    adam_loop(factors, static_cast<double*>(parameter), static_cast<const double*>(gradient),
-              static_cast<double*>(mean), static_cast<double*>(square), count);
-  else
-    adam_loop(factors, static_cast<float*>(parameter), static_cast<const float*>(gradient), static_cast<float*>(mean),
-              static_cast<float*>(square), count);
+  (scalar == Scalar::float64 ? adam_of<double> : adam_of<float>)(factors, parameter, gradient, mean, square, count);
 }
 
 }  // namespace

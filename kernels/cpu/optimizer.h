@@ -8,7 +8,7 @@
 namespace aefast::cpu {
 
 // Of Adam, at one step of a parameter p with gradient g, mean m of gradients and mean v of their squares:
-//   g' = gradient g + decay p
+//   g' = gradient g + decay p, without the second term where decay is 0
 //   m = mean_decay m + mean_weight g',  v = square_decay v + square_weight g'^2
 //   p = kept p - rate m / (root sqrt(v) + epsilon)
 struct AdamFactors {

@@ -447,6 +447,24 @@ def test_what_depends_on_shapes_alone_is_not_made_anew(cls, options):
     assert not made & {"aten::ones_like", "aten::zeros_like", "aten::expand", "aten::div", "aten::slice"}
 
 
+def test_calls_that_write_to_any_argument_are_made_again():
+    x, other = batches(2)
+    module = nn.Module()
+    module.register_buffer("number", torch.tensor(1.0))
+
+    def compute(x):
+        zeros = torch.zeros_like(x)
+        torch.add(module.number, 1, out=zeros[0, 0])
+        return x + 2 * zeros
+
+    recorder = _Recorder(module, x)
+    with recorder:
+        result = compute(x)
+    run = recorder.compiled([result])
+    module.number.fill_(5)
+    assert torch.equal(run(other, *recorder.constants)[0], compute(other))
+
+
 @pytest.mark.parametrize(
     "compute",
     [
@@ -457,6 +475,7 @@ def test_what_depends_on_shapes_alone_is_not_made_anew(cls, options):
         lambda x: torch.zeros_like(x) + torch.zeros_like(x).t().contiguous().t().copy_(x),
         lambda x: x * torch.full_like(x, 0.5) + torch.rand_like(x),
         lambda x: (torch.rand_like(x), x * 2)[1],
+        lambda x: x + torch.zeros_like(x).to_sparse().to_dense(),
     ],
 )
 def test_calls_are_made_again_on_memory_of_their_own(compute):

@@ -105,35 +105,65 @@ def test_the_kernel_is_aefasts(monkeypatch):
     assert all(one._version > before for one, before in zip(some, versions, strict=True))
 
 
-def has_gaps():
+class Own(torch.Tensor):
+    """As of a library that has tensors of its own."""
+
+
+def plain():
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def with_gaps():
     return torch.randn(8, 6, generator=torch.Generator().manual_seed(0))[:, ::2]
 
 
-def has_none():
-    return has_gaps().contiguous()
-
-
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 @pytest.mark.parametrize(
-    ("make", "layout", "backend"),
+    ("make", "layout", "copies", "eps", "backend"),
     [
-        (has_none, lambda gradient: gradient, "eager"),
-        (has_none, lambda gradient: gradient.t().contiguous().t(), "auto"),
-        (has_gaps, lambda gradient: gradient, "auto"),
+        (plain, lambda gradient: gradient, 1, 1e-8, "eager"),
+        (plain, lambda gradient: gradient, 1, 1e-8, "triton"),
+        (plain, lambda gradient: gradient.t().contiguous().t(), 1, 1e-8, "auto"),
+        (with_gaps, lambda gradient: gradient, 1, 1e-8, "auto"),
+        (lambda: plain().as_subclass(Own), lambda gradient: gradient, 1, 1e-8, "auto"),
+        (plain, lambda gradient: gradient, 2, 1e-8, "auto"),
+        (plain, lambda gradient: gradient * 1e-19, 1, 0.0, "auto"),
     ],
+    ids=["eager", "other backend", "other layout", "gaps", "subclass", "twice", "no epsilon"],
 )
-def test_the_kernel_is_torchs(make, layout, backend):
+def test_the_kernel_is_torchs(make, layout, copies, eps, backend, monkeypatch):
     """Where aefast's does not take the operands, or the user wants none of its."""
     expected, found = nn.Parameter(make()), nn.Parameter(make())
-    theirs, ours = fused([expected]), fused([found])
+    theirs, ours = (
+        torch.optim.Adam([one] * copies, lr=0.01, eps=eps, fused=True) for one in (expected, found)
+    )
     update = Update(ours)
+    kernel, calls = torch._fused_adam_, []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         expected.grad = layout(torch.randn(expected.shape, generator=generator))
         found.grad = expected.grad.clone()
         theirs.step()
-        with aefast.backend(backend):
+        with aefast.backend(backend), monkeypatch.context() as patch:
+            patch.setattr(torch, "_fused_adam_", lambda *a, **options: calls.append(kernel(*a, **options)))
             update.step()
+    assert len(calls) == STEPS
     assert_same(found, expected)
+    assert_same(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.usefixtures("cpu_library")
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_infinite_parameters_stay(instruction_set, name):
+    """Such as a mask among the logits, which has no gradient."""
+    one = nn.Parameter(torch.tensor([-torch.inf, 1.0, torch.inf]))
+    optimizer = OPTIMIZERS[name]([one])
+    update = Update(optimizer)
+    for _ in range(3):
+        one.grad = torch.tensor([0.0, 0.1, 0.0])
+        update.step()
+    assert one[0] == -torch.inf and one[2] == torch.inf and 0.9 < one[1] < 1
+    assert optimizer.state[one]["exp_avg"][[0, 2]].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.usefixtures("cpu_library")
