@@ -63,16 +63,6 @@ bool has_vector_bfloat16() { return has_avx512() && __builtin_cpu_supports("avx5
 bool has_fast_vector_bfloat16() {
   return has_vector_bfloat16() && (!is_intel() || __builtin_cpu_is("cooperlake"));
 }
-
-// And the system keeps the tiles' state.
-bool has_amx_bfloat16() {
-  constexpr unsigned kSaves = 1u << 27, kTiles = 1u << 24, kBFloat16 = 1u << 22, kTileState = 3u << 17;
-  unsigned a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kSaves)) return false;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kBFloat16)) return false;
-  asm("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
-  return (a & kTileState) == kTileState;
-}
 #endif
 
 struct Kernels {
@@ -153,6 +143,19 @@ std::vector<std::string> supported_instruction_sets() {
   for (const Kernels& set : instruction_sets())
     if (set.supported) names.push_back(set.name);
   return names;
+}
+
+bool has_amx_bfloat16() {
+#if defined(__x86_64__)
+  constexpr unsigned kSaves = 1u << 27, kTiles = 1u << 24, kBFloat16 = 1u << 22, kTileState = 3u << 17;
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kSaves)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kBFloat16)) return false;
+  asm("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  return (a & kTileState) == kTileState;
+#else
+  return false;
+#endif
 }
 
 bool has_fast_bfloat16_products() {

@@ -19,8 +19,11 @@ bool has_wider_vectors_than_blas();
 // Whether the processor is Intel's, for which MKL is made.
 bool is_intel();
 
-// Whether the processor has Intel's AMX for bfloat16, with the vectors' instructions to round to it, and the system lets
-// this process use it. Where the compiler knows them.
+// Whether the processor has Intel's AMX for bfloat16, and the system keeps its state.
+bool has_amx_bfloat16();
+
+// That, with the vectors' instructions to round to bfloat16, and the system lets this process use it. Where the compiler
+// knows them.
 bool has_matrix_unit();
 
 // Whether products of bfloat16 take less time than those of float32: by AMX, or by vectors, whose instructions for it

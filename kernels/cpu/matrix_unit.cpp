@@ -1,4 +1,3 @@
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -8,10 +7,7 @@ namespace aefast::cpu {
 
 // Linux hands out the tiles, 8 KiB of each thread's state, on request, and to the whole process.
 bool has_matrix_unit() {
-  constexpr unsigned kTiles = 1u << 24, kBFloat16 = 1u << 22, kVectorBFloat16 = 1u << 5;
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kBFloat16)) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kVectorBFloat16)) return false;
+  if (!has_amx_bfloat16() || !__builtin_cpu_supports("avx512bf16")) return false;
   constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
