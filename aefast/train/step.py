@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from aefast.errors import InputError
 from aefast.models import Model
@@ -21,7 +19,7 @@ from aefast.nn.linear_act import check_positive_int
 from aefast.train.graphs import recording
 from aefast.train.replay import Replay
 from aefast.train.schedule import Schedule
-from aefast.train.update import Update
+from aefast.train.update import Update, average
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -206,7 +204,6 @@ class CapturedStep:
         self._parameters = _checked(optimizer, model)
         self.model = model
         self.optimizer = optimizer
-        self._update = Update(optimizer)
         self.accumulate = accumulate
         self.clip_norm = clip_norm
         self._loss = _loss_of_model if loss is None else loss
@@ -228,6 +225,8 @@ class CapturedStep:
         self._averaged = [*self._parameters, *_statistics(model)]
         self.ema = None if ema_decay is None else [one.detach().clone() for one in self._averaged]
         self._decay = ema_decay
+        of_parameters = () if self.ema is None else self.ema[: len(self._parameters)]
+        self._update = Update(optimizer, of_parameters, ema_decay or 0.0)
         self._recording: _Recording | None = None
         is_replayed = (
             steps_per_replay > 0 and self.device.type == "cpu" and loss is None and self._scaler is None
@@ -365,18 +364,18 @@ class CapturedStep:
                     group["lr"] = rate * share.item()
         self._update.zero_grad()
         terms = self._gradients(batch)
-        if self.clip_norm is not None:
-            if self._scaler is not None:
-                self._scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._parameters, self.clip_norm)
         if self._scaler is None:
-            self._update.step()
+            self._update.step(self.clip_norm)
         else:
+            if self.clip_norm is not None:
+                self._scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self._parameters, self.clip_norm)
             self._scaler.step(self.optimizer)
             self._scaler.update()
+            self._update.average()
         if self.ema is not None:
-            with torch.no_grad():
-                _average(self._decay)(self.ema, self._averaged, self._count)
+            count = len(self._parameters)
+            average(self.ema[count:], self._averaged[count:], self._decay)
         self._count.add_(1)
         return terms
 
@@ -540,9 +539,6 @@ def _statistics(model: nn.Module) -> list[torch.Tensor]:
 def _copy(values: Sequence[torch.Tensor], to: Sequence[torch.Tensor]) -> None:
     for one, value in zip(to, values, strict=True):
         one.copy_(value)
-
-
-_average = functools.cache(get_ema_multi_avg_fn)
 
 
 class EagerStep:

@@ -38,29 +38,27 @@ class WithoutSubnormals {
 struct Parameter {
   Scalar scalar;
   AdamFactors factors;
-  void* values;
-  const void* gradient;
-  void *mean, *square;
-  int64_t count, first_task;
+  char *values, *gradient, *mean, *square, *average;
 };
+
+char* data_of(const Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); }
 
 bool is_float(const Tensor& tensor, torch::headeronly::ScalarType type) {
   return tensor.is_cpu() && tensor.scalar_type() == type;
 }
 
 // Whether any of what is written is written twice.
-bool is_shared(const std::vector<Tensor>& parameters, const std::vector<Tensor>& means,
-               const std::vector<Tensor>& squares, const std::vector<Tensor>& steps) {
-  std::vector<std::pair<const char*, const char*>> pieces;
-  pieces.reserve(4 * parameters.size());
-  for (const auto* tensors : {&parameters, &means, &squares, &steps})
+bool is_shared(const std::vector<const std::vector<Tensor>*>& written) {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  ranges.reserve(written.size() * written[0]->size());
+  for (const auto* tensors : written)
     for (const Tensor& one : *tensors) {
       const auto* const begin = static_cast<const char*>(one.const_data_ptr());
-      if (one.numel() > 0) pieces.emplace_back(begin, begin + one.numel() * size_of(scalar_of(one)));
+      if (one.numel() > 0) ranges.emplace_back(begin, begin + one.numel() * size_of(scalar_of(one)));
     }
-  std::sort(pieces.begin(), pieces.end());
-  return std::adjacent_find(pieces.begin(), pieces.end(),
-                            [](const auto& one, const auto& next) { return next.first < one.second; }) != pieces.end();
+  std::sort(ranges.begin(), ranges.end());
+  return std::adjacent_find(ranges.begin(), ranges.end(),
+                            [](const auto& one, const auto& next) { return next.first < one.second; }) != ranges.end();
 }
 
 // So much larger than the root of a square that is taken for 0 that the quotient does not show it.
@@ -69,30 +67,36 @@ constexpr double kLeastEpsilon = 1e-15;
 // False, with nothing done, for tensors that are not in float32 or float64, without gaps, laid out alike and apart from
 // each other, and for an epsilon that would not hide what is taken for 0.
 bool adam(std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::vector<Tensor> means,
-          std::vector<Tensor> squares, std::vector<Tensor> steps, double lr, double beta1, double beta2, double eps,
-          double weight_decay, bool is_decoupled, bool maximize) {
+          std::vector<Tensor> squares, std::vector<Tensor> steps, std::vector<Tensor> averages, double lr, double beta1,
+          double beta2, double eps, double weight_decay, bool is_decoupled, bool maximize, double scale,
+          double average_weight) {
   using torch::headeronly::ScalarType;
   const size_t count = parameters.size();
   STD_TORCH_CHECK(gradients.size() == count && means.size() == count && squares.size() == count &&
-                      steps.size() == count,
-                  "parameters, gradients, means, squares and steps must be as many");
+                      steps.size() == count && (averages.empty() || averages.size() == count),
+                  "parameters, gradients, means, squares, steps and averages must be as many");
   if (!(eps >= kLeastEpsilon)) return false;
   for (size_t index = 0; index < count; ++index) {
     const Tensor& one = parameters[index];
     const ScalarType type = one.scalar_type();
     if (type != ScalarType::Float && type != ScalarType::Double) return false;
     if (!is_float(steps[index], ScalarType::Float) || steps[index].numel() != 1) return false;
-    for (const auto* tensors : {&parameters, &gradients, &means, &squares})
-      if (!is_float((*tensors)[index], type) || !has_layout((*tensors)[index], one)) return false;
+    for (const auto* tensors : {&parameters, &gradients, &means, &squares, &averages})
+      if (!tensors->empty() && (!is_float((*tensors)[index], type) || !has_layout((*tensors)[index], one)))
+        return false;
   }
-  if (is_shared(parameters, means, squares, steps)) return false;
+  std::vector<const std::vector<Tensor>*> written{&parameters, &means, &squares, &steps, &averages};
+  if (scale != 1.0) written.push_back(&gradients);
+  if (is_shared(written)) return false;
   std::vector<Parameter> all;
+  std::vector<int64_t> sizes;
   all.reserve(count);
-  int64_t tasks = 0, elements = 0;
+  sizes.reserve(count);
   for (size_t index = 0; index < count; ++index) {
     float* const step = static_cast<float*>(steps[index].mutable_data_ptr());
     *step += 1.0f;
-    const AdamFactors factors{.gradient = maximize ? -1.0 : 1.0,
+    const AdamFactors factors{.scale = scale,
+                              .sign = maximize ? -1.0 : 1.0,
                               .decay = is_decoupled ? 0.0 : weight_decay,
                               .mean_decay = beta1,
                               .mean_weight = 1.0 - beta1,
@@ -101,28 +105,20 @@ bool adam(std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::ve
                               .kept = is_decoupled ? 1.0 - lr * weight_decay : 1.0,
                               .rate = lr / (1.0 - std::pow(beta1, *step)),
                               .root = 1.0 / std::sqrt(1.0 - std::pow(beta2, *step)),
-                              .epsilon = eps};
-    const int64_t size = parameters[index].numel();
-    all.push_back({scalar_of(parameters[index]), factors, parameters[index].mutable_data_ptr(),
-                   gradients[index].const_data_ptr(), means[index].mutable_data_ptr(),
-                   squares[index].mutable_data_ptr(), size, tasks});
-    tasks += (size + kElementsOfTask - 1) / kElementsOfTask;
-    elements += size;
+                              .epsilon = eps,
+                              .average_weight = average_weight};
+    all.push_back({scalar_of(parameters[index]), factors, data_of(parameters[index]), data_of(gradients[index]),
+                   data_of(means[index]), data_of(squares[index]),
+                   averages.empty() ? nullptr : data_of(averages[index])});
+    sizes.push_back(parameters[index].numel());
   }
-  const auto update = [&](int64_t task) {
-    const auto after = std::upper_bound(all.begin(), all.end(), task,
-                                        [](int64_t value, const Parameter& one) { return value < one.first_task; });
-    const Parameter& one = *(after - 1);
-    const int64_t first = (task - one.first_task) * kElementsOfTask, bytes = first * size_of(one.scalar);
+  for_pieces(pieces_of(sizes), [&](int64_t, const Piece& piece) {
+    const Parameter& one = all[piece.index];
+    const int64_t bytes = piece.first * size_of(one.scalar);
     const WithoutSubnormals within;
-    optimizer_kernels().adam(one.scalar, one.factors, static_cast<char*>(one.values) + bytes,
-                             static_cast<const char*>(one.gradient) + bytes, static_cast<char*>(one.mean) + bytes,
-                             static_cast<char*>(one.square) + bytes, std::min(kElementsOfTask, one.count - first));
-  };
-  if (elements <= kElementsOfTask)
-    for (int64_t task = 0; task < tasks; ++task) update(task);
-  else
-    for_each(tasks, update);
+    optimizer_kernels().adam(one.scalar, one.factors, one.values + bytes, one.gradient + bytes, one.mean + bytes,
+                             one.square + bytes, one.average == nullptr ? nullptr : one.average + bytes, piece.count);
+  });
   return true;
 }
 
@@ -130,8 +126,9 @@ bool adam(std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::ve
 
 STABLE_TORCH_LIBRARY_FRAGMENT(aefast_cpu, m) {
   m.def(
-      "adam(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means, Tensor(c!)[] squares, Tensor(d!)[] steps, "
-      "float lr, float beta1, float beta2, float eps, float weight_decay, bool is_decoupled, bool maximize) -> bool");
+      "adam(Tensor(a!)[] parameters, Tensor(b!)[] gradients, Tensor(c!)[] means, Tensor(d!)[] squares, "
+      "Tensor(e!)[] steps, Tensor(f!)[] averages, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "bool is_decoupled, bool maximize, float scale, float average_weight) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aefast_cpu, CPU, m) { m.impl("adam", TORCH_BOX(&adam)); }

@@ -99,12 +99,6 @@ double most_flops_of_own() {
 constexpr int64_t kMostElementsOfOwn = 1 << 15;
 // In bfloat16 the BLAS is as fast from where on each of the three matrices is larger.
 constexpr int64_t kMostElementsOfBFloat16 = 1 << 16;
-// So many samples are multiplied with a weight in bfloat16 that is read where it is, four at a time, and twice from the
-// cache alone.
-int64_t most_rows_of_vectors(int64_t weight_elements) {
-  constexpr int64_t kElementsOfCache = 1 << 20;
-  return weight_elements <= kElementsOfCache ? kFewRows : 4;
-}
 
 // A product of so many operations is worth a second thread.
 constexpr double kLeastFlopsOfThread = 1.5e5;
@@ -153,7 +147,7 @@ bool is_own(Matrix m, Engine engine) {
 // samples; few of them, in float32, are multiplied by vectors with a weight in bfloat16.
 Engine engine_of(Scalar scalar, int64_t rows, int64_t inner, int64_t cols, bool for_blas, bool is_of_rows = true) {
   const bool is_half = scalar == Scalar::bfloat16;
-  if (is_half && is_of_rows && rows <= most_rows_of_vectors(inner * cols)) return Engine::vectors;
+  if (is_half && is_of_rows && rows <= kFewRows) return Engine::vectors;
   const bool is_panels = is_half && has_bfloat16.load(std::memory_order_relaxed) &&
                          smallest_of_three(rows, inner, cols) <= kMostElementsOfBFloat16;
   if (scalar == Scalar::float32 || is_panels) {

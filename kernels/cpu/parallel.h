@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace aefast::cpu {
 
@@ -36,6 +38,34 @@ void for_tasks(int64_t size, int64_t elements, int64_t unit, const Body& body) {
   const int64_t rows = rows_of_task(elements, unit);
   const int64_t tasks = (size + rows - 1) / rows;
   for_each(tasks, [&](int64_t task) { body(task * rows, std::min(rows, size - task * rows)); });
+}
+
+// `count` elements of the index-th of several arrays, from `first` on.
+struct Piece {
+  size_t index;
+  int64_t first, count;
+};
+
+// The tasks that arrays of so many elements make, which do not depend on the threads that share them.
+inline std::vector<Piece> pieces_of(const std::vector<int64_t>& sizes) {
+  std::vector<Piece> pieces;
+  for (size_t index = 0; index < sizes.size(); ++index)
+    for (int64_t first = 0; first < sizes[index]; first += kElementsOfTask)
+      pieces.push_back({index, first, std::min(kElementsOfTask, sizes[index] - first)});
+  return pieces;
+}
+
+// body(task, piece) for each.
+template <typename Body>
+void for_pieces(const std::vector<Piece>& pieces, const Body& body) {
+  int64_t elements = 0;
+  for (const Piece& one : pieces) elements += one.count;
+  const auto of_task = [&](int64_t task) { body(task, pieces[task]); };
+  const int64_t tasks = static_cast<int64_t>(pieces.size());
+  if (elements <= kElementsOfTask)
+    for (int64_t task = 0; task < tasks; ++task) of_task(task);
+  else
+    for_each(tasks, of_task);
 }
 
 }  // namespace aefast::cpu

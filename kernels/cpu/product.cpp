@@ -82,10 +82,11 @@ AEFAST_HD void for_tile_rows(int64_t rows, const Body& body) {
 
 // --- few rows of out -----------------------------------------------------------------------------------------
 
-// b's rows are contiguous; kRows is small.
+// b's rows are contiguous; `rows` is a multiple of kRows, which is small. A few rows of b, which stay in the
+// second-level cache, pass all rows of a.
 template <int kRows, typename T, typename B>
 AEFAST_HD void few_rows(const T* a, int64_t a_row, int64_t a_col, const B* b, int64_t b_row, T* out, int64_t out_row,
-                        int64_t inner, int64_t cols, bool add) {
+                        int64_t rows, int64_t inner, int64_t cols, bool add) {
   int64_t begin = 0;
   do {
     const int64_t terms = inner - begin < kTermsInPlace ? inner - begin : kTermsInPlace;
@@ -95,7 +96,9 @@ AEFAST_HD void few_rows(const T* a, int64_t a_row, int64_t a_col, const B* b, in
     const auto columns = [&](auto vector, auto count) __attribute__((always_inline)) {
       constexpr int kVectors = decltype(count)::value, kWidth = kVectors * sizeof(vector) / sizeof(T);
       for (; col + kWidth <= cols; col += kWidth)
-        tile<kRows, kVectors, decltype(vector)>(left, a_row, a_col, right + col, b_row, out + col, out_row, terms, add);
+        for (int64_t row = 0; row < rows; row += kRows)
+          tile<kRows, kVectors, decltype(vector)>(left + row * a_row, a_row, a_col, right + col, b_row,
+                                                  out + row * out_row + col, out_row, terms, add);
     };
     // As many sums for few rows as for many hide the latency of one.
     columns(Vector<T>(), std::integral_constant<int, 12 / kRows>());
@@ -109,14 +112,16 @@ AEFAST_HD void few_rows(const T* a, int64_t a_row, int64_t a_col, const B* b, in
   } while (begin < inner);
 }
 
+// What a shuffle of two vectors of T takes.
+template <typename T, typename V>
+using Indices = Vector<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, sizeof(V)>;
+
 // The lanes of kLanes vectors as a square matrix, transposed: blocks off the diagonal change places, at each size.
 template <typename T, typename V, int kSize = 1>
 AEFAST_HD void transpose(V* rows) {
   constexpr int kLanes = sizeof(V) / sizeof(T);
   if constexpr (kSize < kLanes) {
-    using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-    typedef Index Indices __attribute__((vector_size(sizeof(V))));
-    Indices low, high;
+    Indices<T, V> low, high;
     for (int lane = 0; lane < kLanes; ++lane) {
       low[lane] = lane & kSize ? kLanes + lane - kSize : lane;
       high[lane] = lane & kSize ? kLanes + lane : lane + kSize;
@@ -128,6 +133,25 @@ AEFAST_HD void transpose(V* rows) {
         rows[row + kSize] = __builtin_shuffle(upper, lower, high);
       }
     transpose<T, V, 2 * kSize>(rows);
+  }
+}
+
+// Lane i of rows[0] is the sum of the lanes of rows[i], of kLanes vectors: at each size two vectors' halves are added,
+// the one as they lie, the other crosswise.
+template <typename T, typename V, int kSize = 1>
+AEFAST_HD void sum_lanes(V* rows) {
+  constexpr int kLanes = sizeof(V) / sizeof(T);
+  if constexpr (kSize < kLanes) {
+    Indices<T, V> straight, crosswise;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      straight[lane] = lane & kSize ? kLanes + lane : lane;
+      crosswise[lane] = straight[lane] ^ kSize;
+    }
+    for (int row = 0; row < kLanes; row += 2 * kSize) {
+      const V upper = rows[row], lower = rows[row + kSize];
+      rows[row] = __builtin_shuffle(upper, lower, straight) + __builtin_shuffle(upper, lower, crosswise);
+    }
+    sum_lanes<T, V, 2 * kSize>(rows);
   }
 }
 
@@ -147,9 +171,7 @@ AEFAST_HD void dots(const T* a, int64_t a_row, const B* b, int64_t b_col, T* out
       for (int row = 0; row < kRows; ++row) sums[row * kCols + col] += left[row] * right;
     }
   }
-  transpose<T>(sums);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
+  sum_lanes<T>(sums);
   T found[kLanes];
   write(found, sums[0]);
   for (int row = 0; row < kRows; ++row)
@@ -161,14 +183,16 @@ AEFAST_HD void dots(const T* a, int64_t a_row, const B* b, int64_t b_col, T* out
     }
 }
 
+// `rows` is a multiple of kRows. A few columns of b, which stay in the first-level cache, pass all rows of a.
 template <int kRows, typename T, typename B>
-AEFAST_HD void row_of_dots(const T* a, int64_t a_row, const B* b, int64_t b_col, T* out, int64_t out_row,
-                           int64_t inner, int64_t cols, bool add) {
+AEFAST_HD void rows_of_dots(const T* a, int64_t a_row, const B* b, int64_t b_col, T* out, int64_t out_row, int64_t rows,
+                            int64_t inner, int64_t cols, bool add) {
   constexpr int kCols = kVectorBytes / sizeof(T) / kRows;
   int64_t col = 0;
   for (; col + kCols <= cols; col += kCols)
-    dots<kRows, kCols>(a, a_row, b + col * b_col, b_col, out + col, out_row, inner, add);
-  for (int row = 0; row < kRows; ++row)
+    for (int64_t row = 0; row < rows; row += kRows)
+      dots<kRows, kCols>(a + row * a_row, a_row, b + col * b_col, b_col, out + row * out_row + col, out_row, inner, add);
+  for (int64_t row = 0; row < rows; ++row)
     for (int64_t rest = col; rest < cols; ++rest) {
       T sum = T(0);
       for (int64_t term = 0; term < inner; ++term) sum += a[row * a_row + term] * load(b[rest * b_col + term]);
@@ -313,18 +337,21 @@ void product_of_few(ProductOperand left, ProductOperand right, T* out, int64_t o
   const T* a = static_cast<const T*>(left.data);
   const B* b = static_cast<const B*>(right.data);
   const int64_t a_row = left.row_stride, a_col = left.col_stride, b_row = right.row_stride, b_col = right.col_stride;
-  const auto some = [&](int64_t row, auto count) {
-    constexpr int kRows = decltype(count)::value;
-    if (b_col == 1)
-      few_rows<kRows>(a + row * a_row, a_row, a_col, b, b_row, out + row * out_row, out_row, inner, cols, add);
-    else
-      row_of_dots<kRows>(a + row * a_row, a_row, b, b_col, out + row * out_row, out_row, inner, cols, add);
-  };
-  constexpr int kLanes = kVectorBytes / sizeof(T), kMost = kLanes < 4 ? kLanes : 4;
   int64_t row = 0;
-  for (; row + kMost <= rows; row += kMost) some(row, std::integral_constant<int, kMost>());
-  for (; row + 2 <= rows; row += 2) some(row, std::integral_constant<int, 2>());
-  if (row < rows) some(row, std::integral_constant<int, 1>());
+  const auto some = [&](auto tile_rows) {
+    constexpr int kRows = decltype(tile_rows)::value;
+    const int64_t count = (rows - row) / kRows * kRows;
+    if (count == 0) return;
+    if (b_col == 1)
+      few_rows<kRows>(a + row * a_row, a_row, a_col, b, b_row, out + row * out_row, out_row, count, inner, cols, add);
+    else
+      rows_of_dots<kRows>(a + row * a_row, a_row, b, b_col, out + row * out_row, out_row, count, inner, cols, add);
+    row += count;
+  };
+  constexpr int kLanes = kVectorBytes / sizeof(T);
+  if constexpr (kLanes >= 4) some(std::integral_constant<int, 4>());
+  some(std::integral_constant<int, 2>());
+  some(std::integral_constant<int, 1>());
 }
 
 template <typename T>
@@ -335,10 +362,10 @@ void product_of(ProductOperand left, ProductOperand right, T* out, int64_t out_r
   const int64_t a_row = left.row_stride, a_col = left.col_stride, b_row = right.row_stride, b_col = right.col_stride;
   if (b_col == 1 && inner <= kMostTermsOfRow) {
     for (int64_t row = 0; row < rows; ++row)
-      few_rows<1>(a + row * a_row, a_row, a_col, b, b_row, out + row * out_row, out_row, inner, cols, add);
+      few_rows<1>(a + row * a_row, a_row, a_col, b, b_row, out + row * out_row, out_row, 1, inner, cols, add);
     return;
   }
-  if (rows <= kFewRows && (a_col == 1 || b_col == 1))
+  if (rows <= (b_col == 1 ? kFewRowsOfTiles : kFewRows) && (a_col == 1 || b_col == 1))
     return product_of_few<T, T>(left, right, out, out_row, rows, inner, cols, add);
   const int64_t bytes = cols * static_cast<int64_t>(sizeof(T));
   const auto run = [&](auto vector) {

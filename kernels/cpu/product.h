@@ -20,8 +20,9 @@ struct ProductOperand {
 // or rounded to it, summed in float32.
 enum class Unit { vectors, matrix, matrix_rounding };
 
-// For so few rows b is read from where it is: to rearrange it takes longer than the product.
-constexpr int64_t kFewRows = 8;
+// For so few rows b is read from where it is: to rearrange it takes longer than the product, and to convert it from
+// bfloat16 does. With rows of b in float32 that are contiguous, tiles of many rows need no rearranging.
+constexpr int64_t kFewRows = 24, kFewRowsOfTiles = 8;
 
 struct ProductKernels {
   // out (rows, cols), rows `out_stride` apart, = a (rows, inner) b (inner, cols), or += with `add`, in float32 or

@@ -78,7 +78,7 @@ def emulate(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: _Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(steps, "recording", _recording)
-    monkeypatch.setattr(update, "_is_updated", lambda group, operands: False)
+    monkeypatch.setattr(update, "_takes_kernels", lambda tensors: False)
 
     def as_on_cuda(step, steps_per_replay):
         step.device = torch.device("cuda")

@@ -427,7 +427,7 @@ def test_gradients_that_are_there_are_added_to():
     model = make()
     step = recorded(model)
     (batch,) = batches(1)
-    step._update.step = step._update.zero_grad = lambda: None
+    step._update.step = step._update.zero_grad = lambda *_: None
     model.zero_grad()
     step(batch)
     once = [one.grad.clone() for one in model.parameters()]

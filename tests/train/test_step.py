@@ -87,7 +87,9 @@ def test_gradients_are_clipped_as_torch_does():
     plain(expected, data, before_update=clip)
     taken(model, data, clip_norm=0.05)
     assert max(norms) > 0.05
-    assert torch.equal(parameters(model), parameters(expected))
+    # The norm is torch's to rounding, and each step may round parameters below 1 to the next number.
+    atol = len(data) * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(parameters(model), parameters(expected), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("size", [12, 10, 3])
@@ -560,7 +562,7 @@ def test_models_say_whether_a_step_waits(cls, options):
         model.unused[0] = model.config.option("dead_after")
     step(batch)
     # The optimizer that is not captured reads its steps.
-    step._update.step = step._update.zero_grad = lambda: None
+    step._update.step = step._update.zero_grad = lambda *_: None
     with aefast.backend("eager"), Waits() as waits:
         step(batch)
     assert model.can_be_captured == (not waits.found), waits.found

@@ -152,6 +152,121 @@ def test_the_kernel_is_torchs(make, layout, copies, eps, backend, monkeypatch):
     assert_same(ours.state_dict(), theirs.state_dict())
 
 
+def averages_of(some):
+    return [one.detach().clone() for one in some]
+
+
+def assert_clipped_and_averaged(
+    optimizers, all_parameters, clip_norm, decay, atol, backend="auto", set_all=set_gradients
+):
+    """The update, beside torch's functions one after the other."""
+    (theirs, ours), (expected, found) = optimizers, all_parameters
+    expected_averages, averages = averages_of(expected), averages_of(found)
+    update = Update(ours, averages, decay)
+    for step in range(STEPS):
+        for some in all_parameters:
+            set_all(some, step)
+        nn.utils.clip_grad_norm_(expected, clip_norm)
+        theirs.step()
+        for average, one in zip(expected_averages, expected, strict=True):
+            average.lerp_(one.detach(), 1 - decay)
+        with aefast.backend(backend):
+            update.step(clip_norm)
+        assert_same([one.grad for one in found], [one.grad for one in expected], atol)
+    assert_same(found, expected, atol)
+    assert_same(averages, expected_averages, atol)
+    assert_same(ours.state_dict(), theirs.state_dict(), atol)
+
+
+@pytest.mark.parametrize("clip_norm", [0.5, 1e6], ids=["long", "short"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_clips_and_averages_as_torch_does(instruction_set, name, dtype, clip_norm):
+    """The last parameter has no gradient at every other step, and is averaged nevertheless."""
+    expected, found = parameters(dtype), parameters(dtype)
+    optimizers = [OPTIMIZERS[name](groups_of(some)) for some in (expected, found)]
+    for one, optimizer in zip((expected, found), optimizers, strict=True):
+        trained(one, optimizer)
+    # The norm is torch's to rounding, by which torch's own kernel may be called with other gradients.
+    assert_clipped_and_averaged(optimizers, (expected, found), clip_norm, 0.75, rounding(dtype))
+
+
+def test_gradients_are_left_where_they_are_short_enough():
+    some = parameters()
+    optimizer = fused(some)
+    trained(some, optimizer)
+    set_gradients(some, 0)
+    before = [(one.grad.clone(), one.grad._version) for one in some]
+    Update(optimizer).step(1e6)
+    for one, (gradient, version) in zip(some, before, strict=True):
+        assert torch.equal(one.grad, gradient) and one.grad._version == version
+
+
+@pytest.mark.usefixtures("cpu_library")
+def test_clipping_and_averages_take_no_pass_of_their_own(monkeypatch):
+    some = parameters()
+    optimizer = fused(some)
+    trained(some, optimizer)
+    set_gradients(some, 0)
+    versions = [one.grad._version for one in some]
+
+    def fail(*arguments, **options):
+        raise AssertionError("torch's function was called")
+
+    for module, name in ((nn.utils, "clip_grad_norm_"), (torch, "_foreach_mul_"), (torch, "_foreach_lerp_")):
+        monkeypatch.setattr(module, name, fail)
+    averages = averages_of(some)
+    Update(optimizer, averages, 0.5).step(0.5)
+    assert sum(one.grad.square().sum().item() for one in some) ** 0.5 == pytest.approx(0.5, rel=1e-5)
+    assert not torch.equal(averages[0], some[0]) and averages[0]._version == 1
+    assert all(one.grad._version > before for one, before in zip(some, versions, strict=True))
+
+
+def shared_gradients(some, step):
+    gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+    for one in some:
+        one.grad = gradient
+
+
+def gradients_with_gaps(some, step):
+    for index, one in enumerate(some):
+        generator = torch.Generator().manual_seed(100 * step + index)
+        one.grad = torch.randn(8, 6, generator=generator)[::2]
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "triton"])
+@pytest.mark.parametrize("set_all", [shared_gradients, gradients_with_gaps])
+def test_clips_gradients_that_the_kernel_does_not_take(set_all, backend):
+    all_parameters = [[nn.Parameter(plain()), nn.Parameter(plain())] for _ in range(2)]
+    optimizers = [fused(some) for some in all_parameters]
+    for some, optimizer in zip(all_parameters, optimizers, strict=True):
+        set_all(some, 0)
+        optimizer.step()
+    assert_clipped_and_averaged(
+        optimizers, all_parameters, 0.5, 0.75, rounding(torch.float32), backend, set_all
+    )
+
+
+@pytest.mark.usefixtures("cpu_library")
+@pytest.mark.parametrize(
+    ("gradient", "expected"),
+    [
+        ([3e30, 4e30], [0.6, 0.8]),  # whose squares no float32 can hold
+        ([torch.inf, 1.0], [torch.nan, 0.0]),
+        ([torch.nan, 1.0], [torch.nan, torch.nan]),
+    ],
+)
+def test_gradients_beyond_measure(instruction_set, gradient, expected):
+    """Those that are not finite are clipped as by torch's clip_grad_norm_."""
+    one = nn.Parameter(torch.ones(2))
+    optimizer = fused([one])
+    one.grad = torch.ones(2)
+    optimizer.step()
+    one.grad = torch.tensor(gradient)
+    Update(optimizer).step(1.0)
+    torch.testing.assert_close(one.grad, torch.tensor(expected), equal_nan=True)
+
+
 @pytest.mark.usefixtures("cpu_library")
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_infinite_parameters_stay(instruction_set, name):
@@ -199,12 +314,13 @@ def test_an_element_depends_on_nothing_but_itself(instruction_set, dtype):
         torch.set_num_threads(count)
         some = [nn.Parameter(one.clone()) for one in values[0].split(cut)]
         optimizer = fused(some)
-        update = Update(optimizer)
+        averages = averages_of(some)
+        update = Update(optimizer, averages, 0.5)
         for step in (1, 2, 1):
             for one, gradient in zip(some, values[step].split(cut), strict=True):
                 one.grad = gradient.clone()
             update.step()
-        return torch.cat([one.detach() for one in some])
+        return torch.cat([one.detach() for one in [*some, *averages]])
 
     try:
         expected = updated(40_003, 1)
@@ -212,6 +328,21 @@ def test_an_element_depends_on_nothing_but_itself(instruction_set, dtype):
             assert torch.equal(updated(cut, count), expected)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("cpu_library")
+def test_the_norm_depends_on_no_thread(instruction_set):
+    values = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (40_003, 9, 8192)]
+    threads = torch.get_num_threads()
+    try:
+        norms = set()
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            norms.add(torch.ops.aefast_cpu.gradient_norm(values))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(norms) == 1
+    assert norms.pop() == pytest.approx(torch.cat(values).double().norm().item(), rel=1e-14)
 
 
 def test_a_group_may_have_parameters_of_several_dtypes():
