@@ -84,15 +84,18 @@ def define_divergence(
         if backend == "eager":
             return reference(first, second)
         leading = first.shape[:-1]
-        if first.dim() != 2:
-            shape = (math.prod(leading), first.shape[-1])
-            first, second = first.reshape(shape), second.reshape(shape)
+        if first.dim() == 2:
+            return of_matrices(first, second, backend)
+        shape = (math.prod(leading), first.shape[-1])
+        return of_matrices(first.reshape(shape), second.reshape(shape), backend).reshape(leading)
+
+    def of_matrices(first: Tensor, second: Tensor, backend: str) -> Tensor:
         if not _registry.is_direct(backend, first, second):
-            return forward(first, second, backend).reshape(leading)
+            return forward(first, second, backend)
         launchers = _registry.kernels(backend, op)
         if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
-            return apply(first, second, (backend, launchers)).reshape(leading)
-        return getattr(launchers, op)(first, second).reshape(leading)
+            return apply(first, second, (backend, launchers))
+        return getattr(launchers, op)(first, second)
 
     return divergence
 

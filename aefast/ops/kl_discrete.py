@@ -57,7 +57,10 @@ def kl_discrete(p: Tensor, q: Tensor, *, dim: int = -1, reduction: str = "mean")
     if isinstance(dim, bool) or not isinstance(dim, Integral) or not -p.dim() <= dim < p.dim():
         raise InputError(f"kl_discrete: dim must be from {-p.dim()} to {p.dim() - 1}, got {dim!r}")
     _arguments.check_reduction(reduction, "kl_discrete")
-    return _arguments.reduce(_rows(p.movedim(dim, -1), q.movedim(dim, -1)), reduction)
+    # A view of each would be a node of the graph.
+    if dim % p.dim() != p.dim() - 1:
+        p, q = p.movedim(dim, -1), q.movedim(dim, -1)
+    return _arguments.reduce(_rows(p, q), reduction)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -153,9 +153,10 @@ class CapturedStep:
     overhead.
     Forwards in Python do not run then, and hooks of autograd's nodes do not; a model that has hooks of modules or of
     parameters, or modules of others, is left to itself. The
-    update of torch's fused Adam and AdamW is made by a kernel of aefast's, with the state that the optimizer keeps: it
-    equals torch's to rounding, and on x86-64 takes subnormal numbers for 0; profilers show no `Optimizer.step`. An
-    optimizer that has hooks, is scheduled by torch or is of another kind makes its own step.
+    update of torch's fused Adam and AdamW is made by a kernel of aefast's, with the state that the optimizer keeps, in
+    one pass with clipping and the moving average: it equals torch's to rounding, and on x86-64 takes subnormal numbers
+    for 0; profilers show no `Optimizer.step`. An optimizer that has hooks, is scheduled by torch or is of another kind
+    makes its own step.
 
     Args:
         model: the module to train, on its device, in training mode.
