@@ -11,6 +11,7 @@ import math
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,6 +59,12 @@ def _options(
 
 
 _PATCH_SIZE = "Side of the patches of --data patches, in pixels."
+_DATA_DTYPE = "bfloat16: 16-bit integers in files of --data are the bits of such numbers."
+_DATA_KEY = "Which array of files of several. \\[default: x, data, or the only one]"
+_SAMPLE_DIMS = (
+    "How many of the last dimensions of an array make a sample, such as 1 for activations of shape (sequences, "
+    "positions, d). \\[default: all but the first]"
+)
 _RUN = "Run"
 _OPTIMISATION = "Optimisation"
 _MODEL = "Model (options not given take the model's default)"
@@ -139,9 +146,9 @@ def train(
         typer.Option(
             metavar="FILE|FOLDER|NAME",
             help="What to train on: [cyan]digits[/cyan], [cyan]patches[/cyan] (both come with "
-            '"aefast\\[train]", no download), a .npy, .npz or .pt array of shape (N, ...), or a folder of .npy '
-            "arrays, in the order of their names, or of images of one size. uint8 and images are scaled to "
-            "\\[0, 1]. Arrays and folders may be larger than memory.",
+            '"aefast\\[train]", no download), a .npy, .npz, .pt or .safetensors array of shape (N, ...), or a '
+            "folder of .npy, .safetensors or .pt arrays, in the order of their names, or of images of one size. uint8 "
+            "and images are scaled to \\[0, 1]. Arrays and folders may be larger than memory.",
             rich_help_panel=_RUN,
         ),
     ],
@@ -291,6 +298,13 @@ def train(
         int, typer.Option(help="Steps between two lines of metrics.jsonl.", rich_help_panel=_RUN)
     ] = 50,
     patch_size: Annotated[int, typer.Option(help=_PATCH_SIZE, rich_help_panel=_RUN)] = 16,
+    data_dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help=_DATA_DTYPE, rich_help_panel=_RUN)
+    ] = None,
+    data_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help=_DATA_KEY, rich_help_panel=_RUN)
+    ] = None,
+    sample_dims: Annotated[int | None, typer.Option(help=_SAMPLE_DIMS, rich_help_panel=_RUN)] = None,
     channels: Annotated[
         str | None,
         typer.Option(
@@ -600,7 +614,7 @@ def train(
     import torch
     from rich.console import Console
 
-    from aefast.data import load
+    from aefast.data.load import holds_arrays
     from aefast.models import find_model
     from aefast.train import TensorBoard, TrainConfig, Trainer
     from aefast.train.processes import Processes, process_group
@@ -682,7 +696,9 @@ def train(
     def run() -> int:
         console = Console(quiet=not Processes().is_first)
         say = _teller(console)
-        dataset = load(data, patch_size=patch_size)
+        dataset = _load(
+            data, say, patch_size=patch_size, dtype=data_dtype, key=data_key, sample_dims=sample_dims
+        )
         torch.manual_seed(seed)
         network = model_class(_model_config(model_class, given, dataset.sample_shape))
         callbacks = [TensorBoard(os.path.join(out, TENSORBOARD_FOLDER))] if tensorboard else []
@@ -693,6 +709,11 @@ def train(
             f"{dataset.name}: {len(trainer.batches.rows):,} samples of {dataset.features} features, "
             f"{len(trainer.held_out.rows):,} held out"
         )
+        if sample_dims is None and len(dataset.sample_shape) > 1 and holds_arrays(data):
+            say(
+                f"notice: a sample is all of {dataset.sample_shape}, every dimension of the data but the first; "
+                "--sample-dims 1 would take the last alone"
+            )
         result = trainer.fit(resume=resume, overwrite=overwrite, compare=not no_compare)
 
         if result.interrupted is not None:
@@ -755,8 +776,8 @@ _MOST_COMPARED = 200_000
 
 _RUN_FOLDER = "Folder of a trained model, the --out of [cyan]aefast train[/cyan]."
 _SAMPLES = (
-    "Samples like those that the model was trained on: [cyan]digits[/cyan], [cyan]patches[/cyan], a .npy, .npz or .pt "
-    "array of shape (N, ...), or a folder of .npy files or images."
+    "Samples like those that the model was trained on: [cyan]digits[/cyan], [cyan]patches[/cyan], a .npy, .npz, .pt or "
+    ".safetensors array of shape (N, ...), or a folder of .npy, .safetensors or .pt files, or of images."
 )
 _DEVICE = "Where to compute; auto takes CUDA where it is."
 _REPLACE = "Replace --out if it is there already, which is an error without this."
@@ -778,8 +799,8 @@ def sample(
         typer.Option(
             metavar="PATH|NAME",
             help="What the model was trained on, for its codes and for the comparison: [cyan]digits[/cyan], "
-            "[cyan]patches[/cyan], a .npy, .npz or .pt array of shape (N, ...), or a folder of .npy files or images. "
-            "Of more than 200,000 training samples, so many are taken.",
+            "[cyan]patches[/cyan], a .npy, .npz, .pt or .safetensors array of shape (N, ...), or a folder of .npy, "
+            ".safetensors or .pt files, or of images. Of more than 200,000 training samples, so many are taken.",
         ),
     ],
     out: Annotated[
@@ -811,6 +832,9 @@ def sample(
         ),
     ] = None,
     patch_size: Annotated[int, typer.Option(help=_PATCH_SIZE)] = 16,
+    data_dtype: Annotated[str | None, typer.Option(metavar="NAME", help=_DATA_DTYPE)] = None,
+    data_key: Annotated[str | None, typer.Option(metavar="NAME", help=_DATA_KEY)] = None,
+    sample_dims: Annotated[int | None, typer.Option(help=_SAMPLE_DIMS)] = None,
     device: Annotated[str, typer.Option(metavar="cpu|cuda|auto", help=_DEVICE)] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help=_REPLACE)] = False,
 ) -> None:
@@ -843,7 +867,8 @@ def sample(
             f"out={out!r}: its picture {picture} is there already; add --overwrite to replace it, or choose another "
             "file"
         )
-    model, dataset = _trained(run, data, patch_size, device)
+    reading = {"patch_size": patch_size, "dtype": data_dtype, "key": data_key, "sample_dims": sample_dims}
+    model, dataset = _trained(run, data, device, **reading)
     source = sampler
     if sampler == "prior":
         density = PriorSampler.of(model)
@@ -883,6 +908,9 @@ def encode(
     ],
     batch_size: Annotated[int, typer.Option(help="Samples that are encoded at a time.")] = 4096,
     patch_size: Annotated[int, typer.Option(help=_PATCH_SIZE)] = 16,
+    data_dtype: Annotated[str | None, typer.Option(metavar="NAME", help=_DATA_DTYPE)] = None,
+    data_key: Annotated[str | None, typer.Option(metavar="NAME", help=_DATA_KEY)] = None,
+    sample_dims: Annotated[int | None, typer.Option(help=_SAMPLE_DIMS)] = None,
     device: Annotated[str, typer.Option(metavar="cpu|cuda|auto", help=_DEVICE)] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help=_REPLACE)] = False,
 ) -> None:
@@ -895,7 +923,8 @@ def encode(
 
     _check_batch_size(batch_size)
     path = _new_file(out, data, overwrite)
-    model, dataset = _trained(run, data, patch_size, device, least=1)
+    reading = {"patch_size": patch_size, "dtype": data_dtype, "key": data_key, "sample_dims": sample_dims}
+    model, dataset = _trained(run, data, device, least=1, **reading)
     shape = (len(dataset), model.config.latent)
     _write_array(path, shape, encode_batches(model, dataset, batch_size=batch_size), "encoding")
     _teller()(f"{len(dataset):,} codes of size {model.config.latent}: {path}")
@@ -913,6 +942,9 @@ def reconstruct(
     ],
     batch_size: Annotated[int, typer.Option(help="Samples that are reconstructed at a time.")] = 4096,
     patch_size: Annotated[int, typer.Option(help=_PATCH_SIZE)] = 16,
+    data_dtype: Annotated[str | None, typer.Option(metavar="NAME", help=_DATA_DTYPE)] = None,
+    data_key: Annotated[str | None, typer.Option(metavar="NAME", help=_DATA_KEY)] = None,
+    sample_dims: Annotated[int | None, typer.Option(help=_SAMPLE_DIMS)] = None,
     device: Annotated[str, typer.Option(metavar="cpu|cuda|auto", help=_DEVICE)] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help=_REPLACE)] = False,
 ) -> None:
@@ -924,7 +956,8 @@ def reconstruct(
 
     _check_batch_size(batch_size)
     path = _new_file(out, data, overwrite)
-    model, dataset = _trained(run, data, patch_size, device, least=1)
+    reading = {"patch_size": patch_size, "dtype": data_dtype, "key": data_key, "sample_dims": sample_dims}
+    model, dataset = _trained(run, data, device, least=1, **reading)
     made = reconstruct_batches(model, dataset, batch_size=batch_size)
     _write_array(path, (len(dataset), *dataset.sample_shape), made, "reconstructing")
     _teller()(f"{len(dataset):,} reconstructions: {path}")
@@ -945,9 +978,23 @@ def _teller(console: Console | None = None) -> Callable[[str], None]:
     return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _trained(run: str, data: str, patch_size: int, device: str, least: int = 2) -> tuple[Model, Dataset]:
-    """The model of a run, on the device, and at least so many samples that it fits."""
-    from aefast.data import load
+def _load(data: str, say: Callable[[str], None], **reading: Any) -> Dataset:
+    """What `aefast.data.load` makes of `data`, and what it warns of as notices."""
+    from aefast.data import DataWarning, load
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        dataset = load(data, **reading)
+    for warning in caught:
+        if issubclass(warning.category, DataWarning):
+            say(f"notice: {warning.message}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return dataset
+
+
+def _trained(run: str, data: str, device: str, **reading: Any) -> tuple[Model, Dataset]:
+    """The model of a run, on the device, and samples that it fits, as options of `aefast.data.load` say."""
     from aefast.models import from_pretrained
     from aefast.train import TrainConfig
 
@@ -958,11 +1005,14 @@ def _trained(run: str, data: str, patch_size: int, device: str, least: int = 2) 
         model = from_pretrained(run, device=place)
     except InputError as error:
         raise InputError(str(error).replace("directory=", "run=", 1)) from None
-    dataset = load(data, patch_size=patch_size, least=least)
-    if dataset.features != model.config.input_size:
+    dataset = _load(data, _teller(), **reading)
+    size, shape = model.config.input_size, dataset.sample_shape
+    if dataset.features != size:
+        fitting = (dims for dims in range(1, len(shape)) if math.prod(shape[-dims:]) == size)
+        hint = "".join(f"; --sample-dims {dims} takes such of it" for dims in fitting)
         raise InputError(
-            f"data={data!r}: expected {model.config.input_size} features a sample, those of the model in {run}, "
-            f"got {dataset.features}"
+            f"data={data!r}: expected {size} features a sample, those of the model in {run}, got {dataset.features}"
+            f"{hint}"
         )
     return model, dataset
 

@@ -2,7 +2,7 @@
 
 ::
 
-    dataset = load("digits")  # or "patches", a .npy, .npz or .pt file, or a folder of .npy files or images
+    dataset = load("digits")  # or "patches", a .npy, .npz, .pt or .safetensors file, or a folder of arrays or images
     train, held_out = dataset.split()
     for batch in Batches(dataset.samples, train, batch_size=256, seed=0).epoch(0):
         ...  # (256, features), float32
@@ -10,9 +10,19 @@
 
 from aefast.data.batches import Batches
 from aefast.data.blocks import Blocks
-from aefast.data.dataset import DataError, Dataset
+from aefast.data.dataset import DataError, Dataset, DataWarning
 from aefast.data.files import FileRows
 from aefast.data.iterable import IterableBatches
 from aefast.data.load import SOURCES, load
 
-__all__ = ["SOURCES", "Batches", "Blocks", "DataError", "Dataset", "FileRows", "IterableBatches", "load"]
+__all__ = [
+    "SOURCES",
+    "Batches",
+    "Blocks",
+    "DataError",
+    "DataWarning",
+    "Dataset",
+    "FileRows",
+    "IterableBatches",
+    "load",
+]

@@ -22,6 +22,10 @@ class DataError(InputError):
     """A data source that cannot be read, or holds something that cannot be trained on."""
 
 
+class DataWarning(UserWarning):
+    """Data that can be trained on, and are probably meant to be read otherwise."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """N samples of the same shape.

@@ -84,19 +84,28 @@ class FileRows(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayFile:
-    """Where the array of a ``.npy`` file lies in it: `offset` bytes from its beginning, in C order."""
+    """Where an array (N, ...) lies in a file: `offset` bytes from its beginning, in C order.
+
+    numpy has no bfloat16: where `is_bfloat16`, `dtype` is that of integers which have its bits.
+    """
 
     path: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
+    is_bfloat16: bool = False
+
+    @property
+    def number_type(self) -> str:
+        """What the numbers are called in messages, such as "float32" or "bfloat16"."""
+        return "bfloat16" if self.is_bfloat16 else str(self.dtype)
 
 
 class ArrayRows(FileRows):
-    """The rows of arrays in ``.npy`` files, one array after the other.
+    """The rows of arrays in files, one array after the other.
 
     Args:
-        files: the files, all of one dtype and one shape of a sample, none of them empty.
+        files: the files, all of one type and one shape of a sample, none of them empty.
     """
 
     def __init__(self, files: Sequence[ArrayFile]) -> None:
@@ -106,7 +115,7 @@ class ArrayRows(FileRows):
         self._ends = np.cumsum([file.shape[0] for file in files])
         self._opened = functools.lru_cache(_OPEN_FILES)(self._open)
         # Whether what is read may hold NaN or infinity.
-        self._is_doubtful = self._dtype.kind == "f"
+        self._is_doubtful = self._dtype.kind == "f" or files[0].is_bfloat16
         super().__init__((int(self._ends[-1]), math.prod(files[0].shape[1:])))
 
     @property
@@ -152,7 +161,7 @@ class ArrayRows(FileRows):
 
     def _gather(self, rows: np.ndarray, out: np.ndarray) -> None:
         if len(self._files) == 1:
-            _convert(self._opened(0), rows, out)
+            self._convert(self._opened(0), rows, out)
             return
         numbers = np.searchsorted(self._ends, rows, side="right")
         by_file = np.argsort(numbers, kind="stable")
@@ -161,14 +170,24 @@ class ArrayRows(FileRows):
                 number = numbers[places[0]]
                 first = self._ends[number] - self._files[number].shape[0]
                 some = np.empty((len(places), self.shape[1]), np.float32)
-                _convert(self._opened(int(number)), rows[places] - first, some)
+                self._convert(self._opened(int(number)), rows[places] - first, some)
                 out[places] = some
+
+    def _convert(self, array: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+        if self._files[0].is_bfloat16:
+            # The bits of a bfloat16 are the upper half of those of the same float32.
+            np.left_shift(array.take(rows, axis=0), 16, out=out.view(np.uint32), dtype=np.uint32)
+        else:
+            _convert(array, rows, out)
 
     def _not_finite(self, row: int, column: int) -> DataError:
         number = int(np.searchsorted(self._ends, row, side="right"))
         row -= int(self._ends[number]) - self._files[number].shape[0]
         where = f"data={str(self._files[number].path)!r}"
-        return not_finite(where, row, column, self._opened(number)[row, column].item())
+        value = self._opened(number)[row, column]
+        if self._files[number].is_bfloat16:
+            value = np.left_shift(value, 16, dtype=np.uint32).view(np.float32)
+        return not_finite(where, row, column, value.item())
 
 
 def _convert(array: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:

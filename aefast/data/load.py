@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import difflib
+import json
+import math
 import os
 import pickle
+import sys
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from aefast.data.blocks import block_rows_of
 from aefast.data.bundled import digits, patches
-from aefast.data.dataset import DataError, Dataset
+from aefast.data.dataset import DataError, Dataset, DataWarning
 from aefast.data.files import PIECE_VALUES, ArrayFile, ArrayRows, FileRows, not_finite
 from aefast.data.images import IMAGE_SUFFIXES, ImageRows
 from aefast.data.memory import available_bytes
+from aefast.nn.linear_act import check_positive_int
 
 SOURCES = {
     "digits": "1,797 handwritten digits of 8×8 pixels (scikit-learn)",
@@ -25,16 +33,39 @@ SOURCES = {
 }
 """Data sets known by name, with what they hold. They come inside Python packages: nothing is downloaded."""
 
-FILE_SUFFIXES = (".npy", ".npz", ".pt")
+FILE_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
+
+# Those of files that a folder may be made of, since they keep an array as it is in memory.
+SHARD_SUFFIXES = (".npy", ".safetensors", ".pt")
 
 # Keys that hold the samples in a file of several arrays, the first that is there.
 _SAMPLE_KEYS = ("x", "data")
 
-_DTYPES = (
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
-    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-)
+# The types of numbers, with numpy's name for them in files, which are little-endian; bfloat16 as integers of its bits.
+_DTYPES = {
+    **{torch.float64: "<f8", torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<u2"},
+    **{torch.int8: "i1", torch.int16: "<i2", torch.int32: "<i4", torch.int64: "<i8", torch.bool: "?"},
+    **{torch.uint8: "u1", torch.uint16: "<u2", torch.uint32: "<u4", torch.uint64: "<u8"},
+}
+
+# The same types as a .safetensors file calls them.
+_SAFETENSORS_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool},
+    **{"U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64},
+}
+
+# How numpy writes bfloat16 numbers of ml_dtypes, as a type that it does not know.
+_UNKNOWN_HALF = np.dtype("V2")
+
+_BFLOAT16 = "bfloat16"
+_HALF_INTEGERS = ("int16", "uint16")
+
+# Integers of 16 bits are likely those of bfloat16 numbers if of so many that are not 0 such a share would be numbers
+# from 2**-33 to 2**16, which as integers lie in two narrow ranges.
+_JUDGED_ROWS = 64
+_JUDGED_SHARE = 0.99
+_LOW_BITS, _HIGH_BITS = 0x2F00, 0x4780
 
 # Data becomes a float32 copy in memory if that takes at most this share of what is available.
 _COPIED_SHARE = 1 / 16
@@ -49,39 +80,113 @@ _ROW_NUMBERS = 40
 _PROBED_BLOCKS = 64
 
 
-def load(source: str | Path, *, patch_size: int = 16, least: int = 2) -> Dataset:
+def _named(dtype: np.dtype | torch.dtype) -> str:
+    """What a type is called, whatever the order of its bytes."""
+    return str(dtype.newbyteorder("=")) if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """How arrays in files are read: options of `load`."""
+
+    dtype: str | None = None
+    key: str | None = None
+    sample_dims: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, _BFLOAT16):
+            raise DataError(
+                f"dtype={self.dtype!r}: expected {_BFLOAT16}, the one type that files may keep as another, or none"
+            )
+        if self.sample_dims is not None:
+            check_positive_int(self.sample_dims, "sample_dims")
+
+    def refuse_for(self, source: str) -> None:
+        """That none is given for a source that is no array in a file."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                raise DataError(f"{field.name}={value!r}: is of arrays in files, which {source} is not")
+
+    def shape_of(self, shape: tuple[int, ...], where: str) -> tuple[int, ...]:
+        """(N, ...) for an array of that shape, whose leading dimensions may all count samples."""
+        if len(shape) < 2:
+            raise DataError(f"{where}: expected shape (N, features) or (N, ...), got {shape}")
+        if 0 in shape:
+            raise DataError(f"{where}: expected at least one value, the array is empty with shape {shape}")
+        if self.sample_dims is None:
+            return shape
+        if len(shape) <= self.sample_dims:
+            raise DataError(
+                f"{where}: expected more than sample_dims={self.sample_dims} dimensions, got shape {shape}"
+            )
+        count = len(shape) - self.sample_dims
+        return (math.prod(shape[:count]), *shape[count:])
+
+    def is_bfloat16(self, dtype: np.dtype | torch.dtype, where: str) -> bool:
+        """Whether numbers of such a type in a file are bfloat16 ones, by their type or because it was said."""
+        if dtype in (torch.bfloat16, _UNKNOWN_HALF):
+            return True
+        if self.dtype != _BFLOAT16:
+            return False
+        if _named(dtype) not in _HALF_INTEGERS:
+            raise DataError(
+                f"{where}: expected 16-bit integers to take as {_BFLOAT16}, got dtype {_named(dtype)}"
+            )
+        return True
+
+
+def load(
+    source: str | Path,
+    *,
+    patch_size: int = 16,
+    least: int = 2,
+    dtype: str | None = None,
+    key: str | None = None,
+    sample_dims: int | None = None,
+) -> Dataset:
     """The samples of `source` as float32.
 
     Args:
-        source: "digits", "patches", the path of a ``.npy``, ``.npz`` or ``.pt`` file, or a folder of ``.npy`` files or
-            of images. An array has shape (N, ...): N samples of any shape. Of several arrays in a file, "x" is
-            taken, then "data"; those of a folder follow each other in the order of their names and have one dtype and
-            one shape of a sample. uint8 values are divided by 255; other integers and booleans keep their value; all
-            floating-point types become float32. Images are grey, (H, W), or have colours, (3, H, W), in [0, 1], and
-            are all of one size.
+        source: "digits", "patches", the path of a ``.npy``, ``.npz``, ``.pt`` or ``.safetensors`` file, or a folder of
+            ``.npy``, ``.safetensors`` or ``.pt`` files, or of images. An array has shape (N, ...): N samples of any
+            shape. Those of a folder follow each other in the order of their names and have one type and one shape of
+            a sample. uint8 values are divided by 255; other integers and booleans keep their value; all floating-point
+            types become float32, bfloat16 of any of these files among them. Images are grey, (H, W), or have colours,
+            (3, H, W), in [0, 1], and are all of one size.
         patch_size: side of the square patches of "patches", in pixels.
         least: how many samples there have to be. By default one to train on and one that is held out.
+        dtype: "bfloat16" takes 16-bit integers as the bits of bfloat16 numbers, for which numpy has no type of its own.
+        key: which array of files of several. By default "x", then "data", then the only one.
+        sample_dims: how many of an array's last dimensions make a sample; those before them count samples. 1 takes
+            activations of shape (sequences, positions, d) as sequences · positions samples of d features. By default
+            all dimensions but the first.
 
-    ``.npy`` files may be larger than memory. A float32 file is memory-mapped; other ``.npy`` files, and folders, are
-    read and converted batch by batch unless they are small beside the memory. What memory cannot hold is shuffled by
-    blocks.
+    ``.npy`` and ``.safetensors`` files may be larger than memory. A float32 ``.npy`` file is memory-mapped; other ones,
+    and folders, are read and converted batch by batch unless they are small beside the memory. What memory cannot hold
+    is shuffled by blocks.
 
     Raises:
         DataError: an unknown name, a file that is missing, unreadable or holds Python objects, a folder with neither
             arrays nor images or with files that differ, or an array that is empty, has fewer than two dimensions or
             too few samples, is complex, or holds NaN or infinity. Of a source that memory does not hold, only some
             blocks are searched for these two; the others are when they are read.
+
+    Warns:
+        DataWarning: integers of 16 bits that look like the bits of bfloat16 numbers.
     """
+    reading = _Reading(dtype, key, sample_dims)
     text = str(source)
-    if text == "digits":
-        return digits()
-    if text == "patches":
-        return patches(patch_size)
+    if text in SOURCES:
+        reading.refuse_for(repr(text))
+        return digits() if text == "digits" else patches(patch_size)
     path = Path(source)
     if os.path.isdir(path):
-        dataset = _of_folder(path)
+        dataset = _of_folder(path, reading)
+    elif path.suffix.lower() == ".safetensors":
+        dataset = _of_shards([_shard(path, reading)], path)
     elif path.suffix.lower() in FILE_SUFFIXES:
-        dataset = _dataset(_read(path), path)
+        dataset = _dataset(path, reading)
     else:
         raise DataError(_unknown(text))
     if len(dataset) < least:
@@ -89,17 +194,28 @@ def load(source: str | Path, *, patch_size: int = 16, least: int = 2) -> Dataset
     return dataset
 
 
+def holds_arrays(source: str | Path) -> bool:
+    """Whether what `load` takes from `source` is an array in a file or a folder of such, and no images."""
+    if os.path.isdir(source):
+        return any(name.lower().endswith(SHARD_SUFFIXES) for name in os.listdir(source))
+    return str(source) not in SOURCES
+
+
+def _listed(suffixes: tuple[str, ...]) -> str:
+    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+
+
 def _unknown(text: str) -> str:
     names = ", ".join(SOURCES)
     close = difflib.get_close_matches(text.lower(), SOURCES, n=1)
     suggestion = f"; did you mean {close[0]!r}?" if close else ""
     return (
-        f"data={text!r}: expected one of {names}, a {', '.join(FILE_SUFFIXES)} file, or a folder of .npy files or "
-        f"images{suggestion}"
+        f"data={text!r}: expected one of {names}, a {_listed(FILE_SUFFIXES)} file, or a folder of "
+        f"{_listed(SHARD_SUFFIXES)} files or of images{suggestion}"
     )
 
 
-def _of_folder(path: Path) -> Dataset:
+def _of_folder(path: Path, reading: _Reading) -> Dataset:
     where = f"data={str(path)!r}"
     try:
         # Hidden files are notes that systems take of a folder.
@@ -108,45 +224,128 @@ def _of_folder(path: Path) -> Dataset:
     except OSError as error:
         raise DataError(f"{where}: expected a folder that can be read ({error.strerror})") from None
     for file in sorted(set(entries) - set(files)):
-        if file.is_symlink() and not file.exists() and file.suffix.lower() in (".npy", *IMAGE_SUFFIXES):
+        if (
+            file.is_symlink()
+            and not file.exists()
+            and file.suffix.lower() in (*SHARD_SUFFIXES, *IMAGE_SUFFIXES)
+        ):
             raise DataError(f"{where}: expected files, found the link {file.name} to one that does not exist")
-    arrays = [file for file in files if file.suffix.lower() == ".npy"]
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    if arrays and images:
-        raise DataError(
-            f"{where}: expected .npy files or images, found a folder with both, {arrays[0].name} and {images[0].name}"
-        )
-    if images:
-        rows = ImageRows(images)
-        return _of_rows(rows, rows.sample_shape, sum(file.stat().st_size for file in images), path)
-    if not arrays:
+    expected = f"{where}: expected {_listed(SHARD_SUFFIXES)} files or images, found a folder with"
+    kinds = [[file for file in files if file.suffix.lower() == suffix] for suffix in SHARD_SUFFIXES]
+    kinds.append([file for file in files if file.suffix.lower() in IMAGE_SUFFIXES])
+    found = [of_kind for of_kind in kinds if of_kind]
+    if len(found) > 1:
+        raise DataError(f"{expected} both, {found[0][0].name} and {found[1][0].name}")
+    if kinds[-1]:
+        reading.refuse_for("a folder of images")
+        rows = ImageRows(kinds[-1])
+        return _of_rows(rows, rows.sample_shape, sum(file.stat().st_size for file in kinds[-1]), path)
+    if not found:
         folders = sorted(entry.name for entry in entries if entry.is_dir())
         below = f"; what lies in folders below it, such as {folders[0]}, is not read" if folders else ""
-        raise DataError(f"{where}: expected .npy files or images, found a folder with neither{below}")
-    shards = [_shard(file) for file in arrays]
+        raise DataError(f"{expected} neither{below}")
+    return _of_shards([_shard(file, reading) for file in found[0]], path)
+
+
+def _of_shards(shards: list[ArrayFile], path: Path) -> Dataset:
+    first = shards[0]
     for shard in shards:
         for what, expected, got in (
-            ("samples of shape", shards[0].shape[1:], shard.shape[1:]),
-            ("dtype", shards[0].dtype, shard.dtype),
+            ("samples of shape", first.shape[1:], shard.shape[1:]),
+            ("dtype", first.number_type, shard.number_type),
+            ("dtype", first.dtype, shard.dtype),
         ):
             if got != expected:
                 raise DataError(
-                    f"data={str(shard.path)!r}: expected {what} {expected}, as in {arrays[0].name}, got {got}"
+                    f"data={str(shard.path)!r}: expected {what} {expected}, as in {first.path.name}, got {got}"
                 )
     rows = ArrayRows(shards)
-    return _of_rows(rows, shards[0].shape[1:], rows.stored_bytes, path)
+    dataset = _of_rows(rows, first.shape[1:], rows.stored_bytes, path)
+    if not first.is_bfloat16:
+        _hint_at_bits(dataset, first.dtype, path)
+    return dataset
 
 
-def _shard(path: Path) -> ArrayFile:
-    array = _read(path)
+def _hint_at_bits(dataset: Dataset, dtype: np.dtype | torch.dtype, path: Path) -> None:
+    """Warn if samples that were integers of 16 bits look like the bits of bfloat16 numbers."""
+    if _named(dtype) not in _HALF_INTEGERS:
+        return
+    rows = torch.linspace(0, len(dataset) - 1, min(_JUDGED_ROWS, len(dataset)), dtype=torch.float64).long()
+    values = dataset.samples[rows]
+    bits = values[values != 0].int() & 0x7FFF
+    if len(bits) and ((bits >= _LOW_BITS) & (bits < _HIGH_BITS)).float().mean() >= _JUDGED_SHARE:
+        warnings.warn(
+            f"data={str(path)!r}: its {_named(dtype)} values are taken as integers, such as {values[0, 0]:.0f}, and "
+            "look like the bits of bfloat16 numbers; if they are, load them with dtype='bfloat16' "
+            "(--data-dtype bfloat16)",
+            DataWarning,
+            stacklevel=_outside(),
+        )
+
+
+def _outside() -> int:
+    """The `stacklevel` of the code that called this module."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _shard(path: Path, reading: _Reading) -> ArrayFile:
+    """Where the array of a file lies."""
     where = f"data={str(path)!r}"
-    _check_shape(tuple(array.shape), where)
-    _check_real(array, where)
-    if not array.flags.c_contiguous:
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        array = _read(path, reading)
+        dtype, shape, offset, is_in_order = array.dtype, array.shape, array.offset, array.flags.c_contiguous
+    elif suffix == ".safetensors":
+        dtype, shape, offset, is_in_order = *_safetensors_layout(path, reading), True
+    else:
+        dtype, shape, offset, is_in_order = _torch_layout(path, reading)
+    shape = reading.shape_of(tuple(shape), where)
+    is_bfloat16 = reading.is_bfloat16(dtype, where)
+    if isinstance(dtype, torch.dtype):
+        dtype = np.dtype(_DTYPES[dtype])
+    elif not is_bfloat16:
+        _check_real(dtype, where)
+    if not is_in_order:
         raise DataError(
             f"{where}: expected samples one after the other (C order), got an array in Fortran order"
         )
-    return ArrayFile(path, array.dtype, array.shape, array.offset)
+    if is_bfloat16:
+        # As unsigned integers, in the order of bytes that the file has.
+        dtype = np.dtype(f"{'>' if dtype.str.startswith('>') else '<'}u2")
+    return ArrayFile(path, dtype, shape, offset, is_bfloat16)
+
+
+def _safetensors_layout(path: Path, reading: _Reading) -> tuple[torch.dtype, tuple[int, ...], int]:
+    """The type and the shape of the array of a ``.safetensors`` file, and at which byte it begins."""
+    with _readable(path):
+        # Which sees to it that the header is whole and fits the file.
+        with safe_open(path, "np") as file:
+            key = _pick_key(list(file.keys()), path, reading)
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(size))[key]
+    if entry["dtype"] not in _SAFETENSORS_DTYPES:
+        raise DataError(f"data={str(path)!r}: expected real numbers, got dtype {entry['dtype']}")
+    return _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
+
+
+def _torch_layout(path: Path, reading: _Reading) -> tuple[torch.dtype, tuple[int, ...], int, bool]:
+    """The same of a ``.pt`` file, and whether the array is in C order there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        # Tensors without values, which know where in the file these are.
+        tensor = _read(path, reading)
+        if tensor.is_meta:
+            raise DataError(
+                f"data={str(path)!r}: expected a .pt file in the format of PyTorch 1.6 or later, and with values"
+            )
+        _check_dense(tensor, f"data={str(path)!r}")
+    offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
+    return tensor.dtype, tuple(tensor.shape), offset, tensor.is_contiguous()
 
 
 def _of_rows(rows: FileRows, sample_shape: tuple[int, ...], stored_bytes: int, path: Path) -> Dataset:
@@ -175,29 +374,15 @@ def _name(path: Path) -> str:
     return os.fsencode(text).decode("utf-8", errors="replace")
 
 
-def _read(path: Path) -> np.ndarray | torch.Tensor:
-    """The array in a file, memory-mapped where the format allows it."""
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Within it a file is read; what its parsers raise becomes a `DataError` that names it."""
     suffix = path.suffix.lower()
     try:
         if not path.is_file():
             found = "a folder" if path.is_dir() else "no such file"
             raise DataError(f"data={str(path)!r}: expected a readable {suffix} file, found {found}")
-        if suffix == ".pt":
-            return _pick(torch.load(path, map_location="cpu", weights_only=True), path)
-        if suffix == ".npz":
-            if not zipfile.is_zipfile(path):
-                raise ValueError("it is not a .npz archive")
-            with np.load(path, allow_pickle=False) as archive:
-                array = archive[_pick_key(archive.files, path)]
-            # numpy hands out the bytes of a member that does not look like an array.
-            if not isinstance(array, np.ndarray):
-                raise ValueError("a member is not a .npy array")
-            return array
-        with open(path, "rb") as file:
-            if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
-                raise ValueError("it is not a .npy array")
-        # Read-only: for memory that could be written to the system sets as much aside as the file has.
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        yield
     except DataError:
         raise
     except pickle.UnpicklingError:
@@ -213,43 +398,78 @@ def _read(path: Path) -> np.ndarray | torch.Tensor:
         raise DataError(f"data={str(path)!r}: expected a readable {suffix} file ({reason})") from None
 
 
-def _pick(content: object, path: Path) -> torch.Tensor:
+def _read(path: Path, reading: _Reading) -> np.ndarray | torch.Tensor:
+    """The array in a file, memory-mapped where the format allows it."""
+    suffix = path.suffix.lower()
+    with _readable(path):
+        if suffix == ".pt":
+            return _pick(torch.load(path, map_location="cpu", weights_only=True), path, reading)
+        if suffix == ".npz":
+            if not zipfile.is_zipfile(path):
+                raise ValueError("it is not a .npz archive")
+            with np.load(path, allow_pickle=False) as archive:
+                array = archive[_pick_key(archive.files, path, reading)]
+            # numpy hands out the bytes of a member that does not look like an array.
+            if not isinstance(array, np.ndarray):
+                raise ValueError("a member is not a .npy array")
+            return array
+        if reading.key is not None:
+            raise DataError(f"key={reading.key!r}: {path} is a .npy file, which has one array without a name")
+        with open(path, "rb") as file:
+            if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+                raise ValueError("it is not a .npy array")
+        # Read-only: for memory that could be written to the system sets as much aside as the file has.
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _pick(content: object, path: Path, reading: _Reading) -> torch.Tensor:
     if isinstance(content, torch.Tensor):
+        if reading.key is not None:
+            raise DataError(f"key={reading.key!r}: {path} holds one tensor without a name")
         return content.detach()
     if isinstance(content, Mapping):
         tensors = [key for key, value in content.items() if isinstance(value, torch.Tensor)]
-        return content[_pick_key(tensors, path)].detach()
+        return content[_pick_key(tensors, path, reading)].detach()
     raise DataError(
         f"data={str(path)!r}: expected a tensor or a dict of tensors, found {type(content).__name__}"
     )
 
 
-def _pick_key(keys: list[str], path: Path) -> str:
+def _pick_key(keys: list[str], path: Path, reading: _Reading) -> str:
+    listed = ", ".join(map(repr, keys)) or "none"
+    if reading.key is not None:
+        if reading.key not in keys:
+            raise DataError(f"key={reading.key!r}: expected an array of {path}, which are {listed}")
+        return reading.key
     for key in _SAMPLE_KEYS:
         if key in keys:
             return key
     if len(keys) == 1:
         return keys[0]
-    listed = ", ".join(map(repr, keys)) or "none"
     raise DataError(
-        f"data={str(path)!r}: expected one array, or one called 'x' or 'data'; the file's arrays: {listed}"
+        f"data={str(path)!r}: expected one array, or one called 'x' or 'data', or key= (--data-key) to say which; the "
+        f"file's arrays: {listed}"
     )
 
 
-def _dataset(array: np.ndarray | torch.Tensor, path: Path) -> Dataset:
+def _dataset(path: Path, reading: _Reading) -> Dataset:
+    """The data set of a file of one array, or of one that is picked."""
     where = f"data={str(path)!r}"
+    array = _read(path, reading)
     if isinstance(array, torch.Tensor):
         _check_dense(array, where)
-    shape = tuple(array.shape)
-    _check_shape(shape, where)
+    shape = reading.shape_of(tuple(array.shape), where)
+    is_bfloat16 = reading.is_bfloat16(array.dtype, where)
     if isinstance(array, np.ndarray):
-        _check_real(array, where)
+        if not is_bfloat16:
+            _check_real(array.dtype, where)
         if isinstance(array, np.memmap):
             if _is_left_in_file(array):
-                rows = ArrayRows([_shard(path)])
-                return _of_rows(rows, shape[1:], rows.stored_bytes, path)
+                return _of_shards([_shard(path, reading)], path)
             # Copy-on-write: torch wants writable memory, the file stays as it is.
             array = np.load(path, mmap_mode="c", allow_pickle=False)
+        if array.dtype == _UNKNOWN_HALF:
+            array = np.ascontiguousarray(array).view(np.uint16)
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
         if array.dtype.itemsize > 8:
@@ -257,8 +477,14 @@ def _dataset(array: np.ndarray | torch.Tensor, path: Path) -> Dataset:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
     else:
         tensor = array
+    dtype = tensor.dtype
+    if is_bfloat16:
+        tensor = tensor.view(torch.bfloat16)
     samples = _finite_float32(tensor.reshape(shape[0], -1), where)
-    return Dataset(_name(path), samples, shape[1:])
+    dataset = Dataset(_name(path), samples, shape[1:])
+    if not is_bfloat16:
+        _hint_at_bits(dataset, dtype, path)
+    return dataset
 
 
 def _is_left_in_file(array: np.memmap) -> bool:
@@ -269,16 +495,9 @@ def _is_left_in_file(array: np.memmap) -> bool:
     return 4 * array.size > _COPIED_SHARE * available
 
 
-def _check_shape(shape: tuple[int, ...], where: str) -> None:
-    if len(shape) < 2:
-        raise DataError(f"{where}: expected shape (N, features) or (N, ...), got {shape}")
-    if 0 in shape:
-        raise DataError(f"{where}: expected at least one value, the array is empty with shape {shape}")
-
-
-def _check_real(array: np.ndarray, where: str) -> None:
-    if array.dtype.kind not in "fiub":
-        raise DataError(f"{where}: expected real numbers, got dtype {array.dtype}")
+def _check_real(dtype: np.dtype, where: str) -> None:
+    if dtype.kind not in "fiub":
+        raise DataError(f"{where}: expected real numbers, got dtype {dtype}")
 
 
 def _check_dense(tensor: torch.Tensor, where: str) -> None:

@@ -2,14 +2,17 @@
 
 import importlib
 import sys
+import warnings
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from aefast.data import Batches, DataError, FileRows, load
+from aefast.data import Batches, DataError, DataWarning, FileRows, load
 from aefast.data.blocks import block_rows_of
+from aefast.errors import InputError
 
 # The package has a function of this name.
 load_module = importlib.import_module("aefast.data.load")
@@ -79,6 +82,192 @@ def test_a_file_has_the_same_values_wherever_they_are(tmp_path, rows, dtype, mem
         assert torch.equal(dataset.samples.to(torch.device("cpu")), expected)
         assert dataset.samples[chosen[:0]].shape == (0, 5)
         assert dataset.fingerprint() == load(tmp_path / "a.npy").fingerprint()
+
+
+def saved_as(path, tensor):
+    """`tensor` in a file, beside another; bfloat16 in .npy as ml_dtypes writes it, in bits.npy as its bits."""
+    if path.suffix == ".npy":
+        is_half = tensor.dtype == torch.bfloat16
+        array = tensor.view(torch.uint16).numpy() if is_half else tensor.numpy()
+        np.save(path, array.view("V2") if is_half and path.stem != "bits" else array)
+    elif path.suffix == ".npz":
+        np.savez(path, x=tensor.view(torch.int16).numpy())
+    elif path.suffix == ".pt":
+        # A part of a larger one, which lies behind its beginning.
+        torch.save({"tokens": torch.arange(3), "x": torch.cat([tensor[:1], tensor])[1:]}, path)
+    else:
+        save_file({"tokens": torch.arange(3), "x": tensor}, path)
+    return path
+
+
+@pytest.mark.parametrize("memory", [None, "some_memory", "little_memory"])
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".pt"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8, torch.bool]
+)
+def test_files_of_tensors_have_the_same_values(tmp_path, rows, dtype, suffix, memory, request):
+    if memory:
+        request.getfixturevalue(memory)
+    tensor = (torch.from_numpy(200 * rows) - (0 if dtype == torch.uint8 else 100)).to(dtype)
+    expected = tensor.float() / 255 if dtype == torch.uint8 else tensor.float()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number, part in enumerate(tensor.split([7, 1, 30, 22])):
+        saved_as(folder / f"{number}{suffix}", part)
+    for path in (saved_as(tmp_path / f"a{suffix}", tensor), folder):
+        dataset = load(path)
+        if path == folder or suffix == ".safetensors":
+            assert isinstance(dataset.samples, FileRows) == (memory is not None)
+        torch.testing.assert_close(dataset.samples[torch.arange(60)], expected, rtol=1e-7, atol=0)
+        chosen = torch.tensor([59, 0, 7, 7, 8])
+        assert torch.equal(dataset.samples[chosen], dataset.samples[torch.arange(60)][chosen])
+        assert dataset.sample_shape == (5,)
+
+
+@pytest.mark.parametrize("memory", [None, "some_memory", "little_memory"])
+@pytest.mark.parametrize("name", ["bits.npy", "a.npz", "a.npy", "a.safetensors", "a.pt", ">"])
+def test_integers_are_taken_as_the_bits_of_bfloat16_where_that_is_said(tmp_path, rows, name, memory, request):
+    if memory:
+        request.getfixturevalue(memory)
+    x = torch.from_numpy(rows - 0.5).bfloat16()
+    if name == ">":
+        path = tmp_path / "a.npy"
+        np.save(path, x.view(torch.uint16).numpy().astype(">u2"))
+    elif name in ("a.safetensors", "a.pt"):
+        path = saved_as(tmp_path / name, x.view(torch.int16))
+    else:
+        path = saved_as(tmp_path / name, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(load(path, dtype="bfloat16").samples[torch.arange(60)], x.float())
+    if name != "a.npy":
+        with pytest.warns(DataWarning, match=r"look like the bits of bfloat16 numbers.*dtype='bfloat16'"):
+            assert load(path).samples[torch.arange(60)].abs().max() > 10_000
+
+
+@pytest.mark.parametrize("high", [255, 4095, 16383, 65535])
+def test_integers_of_images_are_not_taken_for_bits(tmp_path, high):
+    np.save(
+        tmp_path / "a.npy", np.random.default_rng(0).integers(0, high, (60, 64), np.uint16, endpoint=True)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(tmp_path / "a.npy")
+
+
+def test_values_of_bfloat16_that_are_not_finite_are_named(tmp_path, rows, little_memory):
+    x = torch.from_numpy(rows).bfloat16()
+    x[33, 2] = -torch.inf
+    for path in (saved_as(tmp_path / "a.safetensors", x), saved_as(tmp_path / "a.npy", x)):
+        with pytest.raises(DataError, match=r"a\.\w+'.*but row 33, column 2 holds -inf"):
+            load(path)
+
+
+def test_keys_say_which_of_several_tensors(tmp_path, rows):
+    x = torch.from_numpy(rows)
+    path = tmp_path / "a.safetensors"
+    save_file({"first": x, "second": 2 * x}, path)
+    torch.save({"first": x, "second": 2 * x}, tmp_path / "a.pt")
+    np.savez(tmp_path / "a.npz", first=rows, second=2 * rows)
+    for suffix in (".safetensors", ".pt", ".npz"):
+        assert torch.equal(load(path.with_suffix(suffix), key="second").samples, 2 * x)
+        with pytest.raises(
+            DataError, match=r"key='third': expected an array of .*a\.\w+, which are 'first', 'second'"
+        ):
+            load(path.with_suffix(suffix), key="third")
+        with pytest.raises(
+            DataError, match=r"or key= \(--data-key\) to say which; the file's arrays: 'first', 'second'"
+        ):
+            load(path.with_suffix(suffix))
+    np.save(tmp_path / "b.npy", rows)
+    torch.save(x, tmp_path / "b.pt")
+    for name in ("b.npy", "b.pt"):
+        with pytest.raises(DataError, match=f"key='x': .*{name} .*without a name"):
+            load(tmp_path / name, key="x")
+
+
+@pytest.mark.parametrize("memory", [None, "some_memory", "little_memory"])
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".pt"])
+def test_leading_dimensions_count_samples(tmp_path, rows, suffix, memory, request):
+    if memory:
+        request.getfixturevalue(memory)
+    x = torch.from_numpy(rows).reshape(4, 3, 5, 5)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    # The files may differ in all but the samples.
+    for number, part in enumerate((x[:1], x[1:].reshape(3, 3, 5, 5))):
+        saved_as(folder / f"{number}{suffix}", part.contiguous())
+    for path in (saved_as(tmp_path / f"a{suffix}", x), folder):
+        for dims, shape in ((1, (5,)), (2, (5, 5)), (3, (3, 5, 5)), (None, (3, 5, 5))):
+            dataset = load(path, sample_dims=dims)
+            assert dataset.sample_shape == shape
+            assert torch.equal(dataset.samples[torch.arange(len(dataset))], x.reshape(-1, *shape).flatten(1))
+        with pytest.raises(
+            DataError, match=r"expected more than sample_dims=4 dimensions, got shape \(\d, 3, 5, 5\)"
+        ):
+            load(path, sample_dims=4)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("a.npy", {"dtype": "bf16"}, "dtype='bf16': expected bfloat16"),
+        (
+            "a.npy",
+            {"dtype": "bfloat16"},
+            "a.npy': expected 16-bit integers to take as bfloat16, got dtype float32",
+        ),
+        (
+            "a.pt",
+            {"dtype": "bfloat16"},
+            "a.pt': expected 16-bit integers to take as bfloat16, got dtype float32",
+        ),
+        ("a.npy", {"sample_dims": 0}, "sample_dims=0: expected a positive integer"),
+        ("digits", {"sample_dims": 1}, "sample_dims=1: is of arrays in files, which 'digits' is not"),
+        ("patches", {"dtype": "bfloat16"}, "dtype='bfloat16': is of arrays in files, which 'patches' is not"),
+        ("images", {"key": "x"}, "key='x': is of arrays in files, which a folder of images is not"),
+    ],
+)
+def test_options_that_do_not_fit_the_source(tmp_path, rows, monkeypatch, source, options, message):
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", rows)
+    torch.save(torch.from_numpy(rows), "a.pt")
+    pictures(tmp_path / "images", (4, 7))
+    with pytest.raises(InputError, match=message):
+        load(source, **options)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("content", [b"", b"not tensors at all", "half"])
+def test_damaged_files_of_tensors_are_named(tmp_path, rows, suffix, content):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = saved_as(folder / f"a{suffix}", torch.from_numpy(rows))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    with pytest.raises(DataError, match=rf"data='.*a\{suffix}': expected"):
+        load(folder)
+
+
+def test_tensors_that_cannot_be_read_row_by_row_are_named(tmp_path, rows):
+    x = torch.from_numpy(rows)
+    save_file({"x": x.to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    with pytest.raises(DataError, match=r"a\.safetensors': expected real numbers, got dtype F8_E4M3"):
+        load(tmp_path)
+    (tmp_path / "a.safetensors").unlink()
+    for tensor, message in (
+        (x.t(), "expected samples one after the other"),
+        (x.to_sparse(), "expected a dense tensor"),
+        (x.cfloat(), "expected real numbers, got dtype torch.complex64"),
+    ):
+        torch.save(tensor, tmp_path / "a.pt")
+        with pytest.raises(DataError, match=rf"a\.pt': {message}"):
+            load(tmp_path)
+    torch.save(x, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        DataError, match=r"a\.pt': expected a .pt file in the format of PyTorch 1\.6 or later"
+    ):
+        load(tmp_path)
 
 
 def test_more_shards_than_files_that_may_be_open(tmp_path, rows, monkeypatch, little_memory):
@@ -186,7 +375,8 @@ def test_shards_that_vanish_are_named(tmp_path, rows, little_memory):
 
 
 def test_folders_without_data(tmp_path, rows):
-    with pytest.raises(DataError, match=r"expected \.npy files or images, found a folder with neither$"):
+    expected = r"expected \.npy, \.safetensors or \.pt files or images, found a folder with neither$"
+    with pytest.raises(DataError, match=expected):
         load(tmp_path)
     for name in ("dog", "cat"):
         (tmp_path / name).mkdir()
@@ -197,9 +387,11 @@ def test_folders_without_data(tmp_path, rows):
     np.save(tmp_path / "a.npy", rows[:1])
     with pytest.raises(DataError, match="expected at least 2 samples"):
         load(tmp_path)
-    picture(tmp_path / "a.png", np.zeros((2, 2), np.uint8))
-    with pytest.raises(DataError, match=r"found a folder with both, a\.npy and a\.png"):
-        load(tmp_path)
+    for name in ("a.png", "a.pt", "a.safetensors"):
+        picture(tmp_path / "a.png", np.zeros((2, 2), np.uint8)).rename(tmp_path / name)
+        with pytest.raises(DataError, match=rf"found a folder with both, a\.npy and {name}"):
+            load(tmp_path)
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize("row_bytes", [1, 8, 784, 3136, 1 << 20, 1 << 24])

@@ -136,6 +136,24 @@ def test_a_folder_of_files_that_are_not_loaded_whole(command, runs, tmp_path, ca
     assert "10 training samples" in capsys.readouterr().out
 
 
+def test_data_is_read_as_it_was_for_the_training(command, runs, tmp_path, capsys):
+    x = samples_of(runs).flatten(1).bfloat16().reshape(40, 3, 12)
+    file, out = tmp_path / "bits.npy", tmp_path / "out.npy"
+    np.save(file, x.view(torch.uint16).numpy())
+    assert "got 36; --sample-dims 1 takes such of it" in failure(
+        capsys, command("encode", "--out", out, "--data-dtype", "bfloat16", data=file)
+    )
+    with torch.no_grad():
+        made = from_pretrained(runs / "autoencoder")(x.float().reshape(120, 12))
+    for name, expected in (("encode", made.latent), ("reconstruct", made.reconstruction)):
+        options = ("--overwrite", "--data-dtype", "bfloat16", "--sample-dims", 1)
+        assert command(name, "--out", out, *options, data=file) == 0
+        torch.testing.assert_close(torch.from_numpy(np.load(out)), expected)
+    options = ("--data-dtype", "bfloat16", "--sample-dims", 1, "--count", 5)
+    assert command("sample", "--out", out, "--overwrite", *options, data=file) == 0
+    assert np.load(out).shape == (5, 12)
+
+
 # More than any file may be called.
 LONG = 300 * "a"
 

@@ -11,6 +11,8 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import aefast
 from aefast import cli
@@ -138,6 +140,43 @@ def test_every_model_trains_on_bundled_data(train, tmp_path, capsys, monkeypatch
     assert "eager PyTorch" in closing
     assert from_pretrained(tmp_path / "run").name == model
     assert train("--model", model, "--epochs", 2, "--batch-size", 256, "--resume", data="digits") == 0
+
+
+def test_bits_of_bfloat16_are_hinted_at_and_read(train, data, tmp_path, capsys):
+    x = torch.from_numpy(np.load(data) - 0.5).bfloat16()
+    np.save(data, x.view(torch.uint16).numpy())
+    assert train("--no-compare", "--epochs", 1) == 0
+    assert re.search(
+        "^notice: .*look like the bits of bfloat16 numbers", capsys.readouterr().out, re.MULTILINE
+    )
+    assert train("--no-compare", "--epochs", 1, "--overwrite", "--data-dtype", "bfloat16") == 0
+    assert "notice" not in capsys.readouterr().out
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["loss"] < 1
+    save_file({"other": 2 * x, "it": x}, tmp_path / "a.safetensors")
+    options = ("--no-compare", "--epochs", 1, "--overwrite", "--data-key", "it")
+    assert train(*options, data=tmp_path / "a.safetensors") == 0
+    again = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert again["loss"] == last["loss"]
+
+
+def test_what_a_sample_is_is_said_where_it_has_several_dimensions(train, tmp_path, capsys):
+    path = tmp_path / "activations.npy"
+    np.save(path, np.random.default_rng(0).random((20, 5, 12), dtype=np.float32))
+    assert train("--no-compare", "--epochs", 1, data=path) == 0
+    told = capsys.readouterr().out
+    assert "18 samples of 60 features, 2 held out\n" in told
+    assert (
+        "notice: a sample is all of (5, 12), every dimension of the data but the first; --sample-dims 1"
+        in told
+    )
+    assert train("--no-compare", "--epochs", 1, "--overwrite", "--sample-dims", 1, data=path) == 0
+    told = capsys.readouterr().out
+    assert "90 samples of 12 features, 10 held out\n" in told
+    assert "notice" not in told
+    # What is an image by itself needs no words.
+    assert train("--no-compare", "--epochs", 1, "--overwrite", data="digits") == 0
+    assert "notice" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
