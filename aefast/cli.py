@@ -7,14 +7,17 @@ their traceback. An interrupted command exits with 128 + the number of the signa
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import math
 import os
 import shlex
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
@@ -23,11 +26,12 @@ from aefast.bench.cli import bench
 from aefast.errors import AefastError, InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.console import Console
     from torch import Tensor
 
     from aefast.data import Dataset
-    from aefast.models import Model, ModelConfig
+    from aefast.models import Model, ModelConfig, SparseCode
 
 # typer exports the leaves of click's exceptions only; this is the base of all that concern the command line.
 _CommandLineError = typer.BadParameter.__mro__[2]
@@ -904,8 +908,19 @@ def encode(
     data: Annotated[str, typer.Option(metavar="PATH|NAME", help=_SAMPLES)],
     out: Annotated[
         str,
-        typer.Option(metavar="FILE.npy", help="Where the codes go, float32 of shape (N, latent)."),
+        typer.Option(
+            metavar="FILE",
+            help="Where the codes go: a .npy file, float32 of shape (N, latent); with --sparse a .safetensors file.",
+        ),
     ],
+    sparse: Annotated[
+        bool,
+        typer.Option(
+            "--sparse",
+            help="Of a sparse model, write what is not 0: values, float32, and indices, int32, both (N, k) for the "
+            "most latents k that a sample uses; where it uses fewer, the value is 0 and the index -1.",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Samples that are encoded at a time.")] = 4096,
     patch_size: Annotated[int, typer.Option(help=_PATCH_SIZE)] = 16,
     data_dtype: Annotated[str | None, typer.Option(metavar="NAME", help=_DATA_DTYPE)] = None,
@@ -919,15 +934,20 @@ def encode(
     Of vae and infovae they are the means of the posterior. Memory does not grow with the number of samples that
     lie in files.
     """
-    from aefast.sampling import encode_batches
+    from aefast.sampling import encode_batches, encode_sparse_batches
 
     _check_batch_size(batch_size)
-    path = _new_file(out, data, overwrite)
+    path = _new_file(out, data, overwrite, ".safetensors" if sparse else ".npy")
     reading = {"patch_size": patch_size, "dtype": data_dtype, "key": data_key, "sample_dims": sample_dims}
     model, dataset = _trained(run, data, device, least=1, **reading)
-    shape = (len(dataset), model.config.latent)
-    _write_array(path, shape, encode_batches(model, dataset, batch_size=batch_size), "encoding")
-    _teller()(f"{len(dataset):,} codes of size {model.config.latent}: {path}")
+    count, latent = len(dataset), model.config.latent
+    if sparse:
+        codes = encode_sparse_batches(model, dataset, batch_size=batch_size)
+        most = _write_sparse(path, count, latent, codes, "encoding")
+        _teller()(f"{count:,} codes of size {latent}, of which at most {most:,} are not 0: {path}")
+        return
+    _write_array(path, (count, latent), encode_batches(model, dataset, batch_size=batch_size), "encoding")
+    _teller()(f"{count:,} codes of size {latent}: {path}")
 
 
 @app.command()
@@ -1017,11 +1037,11 @@ def _trained(run: str, data: str, device: str, **reading: Any) -> tuple[Model, D
     return model, dataset
 
 
-def _new_file(out: str, data: str, overwrite: bool) -> Path:
-    """The checked path of a ``.npy`` file to write."""
+def _new_file(out: str, data: str, overwrite: bool, suffix: str = ".npy") -> Path:
+    """The checked path of a file to write."""
     path = Path(out)
-    if path.suffix.lower() != ".npy":
-        raise InputError(f"out={out!r}: expected the name of a .npy file")
+    if path.suffix.lower() != suffix:
+        raise InputError(f"out={out!r}: expected the name of a {suffix} file")
     # Not by methods of the path, which raise what the system says of a name that is too long.
     if os.path.isdir(path):
         raise InputError(f"out={out!r}: expected a file, found a folder")
@@ -1042,16 +1062,75 @@ def _write_array(
 ) -> None:
     """Write batches (n, ...) as one float32 array of `shape`, which appears whole or not at all.
 
-    Its folder is made if missing. One batch at a time is in memory. With `what` for a headline, a terminal shows how
-    far it is.
+    One batch at a time is in memory.
     """
     import numpy as np
+
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    with _writing(path, shape[0], what) as (file, advance):
+        np.lib.format.write_array_header_1_0(file, header)
+        for batch in batches:
+            file.write(_little_endian(batch, "<f4").data)
+            advance(len(batch))
+
+
+def _write_sparse(path: Path, count: int, latent: int, batches: Iterable[SparseCode], what: str) -> int:
+    """Write `count` codes as values and indices (count, k), which appear whole or not at all; k, what the widest has.
+
+    One batch at a time is in memory; which is the widest is known at last, so that other files keep them until then.
+    """
+    sizes: list[tuple[int, int]] = []
+    with _writing(path, count, what) as (file, advance), contextlib.ExitStack() as stack:
+        parts = [stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) for _ in range(2)]
+        for code in batches:
+            for part, tensor, kind in zip(parts, code, ("<f4", "<i4"), strict=True):
+                part.write(_little_endian(tensor, kind).data)
+            sizes.append(tuple(code.values.shape))
+            advance(len(code.values))
+        most = max(width for _, width in sizes)
+        size = 4 * count * most
+        header = {
+            "__metadata__": {"latent": str(latent)},
+            "values": {"dtype": "F32", "shape": [count, most], "data_offsets": [0, size]},
+            "indices": {"dtype": "I32", "shape": [count, most], "data_offsets": [size, 2 * size]},
+        }
+        text = json.dumps(header).encode()
+        # The format's own padding, by which numbers are where processors like to read them.
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part, padding in zip(parts, (0, -1), strict=True):
+            part.seek(0)
+            for rows, width in sizes:
+                _copy_rows(part, file, (rows, width), most, padding)
+    return most
+
+
+def _copy_rows(source: BinaryIO, target: BinaryIO, shape: tuple[int, int], width: int, padding: int) -> None:
+    """Copy rows of 4-byte numbers, padded to `width`; as bytes -1 is the same in every place, and so is 0."""
+    import numpy as np
+
+    rows = np.frombuffer(source.read(4 * shape[0] * shape[1]), "<i4").reshape(shape)
+    target.write(np.pad(rows, ((0, 0), (0, width - shape[1])), constant_values=padding).data)
+
+
+def _little_endian(tensor: Tensor, kind: str) -> np.ndarray:
+    """The numbers of a tensor on the CPU as numpy's type `kind`."""
+    # numpy has no bfloat16.
+    tensor = tensor.float() if tensor.is_floating_point() else tensor
+    return tensor.contiguous().numpy().astype(kind, copy=False)
+
+
+@contextlib.contextmanager
+def _writing(path: Path, total: int, what: str | None) -> Iterator[tuple[BinaryIO, Callable[[int], None]]]:
+    """A file that becomes `path` at the end, or nothing, and what is to be called with how many rows are done.
+
+    Its folder is made if missing. With `what` for a headline, a terminal shows how far it is.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1059,11 +1138,8 @@ def _write_array(
             Progress(*columns, console=console, disable=what is None or not console.is_terminal) as progress,
             open(temporary, "wb") as file,
         ):
-            task = progress.add_task(what or "", total=shape[0])
-            np.lib.format.write_array_header_1_0(file, header)
-            for batch in batches:
-                file.write(batch.float().contiguous().numpy().astype("<f4", copy=False).data)
-                progress.advance(task, len(batch))
+            task = progress.add_task(what or "", total=total)
+            yield file, functools.partial(progress.advance, task)
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"out={str(path)!r}: cannot be written ({error.strerror or error})") from None

@@ -13,7 +13,13 @@ Autoencoders, ICLR 2020)::
 from aefast.sampling._base import SAMPLERS, Sampler, load_sampler
 from aefast.sampling.flow import Flow, FlowSampler
 from aefast.sampling.gaussian_mixture import GaussianMixtureSampler
-from aefast.sampling.generate import codes_of, encode_batches, generate, reconstruct_batches
+from aefast.sampling.generate import (
+    codes_of,
+    encode_batches,
+    encode_sparse_batches,
+    generate,
+    reconstruct_batches,
+)
 from aefast.sampling.prior import PriorSampler
 from aefast.sampling.quality import Quality, quality
 
@@ -27,6 +33,7 @@ __all__ = [
     "Sampler",
     "codes_of",
     "encode_batches",
+    "encode_sparse_batches",
     "generate",
     "load_sampler",
     "quality",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aefast.data import Batches, Dataset
 from aefast.errors import InputError
-from aefast.models import Model, SparseAutoencoder
+from aefast.models import Model, SparseAutoencoder, SparseCode
 from aefast.models._base import evaluating
 from aefast.nn.linear_act import check_positive_int
 from aefast.sampling._base import Sampler
@@ -30,6 +30,39 @@ def encode_batches(
         with _evaluating(model):
             codes = _dense_codes(model, batch).cpu()
         yield codes
+
+
+def encode_sparse_batches(
+    model: SparseAutoencoder, samples: Tensor | Dataset, *, batch_size: int = BATCH_SIZE
+) -> Iterator[SparseCode]:
+    """The same codes of a sparse model by what is not 0: values and indices (batch_size, k) at a time on the CPU.
+
+    k is that of topk, and of the other kinds of sparsity as many latents as a sample of the batch uses at most. Indices
+    are -1 where a sample uses fewer.
+
+    Raises:
+        InputError: a model whose codes have no zeros, which are all but those of topk, batchtopk, l1 and jumprelu.
+    """
+    if not isinstance(model, SparseAutoencoder) or model.config.sparsity == "kl":
+        kind = f"{model.name} of sparsity kl" if isinstance(model, SparseAutoencoder) else model.name
+        raise InputError(
+            f"model: expected a sparse one of sparsity topk, batchtopk, l1 or jumprelu, whose codes are mostly 0, "
+            f"got {kind}"
+        )
+    return _sparse_batches(model, samples, batch_size)
+
+
+def _sparse_batches(
+    model: SparseAutoencoder, samples: Tensor | Dataset, batch_size: int
+) -> Iterator[SparseCode]:
+    for batch in _batches(model, samples, batch_size):
+        with _evaluating(model):
+            code = model.encode(batch)
+            if isinstance(code, Tensor):
+                most = max(1, int((code > 0).sum(1).max()))
+                code = SparseCode(*code.topk(most))
+            values, indices = code.values.cpu(), code.indices.cpu()
+        yield SparseCode(values, torch.where(values > 0, indices, -1))
 
 
 def reconstruct_batches(

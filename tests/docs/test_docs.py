@@ -46,7 +46,7 @@ COMMANDS = typer.main.get_command(cli.app).commands
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """What pages take as given: samples, and a model that was trained on them."""
+    """What pages take as given: samples, a model that was trained on them, and codes of a sparse one."""
     folder = tmp_path_factory.mktemp("prepared")
     generator = np.random.default_rng(0)
     samples = np.tanh(generator.normal(size=(400, 4)) @ generator.normal(size=(4, 64)))
@@ -55,6 +55,10 @@ def prepared(tmp_path_factory):
     config = aefast.train.TrainConfig(epochs=1, device="cpu")
     dataset = aefast.data.load(folder / "samples.npy")
     aefast.train.Trainer(model, dataset, config, folder / "runs" / "mine").fit(compare=False)
+    sparse = folder / "runs" / "sparse"
+    aefast.models.SparseAutoencoder(input_size=64, latent=512, k=8).save_pretrained(sparse)
+    arguments = {"--run": sparse, "--data": folder / "samples.npy", "--out": folder / "codes.safetensors"}
+    assert cli.main(["encode", "--sparse", *(str(one) for pair in arguments.items() for one in pair)]) == 0
     return folder
 
 

@@ -6,9 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from aefast import cli
-from aefast.models import MODELS, from_pretrained
+from aefast.models import MODELS, SparseAutoencoder, SparseCode, from_pretrained
 from aefast.sampling import load_sampler
 
 
@@ -152,6 +154,57 @@ def test_data_is_read_as_it_was_for_the_training(command, runs, tmp_path, capsys
     options = ("--data-dtype", "bfloat16", "--sample-dims", 1, "--count", 5)
     assert command("sample", "--out", out, "--overwrite", *options, data=file) == 0
     assert np.load(out).shape == (5, 12)
+
+
+@pytest.mark.parametrize("sparsity", ["topk", "batchtopk", "l1", "jumprelu"])
+def test_sparse_codes_are_written_as_values_and_indices(command, runs, tmp_path, capsys, sparsity):
+    torch.manual_seed(0)
+    options = {"k": 3} if sparsity.endswith("topk") else {}
+    model = SparseAutoencoder(input_size=12, latent=64, sparsity=sparsity, **options)
+    x = samples_of(runs)
+    with torch.no_grad():
+        model.encoder.bias.normal_(std=0.2)
+        if sparsity == "jumprelu":
+            model.log_threshold.fill_(-1.5)
+    model.train()(x)
+    model.save_pretrained(tmp_path / "run")
+    model.eval()
+    with torch.no_grad():
+        dense = model.dense(model.encode(x))
+    out = tmp_path / "codes.safetensors"
+    common = ("--run", tmp_path / "run", "--batch-size", 20)
+    assert command("encode", *common, "--sparse", "--out", out) == 0
+    codes = load_file(out)
+    values, indices = codes["values"], codes["indices"]
+    most = 3 if sparsity == "topk" else int((dense > 0).sum(1).max())
+    assert (values.dtype, indices.dtype) == (torch.float32, torch.int32)
+    assert values.shape == indices.shape == (120, most)
+    assert capsys.readouterr().out == f"120 codes of size 64, of which at most {most} are not 0: {out}\n"
+    assert torch.equal(indices < 0, values == 0)
+    torch.testing.assert_close(SparseCode(values, indices.long()).dense(64), dense)
+    if sparsity != "topk":
+        # Batches of other widths, which are padded.
+        widths = {int((part > 0).sum(1).max()) for part in dense.split(20)}
+        assert len(widths) > 1
+    with safe_open(out, "pt") as file:
+        assert file.metadata() == {"latent": "64"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["codes.safetensors", "run"]
+
+
+def test_codes_without_zeros_are_not_written_as_sparse(command, tmp_path, capsys):
+    kl = SparseAutoencoder(input_size=12, latent=64, sparsity="kl")
+    kl.save_pretrained(tmp_path / "kl")
+    out = tmp_path / "x.safetensors"
+    assert "whose codes are mostly 0, got autoencoder" in failure(
+        capsys, command("encode", "--sparse", "--out", out)
+    )
+    line = failure(capsys, command("encode", "--run", tmp_path / "kl", "--sparse", "--out", out))
+    assert "got sparse of sparsity kl" in line
+    for name, arguments in ((".safetensors", ["--sparse", "--out", "x.npy"]), (".npy", ["--out", out])):
+        assert f"expected the name of a {name} file" in failure(
+            capsys, command("encode", *arguments, model="sparse")
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["kl"]
 
 
 # More than any file may be called.
