@@ -772,6 +772,14 @@ def _held_out_line(measures: dict[str, float]) -> str:
         return f"MMD² to the prior {measures['mmd']:.2e} · reconstruction {psnr} (held out)"
     if "elbo" in measures:
         return f"ELBO {measures['elbo']:,.2f} nats a sample · reconstruction {psnr} (held out)"
+    if "l0" in measures:
+        # Samples that are all equal have no variance to explain.
+        explained = measures.get("explained_variance")
+        told = [] if explained is None else [f"explained variance {explained:.4f}"]
+        told.append(f"L0 {measures['l0']:,.1f}")
+        if "dead" in measures:
+            told.append(f"dead {measures['dead']:.1%}")
+        return f"{' · '.join(told)} · reconstruction {psnr} (held out)"
     return f"reconstruction {psnr} (held out)"
 
 

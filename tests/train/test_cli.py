@@ -179,6 +179,38 @@ def test_what_a_sample_is_is_said_where_it_has_several_dimensions(train, tmp_pat
     assert "notice" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "told"),
+    [
+        (
+            "topk",
+            r"explained variance -?[\d.]+ · L0 [\d.]+ · dead [\d.]+% · reconstruction -?[\d.]+ dB \(held out\)",
+        ),
+        ("l1", r"explained variance -?[\d.]+ · L0 [\d.]+ · reconstruction -?[\d.]+ dB \(held out\)"),
+    ],
+)
+def test_a_sparse_run_closes_with_how_sparse_it_is(train, data, tmp_path, capsys, sparsity, told):
+    options = (
+        "--hidden",
+        "none",
+        "--latent",
+        24,
+        "--model",
+        "sparse",
+        "--sparsity",
+        sparsity,
+        "--no-compare",
+    )
+    assert train(*options) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(told, line)
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"explained variance {last['val_explained_variance']:.4f} · L0 {last['val_l0']:.1f} · " in line
+    np.save(data, np.ones((100, 12), np.float32))
+    assert train(*options, "--overwrite") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("L0 ")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("noise", [("gaussian", "--noise-std", 0.2), ("salt_and_pepper", "--noise-p", 0.2)])
 def test_a_denoiser_clears_photographs_it_has_not_seen(train, tmp_path, noise):
