@@ -237,10 +237,18 @@ def train(
             rich_help_panel=_OPTIMISATION,
         ),
     ] = None,
+    validate_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between two validations on held-out samples within an epoch. \\[default: at its end alone]",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     patience: Annotated[
         int | None,
         typer.Option(
-            help="End once so many epochs have not lowered the loss on held-out samples.",
+            help="End once so many epochs, or validations with --validate-every, have not lowered the loss on held-out "
+            "samples.",
             rich_help_panel=_OPTIMISATION,
         ),
     ] = None,
@@ -637,6 +645,7 @@ def train(
         clip_norm=clip_norm,
         accumulate=accumulate,
         ema_decay=ema_decay,
+        validate_every=validate_every,
         patience=patience,
         keep_last=keep_last,
         keep_best=keep_best,

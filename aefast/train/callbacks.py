@@ -19,7 +19,7 @@ class Callback:
         """The first step is about to be taken."""
 
     def on_log(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """`record` was written to ``metrics.jsonl``."""
+        """`record` was written to ``metrics.jsonl``, with names that begin with "val_" if it tells of a validation."""
 
     def on_epoch_end(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """An epoch was validated and logged as `record`."""

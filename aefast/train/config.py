@@ -34,8 +34,10 @@ class TrainConfig:
         accumulate: into how many parts a batch is cut whose gradients are summed, to save memory.
         ema_decay: decay of a moving average of the weights, which is what is validated and kept, and of the running
             statistics that networks of the caller's own keep; None for none.
-        patience: the run ends once so many epochs in a row have not lowered the loss on held-out samples; None to
-            go on to the end.
+        validate_every: steps between two validations on held-out samples within an epoch, whose end always makes one;
+            None for these alone.
+        patience: the run ends once so many validations in a row have not lowered the loss on held-out samples, which
+            are as many epochs without `validate_every`; None to go on to the end.
         keep_last: how many checkpoints stay.
         keep_best: whether the weights with the lowest loss on held-out samples go to ``best/``.
         steps_per_replay: steps of a CUDA graph, 0 for none; on the CPU each step is one.
@@ -57,6 +59,7 @@ class TrainConfig:
     clip_norm: float | None = None
     accumulate: int = 1
     ema_decay: float | None = None
+    validate_every: int | None = None
     patience: int | None = None
     keep_last: int = 2
     keep_best: bool = False
@@ -73,7 +76,7 @@ class TrainConfig:
             raise InputError(f"drop_last={self.drop_last!r}: expected true or false")
         if self.steps_per_replay != 0:
             check_positive_int(self.steps_per_replay, "steps_per_replay")
-        for name in ("steps", "patience"):
+        for name in ("steps", "validate_every", "patience"):
             if getattr(self, name) is not None:
                 check_positive_int(getattr(self, name), name)
         if self.warmup_steps != 0:

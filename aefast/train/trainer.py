@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from aefast.data import Batches, Dataset, IterableBatches
 from aefast.errors import AefastError, InputError
-from aefast.models import Model
+from aefast.models import Model, SparseAutoencoder
 from aefast.models._base import CONFIG_FILE, WEIGHTS_FILE, check_fit, evaluating, laid_out_as
 from aefast.nn import MMDLoss
 from aefast.train.callbacks import Callback
@@ -79,7 +79,7 @@ class TrainResult:
         interrupted: the signal that ended it early, or None.
         comparison: throughput beside eager PyTorch, or None if it was not measured.
         stopped_early: whether it ended for the loss on held-out samples, or because a callback said so.
-        held_out: the last epoch's measures on held-out samples, by name: "loss" and, in dB, "psnr" of the
+        held_out: the last measures on held-out samples, by name: "loss" and, in dB, "psnr" of the
             reconstructions; of a denoiser the loss and PSNR of noisy samples once denoised, and in dB "noisy_psnr",
             theirs before; of a VAE also "elbo", in nats a sample; of an InfoVAE also "mmd", the MMD² of its codes to
             the prior; of a sparse autoencoder also "l0", how many latents a sample uses, "explained_variance", 1 - mean
@@ -171,7 +171,7 @@ class Trainer:
         self.metrics: MetricsLog | None = None
         # Whether the folder holds a run that this one takes the place of, once it has something to write.
         self._is_replacing = False
-        # The lowest loss on held-out samples, and how many epochs ago that was.
+        # The lowest loss on held-out samples, and how many validations ago that was.
         self._best = math.inf
         self._epochs_since_best = 0
         # Whether it was told to stop, and whether all processes know.
@@ -601,13 +601,16 @@ class Trainer:
         self._started = time.monotonic()
         with view:
             if self._is_to_be_validated():
-                self._validate_and_log(view, interrupt)
+                self._validate_and_log(view, interrupt, ends_epoch=True)
             while self._goes_on(interrupt):
                 for group in self._groups():
                     # Not before the next batch is there: the last window of an epoch is logged at its end.
-                    is_due = self.steps_taken % self.config.log_every == 0 and not self.window.is_empty
-                    if self.batch and is_due:
-                        self._log(view)
+                    if self.batch and not self.window.is_empty:
+                        if self._is_to_be_validated_within_epoch():
+                            if not self._validate_and_log(view, interrupt) or not self._goes_on(interrupt):
+                                break
+                        elif self.steps_taken % self.config.log_every == 0:
+                            self._log(view)
                     count = sum(len(batch) for batch in group)
                     if len(group) == 1:
                         self.window.add(self.step(group[0]), count)
@@ -625,8 +628,9 @@ class Trainer:
                 else:
                     self._end_epoch(view, interrupt)
                     continue
-                if interrupt.signal is None:
-                    self._validate_and_log(view, interrupt)
+                # What a validation within the epoch has ended is told already.
+                if interrupt.signal is None and not self.window.is_empty:
+                    self._validate_and_log(view, interrupt, ends_epoch=True)
 
     def _goes_on(self, interrupt: Request, may_save: bool = False) -> bool:
         """Whether there is another step to take; all processes say the same. Saves, if it may and it is time."""
@@ -652,12 +656,17 @@ class Trainer:
         """Whether a run of so many steps was interrupted once it had taken them, but not told what they led to."""
         return self.steps_taken == self.config.steps and not self.window.is_empty
 
+    def _is_to_be_validated_within_epoch(self) -> bool:
+        every = self.config.validate_every
+        return every is not None and self.held_out is not None and self.steps_taken % every == 0
+
     def _groups(self) -> Iterator[list[torch.Tensor]]:
         """The batches that are left of the epoch, by as many as a CUDA graph takes.
 
-        Groups are of one size, and end where a line is logged and where the run does.
+        Groups are of one size, and end where a line is logged or samples are validated, and where the run does.
         """
         most = max(1, self.config.steps_per_replay) if self.device.type == "cuda" else 1
+        ends = [one for one in (self.config.log_every, self.config.validate_every) if one is not None]
         step, group = self.steps_taken, []
         for batch in self.batches.epoch(self.epoch, first=self.batch):
             if step == self.steps_taken:
@@ -668,7 +677,7 @@ class Trainer:
                 group = []
             group.append(batch)
             step += 1
-            if len(group) == most or step % self.config.log_every == 0 or step == self.config.steps:
+            if len(group) == most or step == self.config.steps or any(step % every == 0 for every in ends):
                 yield group
                 group = []
         if group:
@@ -676,14 +685,14 @@ class Trainer:
 
     def _end_epoch(self, view: ProgressView, interrupt: Request) -> None:
         # A run that goes on where a run of so many steps ended, which was with the epoch, has that behind it.
-        if not self.window.is_empty and not self._validate_and_log(view, interrupt):
+        if not self.window.is_empty and not self._validate_and_log(view, interrupt, ends_epoch=True):
             return
         self.epoch += 1
         self.batch = 0
         if self._last_checkpoint is None:
             self._save()
 
-    def _validate_and_log(self, view: ProgressView, interrupt: Request) -> bool:
+    def _validate_and_log(self, view: ProgressView, interrupt: Request, ends_epoch: bool = False) -> bool:
         """Validate and log, and see whether to go on; False if an interruption leaves this to the resumed run."""
         means = self.window.means()
         samples_per_s = self.window.samples_per_s()
@@ -700,8 +709,9 @@ class Trainer:
         )
         if "loss" in held_out:
             self._compare_with_best(held_out["loss"])
-        for callback in self.callbacks:
-            callback.on_epoch_end(self, record)
+        if ends_epoch:
+            for callback in self.callbacks:
+                callback.on_epoch_end(self, record)
         return True
 
     def _compare_with_best(self, loss: float) -> None:
@@ -715,7 +725,8 @@ class Trainer:
         if self.config.patience is not None and self._epochs_since_best >= self.config.patience:
             self._say(
                 f"notice: the loss on held-out samples has not fallen below {self._best:.5g} for "
-                f"{self._epochs_since_best} epochs; stopping"
+                f"{self._epochs_since_best} {'epochs' if self.config.validate_every is None else 'validations'}; "
+                "stopping"
             )
             self.stop()
 
@@ -737,6 +748,8 @@ class Trainer:
             "loss": sum(means.values()),
             **means,
         }
+        if isinstance(self.model, SparseAutoencoder) and self.model.config.is_sparse:
+            record["dead"] = self.model.dead.float().mean().item()
         # A run that goes on where an epoch's steps were all taken has timed none of them.
         if samples_per_s is not None:
             record["samples_per_s"] = round(samples_per_s, 1)

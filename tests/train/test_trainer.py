@@ -25,6 +25,8 @@ from aefast.models import (
     Autoencoder,
     DenoisingAutoencoder,
     InfoVAE,
+    SparseAutoencoder,
+    SparseConfig,
     StochasticAutoencoder,
     from_pretrained,
 )
@@ -35,7 +37,7 @@ from aefast.train.interrupt import Interrupt
 from aefast.train.metrics import MetricsLog, Window, held_out_measures, peak_of, read_metrics, variance_of
 from aefast.train.processes import Processes
 from aefast.train.step import EagerStep, make_optimizer
-from support.training import interrupt_after, interrupt_in_validation, losses, metrics, weights
+from support.training import SPARSE, interrupt_after, interrupt_in_validation, losses, metrics, weights
 
 
 def test_a_run_leaves_everything(make_trainer, tmp_path):
@@ -911,6 +913,76 @@ def test_patience_ends_a_run(make_trainer, tmp_path, monkeypatch):
     assert best["step"] == 7 * 7
 
 
+def test_epochs_can_be_validated_on_the_way(make_trainer, tmp_path):
+    options = {"epochs": 2, "log_every": 3, "validate_every": 5}
+    make_trainer(tmp_path / "often", **options).fit(compare=False)
+    lines = metrics(tmp_path / "often")
+    # Of 7 steps an epoch.
+    assert [line["step"] for line in lines] == [3, 5, 6, 7, 9, 10, 12, 14]
+    assert [line["step"] for line in lines if "val_loss" in line] == [5, 7, 10, 14]
+    make_trainer(tmp_path / "seldom", **{**options, "validate_every": None}).fit(compare=False)
+    assert torch.equal(weights(tmp_path / "often"), weights(tmp_path / "seldom"))
+    seldom = {line["step"]: line for line in losses(tmp_path / "seldom") if "val_loss" in line}
+    for line in losses(tmp_path / "often"):
+        if line["step"] in (7, 14):
+            assert line["val_loss"] == seldom[line["step"]]["val_loss"]
+
+
+def test_a_validation_on_the_way_at_the_end_of_an_epoch_is_one(make_trainer, tmp_path):
+    make_trainer(tmp_path, epochs=2, log_every=100, validate_every=7).fit(compare=False)
+    assert [line["step"] for line in metrics(tmp_path)] == [7, 14]
+
+
+def test_a_validation_on_the_way_that_is_interrupted_is_made_by_the_run_that_goes_on(
+    make_trainer, tmp_path, monkeypatch
+):
+    options = {"epochs": 2, "validate_every": 5}
+    trainer = make_trainer(tmp_path / "parts", **options)
+    with monkeypatch.context() as patch:
+        interrupt_in_validation(patch, trainer, 5)
+        assert trainer.fit(compare=False).step == 5
+    assert not any("val_loss" in line for line in metrics(tmp_path / "parts"))
+    make_trainer(tmp_path / "parts", **options).fit(resume=True, compare=False)
+    make_trainer(tmp_path / "whole", **options).fit(compare=False)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_patience_counts_validations_on_the_way(make_trainer, tmp_path, monkeypatch):
+    options = {"epochs": 9, "patience": 2, "validate_every": 2, "keep_best": True}
+    trainer = make_trainer(tmp_path, **options)
+    ends = []
+    trainer.callbacks.append(
+        type("Ends", (Callback,), {"on_epoch_end": lambda *given: ends.append(given[2]["step"])})()
+    )
+    fake_validation(monkeypatch, trainer, [5.0, 3.0, 2.0, 2.5, 2.0, 1.0])
+    result = trainer.fit(compare=False)
+    # After steps 2, 4, 6, 7 and 8, none of which is validated twice.
+    assert (result.stopped_early, result.step, ends) == (True, 8, [7])
+    assert [line["step"] for line in metrics(tmp_path) if "val_loss" in line] == [2, 4, 6, 7, 8]
+    trainer = make_trainer(tmp_path, **{**options, "patience": 3})
+    fake_validation(monkeypatch, trainer, [9.0])
+    assert trainer.fit(resume=True, compare=False).step == 10
+
+
+def test_lines_of_sparse_models_tell_what_is_dead(make_trainer, tmp_path):
+    for sparsity, options in SPARSE.items():
+        options = {"sparsity": sparsity, **options}
+        if sparsity.endswith("topk"):
+            options["dead_after"] = 64
+        config = SparseConfig(input_size=16, latent=24, **options)
+
+        def model(config=config, **sizes):
+            return SparseAutoencoder(config)
+
+        trainer = make_trainer(tmp_path / sparsity, model=model, epochs=2)
+        trainer.fit(compare=False)
+        lines = metrics(tmp_path / sparsity)
+        assert all(("dead" in line) == sparsity.endswith("topk") for line in lines)
+        if "dead" in lines[-1]:
+            assert lines[-1]["dead"] == lines[-1]["val_dead"] == trainer.model.dead.float().mean().item()
+
+
 def test_as_many_checkpoints_stay_as_are_wanted(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, keep_last=3, checkpoint_seconds=1e-9)
     trainer.fit(compare=False)
@@ -1046,6 +1118,7 @@ def test_data_that_does_not_fit_the_model(make_trainer, tmp_path, dataset):
         ({"drop_last": 1}, "drop_last=1: expected true or false"),
         ({"ema_decay": -0.1}, "ema_decay=-0.1: expected a number from 0 to below 1"),
         ({"patience": 0}, "patience=0"),
+        ({"validate_every": 0}, "validate_every=0: expected a positive integer"),
         ({"keep_last": 0}, "keep_last=0"),
     ],
 )
