@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aefast.errors import InputError
+from aefast.models._base import did_you_mean
 from aefast.models._files import named_errors
 
 if TYPE_CHECKING:
@@ -13,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Base class: a method that a subclass overrides is called at its moment; `Trainer.stop` ends the run there."""
+    """Base class: a method that a subclass overrides is called at its moment; `Trainer.stop` ends the run there.
+
+    A `Trainer` refuses callbacks with other methods whose names begin with "on_", which nobody would call.
+    """
 
     def on_start(self, trainer: Trainer) -> None:
         """The first step is about to be taken."""
@@ -26,6 +31,23 @@ class Callback:
 
     def on_end(self, trainer: Trainer, result: TrainResult) -> None:
         """The run has ended, by itself or interrupted."""
+
+
+_MOMENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+
+
+def check_callbacks(callbacks: Iterable[Any]) -> None:
+    """That they are callbacks, of whose methods none is named like a moment that there is not."""
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            kind = f"the class {callback.__name__}" if isinstance(callback, type) else type(callback).__name__
+            raise InputError(f"callbacks: expected a Callback, got {kind}")
+        for name in dir(callback):
+            if name.startswith("on_") and name not in _MOMENTS and callable(getattr(callback, name)):
+                raise InputError(
+                    f"callbacks: {type(callback).__name__}.{name} would never be called, expected one of "
+                    f"{', '.join(_MOMENTS)}{did_you_mean(name, _MOMENTS)}"
+                )
 
 
 class TensorBoard(Callback):

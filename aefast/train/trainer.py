@@ -24,7 +24,7 @@ from aefast.errors import AefastError, InputError
 from aefast.models import Model, SparseAutoencoder
 from aefast.models._base import CONFIG_FILE, WEIGHTS_FILE, check_fit, evaluating, laid_out_as
 from aefast.nn import MMDLoss
-from aefast.train.callbacks import Callback
+from aefast.train.callbacks import Callback, check_callbacks
 from aefast.train.checkpoint import Checkpoint, CheckpointStore
 from aefast.train.compare import Comparison, compare_with_eager
 from aefast.train.config import TrainConfig
@@ -146,6 +146,7 @@ class Trainer:
         self.model = model.to(self.device)
         if not model.training:
             model.train()
+        check_callbacks(callbacks)
         self.callbacks = list(callbacks)
         self.source = Source(dataset, validation, model.config.input_size, config, self.device, self._share())
         for argument, data in (("dataset", dataset), ("validation", validation)):
@@ -276,6 +277,8 @@ class Trainer:
         return path if path is not None and path.is_relative_to(self.directory) else None
 
     def _fit(self, resume: bool, overwrite: bool, compare: bool) -> TrainResult:
+        # Some may have been appended since.
+        check_callbacks(self.callbacks)
         self._is_replacing = False
         self._is_asked_to_stop = self._is_stopped = False
         self._metrics_size = self._open(resume, overwrite)

@@ -30,7 +30,15 @@ from aefast.models import (
     StochasticAutoencoder,
     from_pretrained,
 )
-from aefast.train import Callback, CapturedStep, CheckpointError, TensorBoard, TrainConfig, TrainingError
+from aefast.train import (
+    Callback,
+    CapturedStep,
+    CheckpointError,
+    TensorBoard,
+    TrainConfig,
+    Trainer,
+    TrainingError,
+)
 from aefast.train import trainer as trainer_module
 from aefast.train.checkpoint import _checksum
 from aefast.train.interrupt import Interrupt
@@ -1020,6 +1028,31 @@ def test_callbacks_see_the_run(make_trainer, tmp_path):
         ("epoch", 14),
         ("end", 14),
     ]
+
+
+def test_callbacks_that_would_not_be_called_are_refused(make_trainer, tmp_path):
+    class Stepper(Callback):
+        # A value is nobody's mistake.
+        on_time = True
+
+        def on_epoch_ends(self, trainer, record):
+            pass
+
+    trainer = make_trainer(tmp_path / "run")
+    expected = (
+        r"callbacks: Stepper\.on_epoch_ends would never be called, expected one of on_start, on_log, on_epoch_end, "
+        r"on_end; did you mean 'on_epoch_end'\?"
+    )
+    arguments = (trainer.model, trainer.source._data, trainer.config, tmp_path / "run")
+    with pytest.raises(InputError, match=expected):
+        Trainer(*arguments, callbacks=[Stepper()])
+    for one, message in ((Stepper, "the class Stepper"), (print, "builtin_function_or_method")):
+        with pytest.raises(InputError, match=f"callbacks: expected a Callback, got {message}"):
+            Trainer(*arguments, callbacks=[one])
+    trainer.callbacks.append(Stepper())
+    with pytest.raises(InputError, match=expected):
+        trainer.fit()
+    assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard_gets_the_metrics(make_trainer, tmp_path):
