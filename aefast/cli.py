@@ -722,7 +722,9 @@ def train(
             f"{dataset.name}: {len(trainer.batches.rows):,} samples of {dataset.features} features, "
             f"{len(trainer.held_out.rows):,} held out"
         )
-        if sample_dims is None and len(dataset.sample_shape) > 1 and holds_arrays(data):
+        # Whoever asks for what is done to images knows.
+        is_image = getattr(network.config, "image_shape", None) is not None
+        if sample_dims is None and len(dataset.sample_shape) > 1 and not is_image and holds_arrays(data):
             say(
                 f"notice: a sample is all of {dataset.sample_shape}, every dimension of the data but the first; "
                 "--sample-dims 1 would take the last alone"

@@ -230,12 +230,13 @@ def _of_folder(path: Path, reading: _Reading) -> Dataset:
             and file.suffix.lower() in (*SHARD_SUFFIXES, *IMAGE_SUFFIXES)
         ):
             raise DataError(f"{where}: expected files, found the link {file.name} to one that does not exist")
-    expected = f"{where}: expected {_listed(SHARD_SUFFIXES)} files or images, found a folder with"
     kinds = [[file for file in files if file.suffix.lower() == suffix] for suffix in SHARD_SUFFIXES]
     kinds.append([file for file in files if file.suffix.lower() in IMAGE_SUFFIXES])
     found = [of_kind for of_kind in kinds if of_kind]
     if len(found) > 1:
-        raise DataError(f"{expected} both, {found[0][0].name} and {found[1][0].name}")
+        raise DataError(
+            f"{where}: expected files of one kind, found a folder with both, {found[0][0].name} and {found[1][0].name}"
+        )
     if kinds[-1]:
         reading.refuse_for("a folder of images")
         rows = ImageRows(kinds[-1])
@@ -243,7 +244,9 @@ def _of_folder(path: Path, reading: _Reading) -> Dataset:
     if not found:
         folders = sorted(entry.name for entry in entries if entry.is_dir())
         below = f"; what lies in folders below it, such as {folders[0]}, is not read" if folders else ""
-        raise DataError(f"{expected} neither{below}")
+        raise DataError(
+            f"{where}: expected {_listed(SHARD_SUFFIXES)} files, or images, found a folder with neither{below}"
+        )
     return _of_shards([_shard(file, reading) for file in found[0]], path)
 
 

@@ -375,7 +375,7 @@ def test_shards_that_vanish_are_named(tmp_path, rows, little_memory):
 
 
 def test_folders_without_data(tmp_path, rows):
-    expected = r"expected \.npy, \.safetensors or \.pt files or images, found a folder with neither$"
+    expected = r"expected \.npy, \.safetensors or \.pt files, or images, found a folder with neither$"
     with pytest.raises(DataError, match=expected):
         load(tmp_path)
     for name in ("dog", "cat"):
@@ -389,7 +389,7 @@ def test_folders_without_data(tmp_path, rows):
         load(tmp_path)
     for name in ("a.png", "a.pt", "a.safetensors"):
         picture(tmp_path / "a.png", np.zeros((2, 2), np.uint8)).rename(tmp_path / name)
-        with pytest.raises(DataError, match=rf"found a folder with both, a\.npy and {name}"):
+        with pytest.raises(DataError, match=rf"of one kind, found a folder with both, a\.npy and {name}"):
             load(tmp_path)
         (tmp_path / name).unlink()
 

@@ -174,9 +174,11 @@ def test_what_a_sample_is_is_said_where_it_has_several_dimensions(train, tmp_pat
     told = capsys.readouterr().out
     assert "90 samples of 12 features, 10 held out\n" in told
     assert "notice" not in told
-    # What is an image by itself needs no words.
-    assert train("--no-compare", "--epochs", 1, "--overwrite", data="digits") == 0
-    assert "notice" not in capsys.readouterr().out
+    # What is an image by itself, or to the model, needs no words.
+    for options in (("digits",), (path, "--model", "denoising", "--noise", "masking", "--noise-block", 2)):
+        source, *others = options
+        assert train("--no-compare", "--epochs", 1, "--overwrite", *others, data=source) == 0
+        assert "notice" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
