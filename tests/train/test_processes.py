@@ -99,6 +99,14 @@ def test_the_first_process_draws_alone(run, tmp_path, grouped):
     assert second["is_drawn"]
 
 
+def test_processes_validate_on_the_way_together(run, tmp_path):
+    # Nothing is learnt at such a rate, so that the third validation ends the run, amid its second epoch.
+    first, second = run(tmp_path / "two", validate_every=4, patience=2, lr=1e-12)
+    assert first["step"] == second["step"] == 8
+    assert torch.equal(first["weights"], second["weights"])
+    assert [record["step"] for record in metrics(tmp_path / "two") if "val_loss" in record] == [4, 6, 8]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_process_stops_all(run, tmp_path, rank):
     first, second = run(tmp_path / "two", stops=(rank, 8))
