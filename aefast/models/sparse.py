@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 import aefast.functional as AF
 from aefast.errors import InputError
@@ -205,9 +206,10 @@ class SparseAutoencoder(Model):
         encoder: weight W_enc (latent, input_size) and bias.
         decoder: weight W_dec (latent, input_size), None if it is tied, and bias.
         log_threshold: (latent,), of jumprelu, in float32 at least, whatever the dtype of the others.
-        unused: (latent,) int64, of topk and batchtopk: for how many samples a latent has not been used. Training passes
-            count it on in place, which `torch.func`'s transforms refuse. Passes that activation checkpointing repeats
-            do not count, and have the dead latents of the first; under torch.compile they count.
+        unused: (latent,) int64, of topk and batchtopk: for how many samples a latent has not been used. Passes of
+            `forward` and `encode` in training mode, with gradients enabled, count it on in place, but not within
+            `torch.func`'s transforms. Passes that activation checkpointing repeats do not count, and have the dead
+            latents of the first; under torch.compile they count.
     """
 
     config_class = SparseConfig
@@ -244,18 +246,29 @@ class SparseAutoencoder(Model):
         )
 
     def encode(self, x: torch.Tensor) -> SparseCode | torch.Tensor:
-        """The codes of a batch: x (B, ...) to a `SparseCode` for topk and batchtopk, else (B, latent)."""
-        flat = self.flatten(x)
-        return _code_of(
-            self, self.config, _FUSED, _seen(self, self.config, flat), _weights(self, self.config)
-        )[0]
+        """The codes of a batch: x (B, ...) to a `SparseCode` for topk and batchtopk, else (B, latent).
+
+        In training mode, with gradients enabled, it is a pass that counts which latents are used, as `forward` is one:
+        losses of one's own call either of the two, once for each batch.
+        """
+        flat, config = self.flatten(x), self.config
+        if config.tied:
+            self._normalize_for_training()
+        code = _code_of(self, config, _FUSED, _seen(self, config, flat), _weights(self, config))[0]
+        if _counts(self, config) and not _dead_of_pass(self, config, False)[1]:
+            _note_use(self, config, code)
+        return code
 
     def dense(self, code: SparseCode | torch.Tensor) -> torch.Tensor:
         """Codes, of any kind, as a matrix (B, latent)."""
         return code.dense(self.config.latent) if isinstance(code, tuple) else code
 
     def decode(self, latent: SparseCode | torch.Tensor) -> torch.Tensor:
-        """The reconstructions of codes as `encode` gives them, or of a dense matrix (B, latent) of any of them."""
+        """The reconstructions of codes as `encode` gives them, or of a dense matrix (B, latent) of any of them.
+
+        In training mode, with gradients enabled, it makes directions of length 1 first, as `forward` does.
+        """
+        self._normalize_for_training()
         decoder_weight = _weights(self, self.config)[1]
         return self.decoder_loss.mean_of(_decoded(self, self.config, _FUSED, latent, decoder_weight))
 
@@ -268,8 +281,15 @@ class SparseAutoencoder(Model):
 
     @torch.no_grad()
     def normalize(self) -> None:
-        """Make the directions of the decoder of length 1, as training does before each step, and `eval`."""
-        weight = self.encoder.weight if self.config.tied else self.decoder.weight
+        """Make the directions of the decoder of length 1, as training does before each step, and `eval`.
+
+        What `torch.nn.utils.parametrize` makes anew at each use is left to that: with `unit_norm` the model divides it
+        by its lengths then.
+        """
+        layer = self.encoder if self.config.tied else self.decoder
+        if is_parametrized(layer, "weight"):
+            return
+        weight = layer.weight
         norms = weight.norm(dim=1, keepdim=True)
         info = torch.finfo(weight.dtype)
         # What is of length 1 up to rounding stays as it is, so that it does not matter how often this is done.
@@ -300,15 +320,20 @@ class SparseAutoencoder(Model):
             self.normalize()
         return super().train(mode)
 
+    def _normalize_for_training(self) -> None:
+        """What training uses has length 1. Within one graph it is done once: what has length 1 stays as it is."""
+        if not (self.config.unit_norm and self.training and torch.is_grad_enabled()):
+            return
+        if _is_sharded(self):
+            raise InputError(
+                "unit_norm=True: within fully_shard a forward has copies of the weights alone, which it cannot "
+                "normalize; make the model with unit_norm=False, and call its normalize() before each step for "
+                "directions of length 1"
+            )
+        self.normalize()
+
     def forward(self, x: torch.Tensor) -> ModelOutput:
-        if self.config.unit_norm and self.training and torch.is_grad_enabled():
-            if _is_sharded(self):
-                raise InputError(
-                    "unit_norm=True: within fully_shard a forward has copies of the weights alone, which it cannot "
-                    "normalize; make the model with unit_norm=False, and call its normalize() before each step for "
-                    "directions of length 1"
-                )
-            self.normalize()
+        self._normalize_for_training()
         flat = self.flatten(x)
         terms, code, made = _terms(self, self.config, _FUSED, self.decoder_loss, flat, x.shape)
         return ModelOutput(made, code, sum(terms.values()), terms)
@@ -483,8 +508,12 @@ def _add_state(module: nn.Module, config: SparseConfig, like: torch.Tensor) -> N
 
 def _weights(module: nn.Module, config: SparseConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights of encoder and decoder, with the gradients of directions across them."""
-    directions = module.encoder.weight if config.tied else module.decoder.weight
-    if config.unit_norm and module.training and torch.is_grad_enabled():
+    layer = module.encoder if config.tied else module.decoder
+    directions = layer.weight
+    if config.unit_norm and is_parametrized(layer, "weight"):
+        # `normalize` has nothing there that would stay.
+        directions = F.normalize(directions, dim=1)
+    elif config.unit_norm and module.training and torch.is_grad_enabled():
         directions = (_Tangent.apply if _registry.is_watched() else _tangent)(directions)
     return directions if config.tied else module.encoder.weight, directions
 
@@ -574,8 +603,8 @@ def _terms(
         made = module.decoder_loss.mean_of(output).reshape(shape)
     if penalty is not None:
         terms["sparsity"] = config.option("sparsity_weight") * penalty
-    elif module.training and torch.is_grad_enabled():
-        dead, is_repeated = _dead_of_pass(module, config)
+    elif _counts(module, config):
+        dead, is_repeated = _dead_of_pass(module, config, config.option("aux_weight") > 0)
         if dead is not None:
             terms["aux"] = config.option("aux_weight") * _aux(
                 module, config, functions, seen, (flat, made.detach().reshape(flat.shape)), weights, dead
@@ -589,8 +618,15 @@ def _terms(
 _IN_CHECKPOINTS: WeakKeyDictionary[Any, WeakKeyDictionary[nn.Module, deque[Any]]] = WeakKeyDictionary()
 
 
-def _dead_of_pass(module: nn.Module, config: SparseConfig) -> tuple[torch.Tensor | None, bool]:
-    """The dead latents (n,) of this pass, None if nothing is made of them; and whether it is one that a checkpoint
+def _counts(module: nn.Module, config: SparseConfig) -> bool:
+    """Whether this is a pass that counts the use of latents."""
+    return config.is_sparse and module.training and torch.is_grad_enabled()
+
+
+def _dead_of_pass(
+    module: nn.Module, config: SparseConfig, is_asked: bool
+) -> tuple[torch.Tensor | None, bool]:
+    """The dead latents (n,) of this pass, None unless they are asked for; and whether it is one that a checkpoint
     computes again in the backward, with those of the first time."""
     checkpoint, is_repeated = _checkpoint()
     passes = None if checkpoint is None else _IN_CHECKPOINTS.setdefault(checkpoint, WeakKeyDictionary())
@@ -598,7 +634,7 @@ def _dead_of_pass(module: nn.Module, config: SparseConfig) -> tuple[torch.Tensor
         dead = passes[module].popleft()
     else:
         is_repeated, dead = False, None
-        if config.option("aux_weight") > 0:
+        if is_asked:
             dead = (module.unused >= config.option("dead_after")).nonzero().squeeze(1)
     if passes is not None:
         # A graph that is kept may be gone through once more.
@@ -657,6 +693,9 @@ def _warn_of_hooks() -> None:
 @torch.no_grad()
 def _note_use(module: nn.Module, config: SparseConfig, code: SparseCode) -> None:
     """Which latents a batch has used, and from what value on."""
+    if not torch.compiler.is_compiling() and _registry.is_transformed():
+        # What a transform has stays within it.
+        return
     is_used = code.values > 0
     used = torch.zeros(config.latent + 1, dtype=torch.bool, device=code.values.device)
     # Entries that are 0 go to a place of their own.

@@ -13,7 +13,7 @@ import torch
 
 from aefast.errors import InputError
 from aefast.models._files import make_directory, write_atomically
-from aefast.models.sparse import SparseAutoencoder
+from aefast.models.sparse import SparseAutoencoder, _weights
 from aefast.ops import _arguments
 
 CONFIG_FILE = "cfg.json"
@@ -229,12 +229,12 @@ def _weights_of(
         )
     if config.unit_norm:
         model.normalize()
-    encoder, decoder = model.encoder, model.decoder
+    encoder_weight, decoder_weight = _weights(model, config)
     return {
-        "encoder.weight": encoder.weight,
-        "encoder.bias": encoder.bias,
-        "decoder.weight": encoder.weight if config.tied else decoder.weight,
-        "decoder.bias": decoder.bias,
+        "encoder.weight": encoder_weight,
+        "encoder.bias": model.encoder.bias,
+        "decoder.weight": decoder_weight,
+        "decoder.bias": model.decoder.bias,
     }
 
 

@@ -167,6 +167,102 @@ def test_directions_stay_of_length_one(sparsity, tied):
     assert torch.equal(directions(model), kept)
 
 
+def of_other_lengths(model):
+    """The model with directions of lengths from 1/2 to 2, in training mode."""
+    with torch.no_grad():
+        directions(model).mul_(torch.linspace(0.5, 2, LATENT, dtype=torch.float64)[:, None])
+    return model.train()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_gradients_through_encode_and_decode_whatever_the_lengths(sparsity, tied):
+    """They are those of the decoder that is used, of length 1, without what is along its directions."""
+    model, x = of_other_lengths(make(sparsity, tied=tied)), data()
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        unit = F.normalize(directions(reference), dim=1)
+        directions(reference).copy_(unit)
+    made = plain_code(reference, x) @ directions(reference) + reference.decoder.bias
+    # Two decodes of one encode, as in nested losses.
+    (made - x).square().mean().mul(2).backward()
+    code = model.encode(x)
+    loss = F.mse_loss(model.decode(code), x) + F.mse_loss(model.decode(model.dense(code)), x)
+    loss.backward()
+    torch.testing.assert_close(directions(model).detach(), unit)
+    gradient = directions(reference).grad
+    gradient -= unit * (gradient * unit).sum(1, keepdim=True)
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if name != "log_threshold":
+            torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sparsity", ["topk", "batchtopk"])
+def test_losses_of_one_s_own_train_the_model_of_forward(sparsity, tied):
+    """With what is counted beside the weights; bit for bit but for the order of a sum where both layers are one."""
+    model = make(sparsity, tied=tied, aux_weight=0.0).train()
+    twin = copy.deepcopy(model)
+    for one, loss in (
+        (model, lambda x: F.mse_loss(model.decode(model.encode(x)), x)),
+        (twin, lambda x: twin(x).loss),
+    ):
+        optimizer = torch.optim.Adam(one.parameters(), lr=0.05)
+        for x in data().split(5):
+            optimizer.zero_grad()
+            loss(x).backward()
+            optimizer.step()
+    assert model.unused.any()
+    for (name, ours), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        if tied and ours.is_floating_point():
+            torch.testing.assert_close(ours, theirs)
+        else:
+            assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_encode_counts_once_within_a_checkpoint(use_reentrant):
+    model = make("batchtopk")
+    twin, x = copy.deepcopy(model), data().requires_grad_()
+    checkpoint(lambda x: model.encode(x).values.sum(), x, use_reentrant=use_reentrant).backward()
+    twin.encode(x).values.sum().backward()
+    assert twin.unused.any()
+    for (name, ours), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_nothing_is_counted_in_the_transforms_of_torch_func():
+    model, x = make(), data()
+    jacobian = torch.func.jacrev(lambda x: model.encode(x).values)(x)
+    assert jacobian.shape == (BATCH, model.config.k, *x.shape)
+    assert not model.unused.any()
+
+
+class Halved(torch.nn.Module):
+    def forward(self, weight):
+        return 0.5 * weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parametrized_directions_have_length_one_where_they_are_used(tied):
+    model, x = make(tied=tied), data()
+    expected = model.eval()(x)
+    layer = model.encoder if tied else model.decoder
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Halved())
+    torch.testing.assert_close(model(x).reconstruction, expected.reconstruction)
+    optimizer = torch.optim.SGD(model.train().parameters(), 0.1)
+    for loss in (lambda: model(x).loss, lambda: F.mse_loss(model.decode(model.encode(x)), x)):
+        optimizer.zero_grad()
+        loss().backward()
+        own = layer.parametrizations.weight.original
+        # The gradient of w/|w| has nothing along w.
+        torch.testing.assert_close((own * own.grad).sum(1), torch.zeros(LATENT, dtype=torch.float64))
+        assert own.grad.abs().max() > 1e-3
+        optimizer.step()
+    made = model(x).reconstruction
+    torch.testing.assert_close(model.eval()(x).reconstruction, made)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_several_forwards_before_a_backward(sparsity, tied):
@@ -308,6 +404,8 @@ def test_shards_are_not_normalized_within_a_forward():
             InputError, match=r"unit_norm=True: within fully_shard .* unit_norm=False, and call"
         ):
             model(data(dtype=torch.float32))
+        with pytest.raises(InputError, match=r"unit_norm=True: within fully_shard"):
+            model.decode(torch.ones(2, LATENT))
         model.eval()(data(dtype=torch.float32))
         optimizer = torch.optim.Adam(free.parameters(), lr=0.1)
         for _ in range(3):
