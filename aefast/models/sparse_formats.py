@@ -20,6 +20,9 @@ CONFIG_FILE = "cfg.json"
 SPARSIFY_WEIGHTS = "sae.safetensors"
 SAELENS_WEIGHTS = "sae_weights.safetensors"
 
+# What SAELens's architectures make of pre-activations, by the names that its configs have for it.
+_ACTIVATIONS = {"standard": ("relu",), "topk": ("topk",), "jumprelu": ("relu", "jumprelu")}
+
 
 def load_sparsify(directory: str | Path, *, device: torch.device | str | None = None) -> SparseAutoencoder:
     """A sparse autoencoder that EleutherAI's sparsify has saved: ``cfg.json`` and ``sae.safetensors``.
@@ -32,8 +35,9 @@ def load_sparsify(directory: str | Path, *, device: torch.device | str | None = 
         A "topk" model in eval mode, in the dtype of the file.
 
     Raises:
-        InputError: a file is missing or unreadable, lacks a weight or has one of another shape, or is of a kind that
-            `SparseAutoencoder` is not: a transcoder, a skip connection, or another activation than topk.
+        InputError: a file is missing or unreadable, lacks a weight, has one of another shape or one that is not known,
+            or is of a kind that `SparseAutoencoder` is not: a transcoder, a skip connection, another activation than
+            topk, or codes with a sign.
     """
     options, weights = _read(Path(directory), SPARSIFY_WEIGHTS)
     origin = str(Path(directory) / CONFIG_FILE)
@@ -43,6 +47,7 @@ def load_sparsify(directory: str | Path, *, device: torch.device | str | None = 
         ("skip_connection", False),
         ("embed_skip", False),
         ("gram_lookup", False),
+        ("signed", False),
     ):
         if options.get(name, plain) != plain:
             raise InputError(f"{origin}: {name}={options[name]!r}: expected {plain!r}")
@@ -77,12 +82,13 @@ def load_saelens(directory: str | Path, *, device: torch.device | str | None = N
 
     Returns:
         A model in eval mode, in the dtype of the file, its thresholds in float32 at least: "topk", "jumprelu" (as which
-        SAELens saves batchtopk, too), or "l1" for the architecture "standard".
+        SAELens saves batchtopk, too), or "l1" for the architecture "standard". A scaling factor from finetuning, by
+        which codes are multiplied before they are decoded, is in its decoder's weight.
 
     Raises:
-        InputError: a file is missing or unreadable, lacks a weight or has one of another shape, or is of a kind that
-            `SparseAutoencoder` is not: another architecture, activations that are normalised or reshaped, or a
-            threshold below 0.
+        InputError: a file is missing or unreadable, lacks a weight, has one of another shape or one that is not known,
+            or is of a kind that `SparseAutoencoder` is not: another architecture, another activation than that of the
+            architecture, activations that are normalised or reshaped, or a threshold below 0.
     """
     options, weights = _read(Path(directory), SAELENS_WEIGHTS)
     origin = str(Path(directory) / CONFIG_FILE)
@@ -121,13 +127,57 @@ def load_saelens(directory: str | Path, *, device: torch.device | str | None = N
         made |= {"sparsity": "l1"}
     else:
         raise InputError(f"{origin}: architecture={architecture!r}: expected one of standard, topk, jumprelu")
+    for name in ("activation_fn_str", "activation_fn"):
+        value, known = options.get(name), _ACTIVATIONS[architecture]
+        if value is not None and value not in known:
+            raise InputError(
+                f"{origin}: {name}={value!r}: expected {' or '.join(map(repr, known))} of architecture "
+                f"{architecture!r}"
+            )
+    factor = _scaling_factor(options, weights, latents, directory)
     if options.get("rescale_acts_by_decoder_norm", False) and {"W_enc", "b_enc", "W_dec"} <= weights.keys():
         # Codes are compared and decoded as if directions had length 1: which they can have.
         norms = weights["W_dec"].norm(dim=-1)
         weights["W_enc"] = weights["W_enc"] * norms
         weights["b_enc"] = weights["b_enc"] * norms
         weights["W_dec"] = weights["W_dec"] / norms[:, None]
+    if factor is not None and "W_dec" in weights:
+        weights["W_dec"] = weights["W_dec"] * factor[:, None]
     return _model(made, features, latents, names, weights, str(Path(directory) / SAELENS_WEIGHTS), device)
+
+
+def _scaling_factor(
+    options: Mapping[str, Any], weights: dict[str, torch.Tensor], latents: int, directory: str | Path
+) -> torch.Tensor | None:
+    """By what SAELens multiplies codes (latents,) before it decodes them, taken out of `weights`; None for 1.
+
+    Files of some of its versions have it, all ones, without any finetuning.
+    """
+    origin = Path(directory) / CONFIG_FILE
+    flags = ("finetuning_scaling_factor", "uses_scaling_factor")
+    flag = next((name for name in flags if options.get(name)), None)
+    found = [name for name in ("scaling_factor", "finetuning_scaling_factor") if name in weights]
+    if not found:
+        if flag is not None:
+            raise InputError(
+                f"{origin}: {flag}={options[flag]!r}: expected scaling_factor in {SAELENS_WEIGHTS}, found none"
+            )
+        return None
+    factors = [weights.pop(name) for name in found]
+    if all((one == 1).all() for one in factors):
+        return None
+    if flag is None or len(factors) > 1:
+        got = "two of them" if flag is not None else "numbers other than 1"
+        raise InputError(
+            f"{Path(directory) / SAELENS_WEIGHTS}: {found[0]}: expected one, and finetuning_scaling_factor true in "
+            f"{CONFIG_FILE}, got {got}"
+        )
+    if tuple(factors[0].shape) != (latents,):
+        raise InputError(
+            f"{Path(directory) / SAELENS_WEIGHTS}: {found[0]}: expected shape {(latents,)}, "
+            f"got {tuple(factors[0].shape)}"
+        )
+    return factors[0]
 
 
 @torch.no_grad()
@@ -291,6 +341,12 @@ def _model(
     missing = [theirs for theirs, _ in names.values() if theirs not in weights]
     if missing:
         raise InputError(f"{origin}: missing {', '.join(missing)}; the file has {', '.join(sorted(weights))}")
+    unknown = weights.keys() - {theirs for theirs, _ in names.values()}
+    if unknown:
+        raise InputError(
+            f"{origin}: {', '.join(sorted(unknown))}: expected {', '.join(theirs for theirs, _ in names.values())} "
+            "alone, of which the model is made"
+        )
     expected = {
         "encoder.weight": (latents, features),
         "encoder.bias": (latents,),

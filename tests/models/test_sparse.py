@@ -668,6 +668,69 @@ def test_loads_what_saelens_saves(tmp_path, architecture, pre_bias, rescaled):
     torch.testing.assert_close(model(x).reconstruction, code @ decoder + weights["b_dec"])
 
 
+def with_tensors(folder, file, **tensors):
+    """The file with more tensors in it."""
+    weights = safetensors.torch.load_file(folder / file) | tensors
+    safetensors.torch.save_file(weights, folder / file)
+
+
+@pytest.mark.parametrize("name", ["scaling_factor", "finetuning_scaling_factor"])
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard"])
+def test_loads_the_scaling_factor_of_saelens(tmp_path, architecture, name):
+    x = data(dtype=torch.float32)
+    weights = saelens_files(tmp_path, architecture)
+    plain = load_saelens(tmp_path)
+    code = plain.dense(plain.encode(x))
+    # Some versions write one that nothing was finetuned by.
+    with_tensors(tmp_path, "sae_weights.safetensors", **{name: torch.ones(LATENT)})
+    torch.testing.assert_close(load_saelens(tmp_path)(x).reconstruction, plain(x).reconstruction)
+    saelens_files(tmp_path, architecture, finetuning_scaling_factor=True)
+    factor = torch.linspace(0.5, 3, LATENT)
+    with_tensors(tmp_path, "sae_weights.safetensors", **{name: factor})
+    model = load_saelens(tmp_path)
+    torch.testing.assert_close(model.dense(model.encode(x)), code)
+    expected = (code * factor) @ weights["W_dec"] + weights["b_dec"]
+    torch.testing.assert_close(model(x).reconstruction, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "message"),
+    [
+        ({"activation_fn_str": "tanh-relu"}, {}, "activation_fn_str='tanh-relu': expected 'relu' of archi"),
+        ({"activation_fn": "gelu"}, {}, "activation_fn='gelu': expected 'relu' of architecture 'standard'"),
+        ({}, {"W_skip": (12, 12)}, "W_skip: expected W_enc, b_enc, W_dec, b_dec alone"),
+        ({}, {"threshold": (40,)}, "threshold: expected W_enc"),
+        ({}, {"scaling_factor": (40,)}, "scaling_factor: expected one, and .* got numbers other than 1"),
+        ({"finetuning_scaling_factor": True}, {}, "True: expected scaling_factor in sae_weights"),
+        (
+            {"finetuning_scaling_factor": True},
+            {"scaling_factor": (3,)},
+            r"expected shape \(40,\), got \(3,\)",
+        ),
+        (
+            {"finetuning_scaling_factor": True},
+            {"scaling_factor": (40,), "finetuning_scaling_factor": (40,)},
+            "got two of them",
+        ),
+    ],
+)
+def test_what_changes_the_function_of_saelens_files_is_not_left_out(tmp_path, changes, tensors, message):
+    saelens_files(tmp_path, "standard", **changes)
+    more = {name: torch.full(shape, 2.0) for name, shape in tensors.items()}
+    with_tensors(tmp_path, "sae_weights.safetensors", **more)
+    with pytest.raises(InputError, match=message):
+        load_saelens(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["activation_fn", "activation_fn_str"])
+@pytest.mark.parametrize(
+    ("architecture", "activation"), [("standard", "relu"), ("jumprelu", "relu"), ("topk", "topk")]
+)
+def test_saelens_files_may_name_their_activation(tmp_path, architecture, activation, name):
+    saelens_files(tmp_path, architecture, **{name: activation})
+    load_saelens(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_thresholds_are_those_of_the_file_in_every_dtype(tmp_path, dtype):
     weights = {name: one.to(dtype) for name, one in saelens_files(tmp_path, "jumprelu").items()}
@@ -794,6 +857,11 @@ def without(folder, name, file):
             "activation='groupmax': expected 'topk'",
         ),
         (lambda folder: sparsify_files(folder, skip_connection=True), "skip_connection=True"),
+        (lambda folder: sparsify_files(folder, signed=True), "signed=True: expected False"),
+        (
+            lambda folder: with_tensors(folder, "sae.safetensors", W_skip=torch.eye(12)),
+            "W_skip: expected encoder.weight, encoder.bias, W_dec, b_dec alone",
+        ),
         (
             lambda folder: sparsify_files(folder, d_in=13),
             r"encoder.weight: expected shape \(40, 13\), got \(40, 12\)",
