@@ -162,10 +162,12 @@ class Model(nn.Module):
             parts sets it to False for all parts but the last, backward included, as `aefast.train.CapturedStep` does.
         networks: of the modules that were given in the place of the model's own, the names of their classes, by
             "encoder" and "decoder". Whoever loads the model has to give such modules again.
+        may_lack: names of the state dict that one to be loaded may lack, whose values then are those of a new model.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[ModelConfig]]
+    may_lack: ClassVar[frozenset[str]] = frozenset()
     ends_step = True
 
     def __init__(self, config: ModelConfig | None = None, **options: Any) -> None:
@@ -445,7 +447,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 def check_fit(model: Model, weights: Mapping[str, torch.Tensor], what: str) -> None:
     """That `weights` have the names, shapes and kinds of the model's state dict; `what` is how an error begins."""
     expected = model.state_dict()
-    problems = [f"missing {key!r}" for key in expected if key not in weights]
+    problems = [f"missing {key!r}" for key in expected if key not in weights and key not in model.may_lack]
     problems += [f"unexpected {key!r}" for key in weights if key not in expected]
     problems += [
         f"{key!r} has shape {tuple(weights[key].shape)}, expected {tuple(tensor.shape)}"
@@ -472,7 +474,9 @@ def laid_out_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _fill(model: Model, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Give `model`, which may be on the meta device, the tensors read from `path`, each as the model's own lies."""
     check_fit(model, weights, f"{path}: the tensors do not fit {CONFIG_FILE}")
-    weights = {key: laid_out_as(weights[key], own) for key, own in model.state_dict().items()}
+    weights = {
+        key: laid_out_as(weights[key], own) for key, own in model.state_dict().items() if key in weights
+    }
     for name in model.networks:
         _fill_network(getattr(model, name), weights, f"{name}.")
     model.load_state_dict(weights, assign=True, strict=not model.networks)

@@ -209,11 +209,12 @@ class SparseAutoencoder(Model):
         unused: (latent,) int64, of topk and batchtopk: for how many samples a latent has not been used. Passes of
             `forward` and `encode` in training mode, with gradients enabled, count it on in place, but not within
             `torch.func`'s transforms. Passes that activation checkpointing repeats do not count, and have the dead
-            latents of the first; under torch.compile they count.
+            latents of the first; under torch.compile they count. Where a state dict or a file lacks it, it is 0.
     """
 
     config_class = SparseConfig
     config: SparseConfig
+    may_lack = frozenset({"unused"})
 
     def __init__(
         self,
@@ -283,6 +284,7 @@ class SparseAutoencoder(Model):
     def normalize(self) -> None:
         """Make the directions of the decoder of length 1, as training does before each step, and `eval`.
 
+        Codes stay as they are, so that the function does not: `fold_decoder_norms` is for weights from elsewhere.
         What `torch.nn.utils.parametrize` makes anew at each use is left to that: with `unit_norm` the model divides it
         by its lengths then.
         """
@@ -296,6 +298,45 @@ class SparseAutoencoder(Model):
         is_one = (norms - 1.0).abs() <= 4 * info.eps
         # Behind autograd, for which even a division by 1 would spoil a forward whose backward is to come.
         weight.data.div_(torch.where(is_one, 1.0, norms.clamp_min(info.tiny)))
+
+    @torch.no_grad()
+    def fold_decoder_norms(self) -> None:
+        """Make the directions of the decoder of length 1 with the function left as it is: codes take up the lengths.
+
+        It is for weights from elsewhere, whose directions have other lengths, and comes before `eval` and training,
+        which make them of length 1 without that. W_enc, b_enc and the threshold of latent f are multiplied by |w_f|,
+        as SAELens's `fold_W_dec_norm` does it; directions of length 0 stay.
+
+        Raises:
+            InputError: the model is not of sparsity "l1" or "jumprelu", or is tied. Scaled pre-activations are not
+                scaled codes there: topk and batchtopk would choose other latents, kl has a sigmoid. With
+                unit_norm=False such a model takes the weights as they are.
+        """
+        config = self.config
+        if config.sparsity not in ("l1", "jumprelu"):
+            raise InputError(
+                f"fold_decoder_norms: sparsity={config.sparsity!r}: expected l1 or jumprelu, whose codes scale with "
+                "their pre-activations; make the model with unit_norm=False, which leaves lengths as they are"
+            )
+        if config.tied:
+            raise InputError(
+                "fold_decoder_norms: tied=True: expected an encoder of its own to take up the lengths; make the model "
+                "with unit_norm=False, which leaves them as they are"
+            )
+        norms = self.decoder.weight.norm(dim=1)
+        norms = torch.where(norms > 0, norms, 1.0)
+        self.encoder.weight.mul_(norms[:, None])
+        self.encoder.bias.mul_(norms)
+        self.decoder.weight.div_(norms[:, None])
+        if config.sparsity == "jumprelu":
+            self.log_threshold.add_(norms.to(self.log_threshold.dtype).log())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        if "unused" in self._buffers and f"{prefix}unused" not in state_dict:
+            # Weights from elsewhere say nothing of it.
+            device = "cpu" if self.unused.is_meta else None
+            state_dict[f"{prefix}unused"] = torch.zeros_like(self.unused, device=device)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseAutoencoder:
         is_learnt = self.config.sparsity == "jumprelu"

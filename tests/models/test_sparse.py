@@ -119,6 +119,61 @@ def test_thresholds_learn_within_the_bandwidth():
     torch.testing.assert_close(model.log_threshold.grad, threshold * by_threshold)
 
 
+@pytest.mark.parametrize("sparsity", ["l1", "jumprelu"])
+def test_lengths_of_directions_go_into_the_codes(sparsity):
+    model, x = of_other_lengths(make(sparsity)), data()
+    with torch.no_grad():
+        model.decoder.weight[3] = 0.0
+    norms = model.decoder.weight.detach().norm(dim=1)
+    code = plain_code(model, x)
+    made = code @ model.decoder.weight + model.decoder.bias
+    model.fold_decoder_norms()
+    model.eval()
+    norms[3] = 1.0
+    torch.testing.assert_close(model.encode(x), code * norms)
+    torch.testing.assert_close(model(x).reconstruction, made)
+    norms = torch.ones_like(norms)
+    norms[3] = 0.0
+    torch.testing.assert_close(model.decoder.weight.norm(dim=1), norms)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "tied", "message"),
+    [
+        ("topk", False, "sparsity='topk': expected l1 or jumprelu, .* unit_norm=False"),
+        ("batchtopk", False, "sparsity='batchtopk': expected l1 or jumprelu"),
+        ("kl", False, "sparsity='kl': expected l1 or jumprelu"),
+        ("l1", True, "tied=True: expected an encoder of its own"),
+    ],
+)
+def test_lengths_that_codes_cannot_take_up_are_refused(sparsity, tied, message):
+    model = of_other_lengths(make(sparsity, tied=tied))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=message):
+        model.fold_decoder_norms()
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_weights_from_elsewhere_need_no_counts(tmp_path, sparsity):
+    model, x = make(sparsity, dtype=torch.float32), data(dtype=torch.float32)
+    model(x)
+    state = model.state_dict()
+    state.pop("unused", None)
+    model.load_state_dict(state)
+    around = torch.nn.Sequential(make(sparsity, dtype=torch.float32))
+    around.load_state_dict({f"0.{name}": one for name, one in state.items()})
+    model.eval().save_pretrained(tmp_path)
+    safetensors.torch.save_file(dict(state), tmp_path / "model.safetensors")
+    loaded = from_pretrained(tmp_path)
+    for one in (model, around[0], loaded):
+        assert "unused" not in one._buffers or not (one.unused.any() or one.unused.is_meta)
+        torch.testing.assert_close(one.eval()(x).reconstruction, model(x).reconstruction)
+    state.pop("encoder.bias")
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"encoder.bias\"\."):
+        model.load_state_dict(state)
+
+
 @pytest.mark.parametrize("unit_norm", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("sparsity", SPARSITIES)
