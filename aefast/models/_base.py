@@ -234,7 +234,7 @@ class Model(nn.Module):
         """That the values of a batch are such as the model's loss is for, where the loss does not see to it itself."""
 
     def flatten(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, ...) as (B, input_size); `InputError` if a sample has another number of features."""
+        """x (B, ...) as (B, input_size); `InputError` if its features or its dtype are not the model's."""
         size = self.config.input_size
         if not isinstance(x, torch.Tensor):
             raise InputError(f"x: expected a tensor of shape (B, {size}), got {type(x).__name__}")
@@ -245,7 +245,16 @@ class Model(nn.Module):
             )
         if x.dim() == 4:
             self.check_order(x.shape[1:], "x")
+        dtype = self._sample_dtype()
+        if dtype is not None and x.dtype != dtype and not _is_autocast(x.device.type):
+            expected, got = (str(one).removeprefix("torch.") for one in (dtype, x.dtype))
+            raise InputError(f"x: expected dtype {expected}, as the model's parameters have it, got {got}")
         return x.flatten(1)
+
+    def _sample_dtype(self) -> torch.dtype | None:
+        """The dtype that samples have, but under autocast; None where networks of others may take what they like."""
+        one = None if self.networks else _first_parameter(self)
+        return None if one is None else one.dtype
 
     def check_order(self, shape: Sequence[int], argument: str) -> None:
         """That samples of such a shape do not have their channels last, where the model's images have them first."""
@@ -347,6 +356,22 @@ class Model(nn.Module):
             model = model_class(config, **networks)
         _fill(model, _read_weights(directory / WEIGHTS_FILE), directory / WEIGHTS_FILE)
         return model.to(device=device, dtype=dtype).eval()
+
+
+def _first_parameter(module: nn.Module) -> nn.Parameter | None:
+    """``next(module.parameters(), None)`` in a part of its time, which each pass takes."""
+    for one in module._parameters.values():
+        if one is not None:
+            return one
+    for child in module._modules.values():
+        found = None if child is None else _first_parameter(child)
+        if found is not None:
+            return found
+    return None
+
+
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 @contextlib.contextmanager

@@ -260,6 +260,10 @@ class SparseAutoencoder(Model):
             _note_use(self, config, code)
         return code
 
+    def _sample_dtype(self) -> torch.dtype:
+        # The thresholds of jumprelu may be wider.
+        return self.encoder.bias.dtype
+
     def dense(self, code: SparseCode | torch.Tensor) -> torch.Tensor:
         """Codes, of any kind, as a matrix (B, latent)."""
         return code.dense(self.config.latent) if isinstance(code, tuple) else code

@@ -120,3 +120,40 @@ def test_models_in_eval_mode_can_be_exported(name):
     for n in (3, 7):
         x = torch.rand(n, 12)
         torch.testing.assert_close(exported(x).reconstruction, model(x).reconstruction)
+
+
+# What each model needs besides its sizes, and a kind of sparsity whose thresholds are wider than the rest.
+KINDS = [*((name, {}) for name in sorted(MODELS)), ("sparse", {"sparsity": "jumprelu"})]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join([kind[0], *kind[1].values()]))
+@pytest.mark.parametrize(
+    ("of_model", "of_samples"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float64),
+        (torch.float32, torch.uint8),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+def test_samples_of_another_dtype_are_refused_at_the_door(kind, of_model, of_samples):
+    name, options = kind
+    model = MODELS[name](input_size=12, latent=40, dtype=of_model, **options)
+    expected, got = (str(one).removeprefix("torch.") for one in (of_model, of_samples))
+    message = f"x: expected dtype {expected}, as the model's parameters have it, got {got}"
+    for call in (model, model.encode, model.eval(), model.evaluate):
+        with pytest.raises(InputError, match=message):
+            call(torch.ones(3, 12, dtype=of_samples))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join([kind[0], *kind[1].values()]))
+def test_samples_of_another_dtype_are_for_autocast(kind):
+    name, options = kind
+    model = MODELS[name](input_size=12, latent=40, **options)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.rand(3, 12).to(dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.encode(x)
+        if dtype == torch.float32:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                model(x).loss.backward()
