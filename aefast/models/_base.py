@@ -201,6 +201,12 @@ class Model(nn.Module):
         """Whether a training step can be part of a CUDA graph: nothing in it waits for what the device computes."""
         return True
 
+    @property
+    def awaits_samples(self) -> bool:
+        """Whether the model is as new and begins with something that samples tell: a run calls ``initialize(samples)``
+        with its first batch then."""
+        return False
+
     def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """What held-out samples say of the model in eval mode: scalars by name, means over the batch x (B, ...).
 

@@ -284,6 +284,37 @@ class SparseAutoencoder(Model):
         for buffer in self.buffers(recurse=False):
             buffer.zero_()
 
+    @property
+    def awaits_samples(self) -> bool:
+        """Whether the decoder's bias is subtracted from samples and added to what is decoded, nothing else, and both
+        biases are 0 and learn, as in a new model: what was trained before keeps its own."""
+        config, biases = self.config, (self.encoder.bias, self.decoder.bias)
+        return (
+            config.pre_bias
+            and config.output_activation == "identity"
+            and config.loss != "bce_with_logits"
+            and all(bias.requires_grad for bias in biases)
+            and not any(bias.any() for bias in biases)
+        )
+
+    @torch.no_grad()
+    def initialize(self, samples: torch.Tensor) -> None:
+        """Set the decoder's bias to the mean of samples (B, ...), before the first step.
+
+        Codes then are of what distinguishes samples, from the first step on. Where a few features have means far from
+        0, as activations of language models do, the way there is too long for the bias to go in training. So the mean
+        or the geometric median is where SAELens, sparsify and dictionary_learning begin too (Bricken et al., Towards
+        Monosemanticity, 2023; Gao et al., arXiv:2406.04093, A.1). `aefast.train.Trainer` calls it with the first batch
+        of a run if the model is as new (`awaits_samples`).
+
+        Raises:
+            InputError: samples of another size or dtype, or none.
+        """
+        flat = self.flatten(samples)
+        if flat.shape[0] == 0:
+            raise InputError("samples: expected at least one, got none")
+        self.decoder.bias.copy_(flat.mean(0, dtype=torch.float64))
+
     @torch.no_grad()
     def normalize(self) -> None:
         """Make the directions of the decoder of length 1, as training does before each step, and `eval`.

@@ -298,6 +298,11 @@ class CapturedStep:
         finally:
             _copy(kept, self._averaged)
 
+    def restart_average(self) -> None:
+        """Let the moving average begin with the parameters as they are, for a model that was changed since."""
+        if self.ema is not None:
+            _copy([one.detach() for one in self._averaged], self.ema)
+
     @property
     def count(self) -> int:
         """Steps taken. Reading it waits for the device."""

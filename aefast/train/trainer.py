@@ -100,7 +100,8 @@ class Trainer:
 
     The folder receives ``config.json`` and ``model.safetensors`` (`aefast.models.from_pretrained` loads
     them), ``metrics.jsonl``, ``checkpoints/``, ``plots/`` and, where it is wanted, ``best/``. A resumed run goes on
-    bit for bit as if it had never stopped, on the CPU with the same number of threads.
+    bit for bit as if it had never stopped, on the CPU with the same number of threads. A new sparse autoencoder begins
+    with the mean of the first batch as its decoder's bias (`SparseAutoencoder.initialize`).
 
     Where torch.distributed is initialized, each of its processes makes a Trainer, and they train one model on batches
     of which each takes its share: gradients are averaged (`DistributedDataParallel`), an MMD is that of all processes'
@@ -614,6 +615,8 @@ class Trainer:
                                 break
                         elif self.steps_taken % self.config.log_every == 0:
                             self._log(view)
+                    if self.steps_taken == 0 and self.model.awaits_samples:
+                        self._initialize(group[0])
                     count = sum(len(batch) for batch in group)
                     if len(group) == 1:
                         self.window.add(self.step(group[0]), count)
@@ -634,6 +637,13 @@ class Trainer:
                 # What a validation within the epoch has ended is told already.
                 if interrupt.signal is None and not self.window.is_empty:
                     self._validate_and_log(view, interrupt, ends_epoch=True)
+
+    def _initialize(self, batch: torch.Tensor) -> None:
+        """Let the model begin with what the first batch of the run says, in all processes with all of it."""
+        if not self.processes.is_one:
+            batch = torch.cat(self.processes.gathered(batch.cpu())).to(self.device)
+        self.model.initialize(batch)
+        self.step.restart_average()
 
     def _goes_on(self, interrupt: Request, may_save: bool = False) -> bool:
         """Whether there is another step to take; all processes say the same. Saves, if it may and it is time."""

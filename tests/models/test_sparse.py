@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from aefast import cli
+from aefast.data import Dataset
 from aefast.errors import InputError
 from aefast.models import (
     VAE,
@@ -590,6 +591,106 @@ def test_training_tells_what_is_explained_of_all_held_out_samples(tmp_path, size
             assert found["explained_variance"] == pytest.approx(expected, rel=1e-5)
         else:
             assert "explained_variance" not in found
+
+
+def offset_samples(count=2000):
+    """Codes of few of 24 directions, with two features far from 0."""
+    generator = torch.Generator().manual_seed(4)
+    atoms = F.normalize(torch.randn(24, FEATURES, generator=generator), dim=1)
+    codes = torch.rand(count, 24, generator=generator)
+    samples = (codes * (torch.rand(count, 24, generator=generator) < 0.1)) @ atoms
+    samples[:, 3] += 200
+    samples[:, 7] -= 60
+    return samples
+
+
+def trainer_of(directory, model, samples, **options):
+    config = TrainConfig(**{"epochs": 2, "batch_size": 50, "device": "cpu", "lr": 3e-3, **options})
+    made = Trainer(
+        model, Dataset("offset", samples, (FEATURES,)), config, directory, console=Console(quiet=True)
+    )
+    made._plot = lambda: None
+    return made
+
+
+def new(**options):
+    torch.manual_seed(0)
+    return SparseAutoencoder(input_size=FEATURES, latent=LATENT, **options)
+
+
+@pytest.mark.parametrize("sparsity", ["topk", "l1"])
+def test_a_run_finds_directions_of_samples_far_from_0(tmp_path, sparsity):
+    options = {"k": 4} if sparsity == "topk" else {}
+    found = trainer_of(tmp_path, new(sparsity=sparsity, **options), offset_samples(), epochs=8).fit(
+        compare=False
+    )
+    assert found.held_out["explained_variance"] > 0.8
+
+
+def test_a_run_begins_with_the_mean_of_its_first_batch(tmp_path):
+    samples = offset_samples(200)
+    made = trainer_of(tmp_path, new(k=4), samples, steps=1, lr=1e-12, ema_decay=0.5)
+    expected = next(iter(made.batches.epoch(0))).double().mean(0).float()
+    assert made.model.awaits_samples
+    made.fit(compare=False)
+    # The average of the weights, which is what is kept, begins there too.
+    for one in (made.model, from_pretrained(tmp_path)):
+        torch.testing.assert_close(one.decoder.bias.detach(), expected)
+        assert not one.awaits_samples
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"pre_bias": False}, {"output_activation": "sigmoid"}, {"loss": "bce_with_logits"}],
+    ids=str,
+)
+def test_biases_that_are_no_means_of_samples_begin_as_they_are(options):
+    assert not new(**options).awaits_samples
+
+
+def test_what_was_trained_before_keeps_its_bias(tmp_path):
+    samples = offset_samples(200)
+    for name in ("encoder", "decoder"):
+        model = new(k=4)
+        with torch.no_grad():
+            getattr(model, name).bias[1] = 0.25
+        before = model.decoder.bias.clone()
+        trainer_of(tmp_path / name, model, samples, steps=1, lr=1e-12).fit(compare=False)
+        torch.testing.assert_close(model.decoder.bias, before)
+    frozen = new(k=4)
+    frozen.decoder.bias.requires_grad_(False)
+    assert not frozen.awaits_samples
+
+
+def test_a_resumed_run_does_not_begin_again(tmp_path):
+    """Also where training has left the bias 0."""
+    samples = offset_samples(200)
+    for directory, steps in (("whole", (6,)), ("parts", (2, 6))):
+        for count in steps:
+            made = trainer_of(tmp_path / directory, new(sparsity="l1"), samples, steps=count)
+            made.fit(compare=False, resume=count > steps[0])
+    whole, parts = (from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    for ours, theirs in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    made = trainer_of(tmp_path / "parts", new(sparsity="l1"), samples, steps=7, lr=3e-3)
+    made._initialize = None
+    restore = made._restore
+
+    def emptied(checkpoint):
+        restore(checkpoint)
+        with torch.no_grad():
+            made.model.decoder.bias.zero_()
+            made.model.encoder.bias.zero_()
+
+    made._restore = emptied
+    made.fit(compare=False, resume=True)
+
+
+def test_samples_that_a_model_begins_with_are_checked():
+    with pytest.raises(InputError, match="samples: expected at least one"):
+        new().initialize(torch.empty(0, FEATURES))
+    with pytest.raises(InputError, match=r"x: expected shape \(B, 12\)"):
+        new().initialize(torch.empty(3, 5))
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
