@@ -553,6 +553,13 @@ def train(
             rich_help_panel=_SPARSE,
         ),
     ] = None,
+    sparsity_warmup_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps over which the weight of the penalty grows from 0. \\[default: 0]",
+            rich_help_panel=_SPARSE,
+        ),
+    ] = None,
     rate: Annotated[
         float | None,
         typer.Option(
@@ -691,6 +698,7 @@ def train(
         "sparsity": sparsity,
         "k": k,
         "sparsity_weight": sparsity_weight,
+        "sparsity_warmup_steps": sparsity_warmup_steps,
         "rate": rate,
         "bandwidth": bandwidth,
         "threshold": threshold,

@@ -21,6 +21,7 @@ import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.models._base import Model, ModelOutput, check_choice, register
 from aefast.models._reconstruction import LOSSES, LossConfig, does_without
+from aefast.models._warmup import steps_taken, warmed_up
 from aefast.nn import SparseDecoder
 from aefast.nn._hooks import has_hooks
 from aefast.nn.linear_act import DenseParameters, check_positive_int
@@ -34,14 +35,15 @@ SPARSITIES = ("l1", "kl", "topk", "batchtopk", "jumprelu")
 _WEIGHTS = {"l1": 3e-4, "kl": 1e-4, "jumprelu": 1e-5}
 # The options that a kind of sparsity takes beside those of all.
 _TAKES = {
-    "l1": ("sparsity_weight",),
-    "kl": ("sparsity_weight", "rate"),
+    "l1": ("sparsity_weight", "sparsity_warmup_steps"),
+    "kl": ("sparsity_weight", "sparsity_warmup_steps", "rate"),
     "topk": ("k", "aux_weight", "aux_k", "dead_after"),
     "batchtopk": ("k", "aux_weight", "aux_k", "dead_after"),
-    "jumprelu": ("sparsity_weight", "bandwidth", "threshold"),
+    "jumprelu": ("sparsity_weight", "sparsity_warmup_steps", "bandwidth", "threshold"),
 }
 _DEFAULTS = {
     "k": 32,
+    "sparsity_warmup_steps": 0,
     "rate": 0.05,
     "bandwidth": 1e-3,
     "threshold": 1e-3,
@@ -64,6 +66,9 @@ class SparseConfig(LossConfig):
         sparsity: what keeps the codes sparse: "topk", "batchtopk", "l1", "kl" or "jumprelu".
         k: of topk, how many latents a sample uses; of batchtopk, how many on average. 32 by default.
         sparsity_weight: of l1, kl and jumprelu, the penalty's weight. What is enough depends on the scale of the data.
+        sparsity_warmup_steps: of l1, kl and jumprelu, the training steps over which that weight grows linearly from 0,
+            so that latents find something to stand for before they are held down (Conerly et al., Update on How We
+            Train SAEs, Transformer Circuits Thread, April 2024); 0, the default, for none.
         rate: of kl, the mean activity that latents are held to. 0.05 by default.
         bandwidth: of jumprelu, the width in which a threshold gets a gradient. 0.001 by default.
         threshold: of jumprelu, what all thresholds begin with. 0.001 by default.
@@ -82,6 +87,7 @@ class SparseConfig(LossConfig):
     sparsity: str = "topk"
     k: int | None = None
     sparsity_weight: float | None = None
+    sparsity_warmup_steps: int | None = None
     rate: float | None = None
     bandwidth: float | None = None
     threshold: float | None = None
@@ -124,6 +130,12 @@ class SparseConfig(LossConfig):
             check_positive_int(value, name)
             if name != "dead_after" and value > self.latent:
                 raise InputError(f"{name}={value!r}: expected at most latent, {self.latent}")
+        steps = self.sparsity_warmup_steps
+        if steps is not None:
+            if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+                raise InputError(f"sparsity_warmup_steps={steps!r}: expected an integer of at least 0")
+            if steps > 0:
+                check_positive_int(steps, "sparsity_warmup_steps")
         for name in ("sparsity_weight", "aux_weight", "rate", "bandwidth", "threshold"):
             value = getattr(self, name)
             if value is None:
@@ -210,6 +222,7 @@ class SparseAutoencoder(Model):
             `forward` and `encode` in training mode, with gradients enabled, count it on in place, but not within
             `torch.func`'s transforms. Passes that activation checkpointing repeats do not count, and have the dead
             latents of the first; under torch.compile they count. Where a state dict or a file lacks it, it is 0.
+        training_steps: of a warm-up, forward passes taken in training mode that end a step, as in `aefast.models.VAE`.
     """
 
     config_class = SparseConfig
@@ -454,6 +467,8 @@ def _is_sharded(module: nn.Module) -> bool:
 class _EagerSparse(nn.Module):
     """`SparseAutoencoder` in plain PyTorch, with the pre-activations of all latents."""
 
+    ends_step = True
+
     def __init__(self, model: SparseAutoencoder) -> None:
         super().__init__()
         config = model.config
@@ -576,6 +591,8 @@ def _add_state(module: nn.Module, config: SparseConfig, like: torch.Tensor) -> N
         threshold = math.log(config.option("threshold"))
         dtype = _arguments.accumulator(like.dtype)
         module.log_threshold = nn.Parameter(torch.full_like(like[:, 0].detach(), threshold, dtype=dtype))
+    if config.sparsity_warmup_steps:
+        module.register_buffer("training_steps", steps_taken(config.sparsity_warmup_steps, like.device))
     if config.is_sparse:
         module.register_buffer("unused", torch.zeros(config.latent, dtype=torch.int64, device=like.device))
     if config.sparsity == "batchtopk":
@@ -678,7 +695,8 @@ def _terms(
         terms = {config.loss: loss(output, flat)}
         made = module.decoder_loss.mean_of(output).reshape(shape)
     if penalty is not None:
-        terms["sparsity"] = config.option("sparsity_weight") * penalty
+        weight, steps = config.option("sparsity_weight"), config.sparsity_warmup_steps or 0
+        terms["sparsity"] = warmed_up(module, penalty, weight, steps)
     elif _counts(module, config):
         dead, is_repeated = _dead_of_pass(module, config, config.option("aux_weight") > 0)
         if dead is not None:

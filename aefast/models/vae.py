@@ -17,6 +17,7 @@ from aefast.errors import InputError
 from aefast.models._base import ModelOutput, check_choice, register
 from aefast.models._networks import EncoderDecoder, features_of, make_decoder, make_encoder
 from aefast.models._reconstruction import LossConfig, does_without
+from aefast.models._warmup import steps_taken, warmed_up
 from aefast.nn import GaussianHead
 from aefast.nn.linear_act import check_positive_int
 from aefast.ops import _registry
@@ -131,8 +132,7 @@ class VAE(EncoderDecoder):
         self.decoder = make_decoder(config, decoder, device, dtype)
         learnt = config.likelihood == "gaussian"
         self.log_variance = nn.Parameter(torch.zeros((), device=device, dtype=dtype)) if learnt else None
-        steps = torch.zeros((), device=device, dtype=torch.int64) if config.kl_warmup_steps else None
-        self.register_buffer("training_steps", steps)
+        self.register_buffer("training_steps", steps_taken(config.kl_warmup_steps, device))
         kind = "bce_with_logits" if config.likelihood == "bernoulli" else "mse"
         weight = {"loss_weight": 0.5} if config.likelihood == "mse" else {}
         self.decoder_loss = config.decoder_loss("batchmean", kind, **weight)
@@ -306,25 +306,8 @@ class EagerVAE(nn.Module):
 
 
 def weighted_kl(module: VAE | EagerVAE, kl: torch.Tensor) -> torch.Tensor:
-    """The divergence times its weight in this forward pass, which counts if it ends a step of `module`'s training.
-
-    The count stays on its device: nothing waits for it.
-    """
-    config = module.config
-    if not module.training or not config.kl_warmup_steps:
-        return kl if config.beta == 1 else config.beta * kl
-    is_compiling = torch.compiler.is_compiling()
-    # Within a backward this is what a checkpoint computes again, of the pass that was last.
-    is_repeated = not is_compiling and torch._C._current_graph_task_id() != -1
-    count = module.training_steps - 1 if is_repeated and module.ends_step else module.training_steps
-    share = (count.to(kl.dtype) / config.kl_warmup_steps).clamp(max=1.0)
-    if is_compiling:
-        # The compiler would compute this again for the backward, from a count that has moved on by then
-        # (https://github.com/pytorch/pytorch/pull/197039). Reductions such as this one, of a scalar, it keeps.
-        share = share.amin()
-    if module.ends_step and not is_repeated:
-        module.training_steps.add_(1)
-    return config.beta * share * kl
+    """The divergence times its weight in this forward pass, which counts if it ends a step of `module`'s training."""
+    return warmed_up(module, kl, module.config.beta, module.config.kl_warmup_steps)
 
 
 def _check_probabilities(x: torch.Tensor) -> None:

@@ -105,6 +105,40 @@ def test_the_loss_is_that_of_the_formulas(sparsity, pre_bias, tied, unit_norm):
     torch.testing.assert_close(out.reconstruction, made)
 
 
+@pytest.mark.parametrize("sparsity", ["l1", "kl", "jumprelu"])
+def test_the_weight_of_the_penalty_grows_over_the_warm_up(tmp_path, sparsity):
+    plain, model, x = make(sparsity), make(sparsity, sparsity_warmup_steps=4), data()
+    whole = plain(x).terms["sparsity"]
+    twin = model.eager_twin()
+    shares = [(model(x).terms["sparsity"] / whole).item() for _ in range(3)]
+    assert shares == pytest.approx([0.0, 0.25, 0.5])
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded(x).terms["sparsity"].item() == pytest.approx(whole.item())
+    shares = [(loaded.train()(x).terms["sparsity"] / whole).item() for _ in range(3)]
+    assert shares == pytest.approx([0.75, 1.0, 1.0])
+    assert loaded.training_steps == 6 and model.training_steps == 3
+    losses = [model.eager_loss(twin, x).item() for _ in range(2)]
+    reconstruction = model(x).terms["mse"].item()
+    assert losses == pytest.approx([reconstruction, reconstruction + 0.25 * whole.item()])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_repeats_the_weight_of_its_pass(use_reentrant):
+    model = make("l1", sparsity_warmup_steps=3)
+    for _ in range(3):
+        twin, x = copy.deepcopy(model), data().requires_grad_()
+        for one, run in (
+            (model, lambda loss, x: checkpoint(loss, x, use_reentrant=use_reentrant)),
+            (twin, lambda loss, x: loss(x)),
+        ):
+            one.zero_grad()
+            run(lambda x, one=one: one(x).loss, x).backward()
+        for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+        assert model.training_steps == twin.training_steps
+
+
 def test_thresholds_learn_within_the_bandwidth():
     """Their gradients are those of arXiv:2407.14435 with a rectangle of that width as the kernel."""
     model, x = make("jumprelu"), data()
@@ -667,12 +701,16 @@ def test_a_resumed_run_does_not_begin_again(tmp_path):
     samples = offset_samples(200)
     for directory, steps in (("whole", (6,)), ("parts", (2, 6))):
         for count in steps:
-            made = trainer_of(tmp_path / directory, new(sparsity="l1"), samples, steps=count)
+            made = trainer_of(
+                tmp_path / directory, new(sparsity="l1", sparsity_warmup_steps=5), samples, steps=count
+            )
             made.fit(compare=False, resume=count > steps[0])
     whole, parts = (from_pretrained(tmp_path / name) for name in ("whole", "parts"))
     for ours, theirs in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
-    made = trainer_of(tmp_path / "parts", new(sparsity="l1"), samples, steps=7, lr=3e-3)
+    made = trainer_of(
+        tmp_path / "parts", new(sparsity="l1", sparsity_warmup_steps=5), samples, steps=7, lr=3e-3
+    )
     made._initialize = None
     restore = made._restore
 
@@ -734,6 +772,17 @@ def test_training_streams_from_a_memory_map(tmp_path):
     assert measured[-1] > 0.9
     model = from_pretrained(tmp_path / "run")
     assert model.config.k == 4
+
+
+def test_the_warm_up_of_the_penalty_is_an_option_of_the_command_line(tmp_path):
+    np.save(tmp_path / "samples.npy", offset_samples(100).numpy())
+    command = (
+        f"train --model sparse --data {tmp_path}/samples.npy --out {tmp_path}/run --latent 20 --device cpu"
+    )
+    command += " --sparsity jumprelu --sparsity-warmup-steps 7 --steps 3 --no-compare"
+    assert cli.main(command.split()) == 0
+    model = from_pretrained(tmp_path / "run")
+    assert (model.config.sparsity_warmup_steps, model.training_steps) == (7, 3)
 
 
 def sparsify_files(folder, **changes):
@@ -1071,6 +1120,13 @@ def test_saelens_files_need_their_threshold(tmp_path):
             {"sparsity": "l1", "sparsity_weight": -1.0},
             "sparsity_weight=-1.0: expected a finite number of at least 0",
         ),
+        ({"sparsity_warmup_steps": 5}, "sparsity_warmup_steps=5: sparsity 'topk' has no such option"),
+        (
+            {"sparsity": "l1", "sparsity_warmup_steps": -1},
+            "sparsity_warmup_steps=-1: expected an integer of at least 0",
+        ),
+        ({"sparsity": "l1", "sparsity_warmup_steps": False}, "sparsity_warmup_steps=False"),
+        ({"sparsity": "l1", "sparsity_warmup_steps": 2.5}, "sparsity_warmup_steps=2.5"),
         ({"sparsity": "kl", "rate": 1.0}, "rate=1.0: expected a number between 0 and 1"),
         ({"sparsity": "jumprelu", "bandwidth": 0.0}, "bandwidth=0.0: expected a number above 0"),
         ({"hidden": (8,)}, "hidden=.*: a sparse autoencoder has no hidden layers"),
@@ -1090,7 +1146,7 @@ def test_bad_options_are_named(options, message):
     [
         ("topk", {"k": 32, "aux_weight": 1 / 32, "aux_k": FEATURES // 2, "dead_after": 1_000_000}),
         ("batchtopk", {"k": 32, "aux_weight": 1 / 32, "aux_k": FEATURES // 2, "dead_after": 1_000_000}),
-        ("l1", {"sparsity_weight": 0.0003}),
+        ("l1", {"sparsity_weight": 0.0003, "sparsity_warmup_steps": 0}),
         ("kl", {"sparsity_weight": 0.0001, "rate": 0.05}),
         ("jumprelu", {"sparsity_weight": 0.00001, "bandwidth": 0.001, "threshold": 0.001}),
     ],
@@ -1140,9 +1196,10 @@ def test_a_penalized_layer_and_its_twin_agree(options):
         lambda: JumpReLU(5, threshold=0.25),
         lambda: make("jumprelu", threshold=0.25),
         lambda: make("batchtopk"),
+        lambda: make("l1", sparsity_warmup_steps=3),
         lambda: VAE(input_size=4, likelihood="gaussian", kl_warmup_steps=3),
     ],
-    ids=["module", "jumprelu", "batchtopk", "vae"],
+    ids=["module", "jumprelu", "batchtopk", "warm-up", "vae"],
 )
 def test_what_is_no_layer_s_can_be_set_anew(made):
     """As it is after a model was made on the meta device."""

@@ -36,6 +36,7 @@ CASES = [
     (MODELS["denoising"], {**DENSE, "noise": "masking", "noise_p": 0.3}),
     (VAE, {**DENSE, "kl_warmup_steps": 30, "likelihood": "bernoulli"}),
     (VAE, {**DENSE, "beta": 2.0, "likelihood": "gaussian"}),
+    (SparseAutoencoder, {"latent": 24, "sparsity": "l1", "sparsity_warmup_steps": 30}),
     (MODELS["infovae"], {**DENSE, "mmd_prior": "samples", "kl_weight": 0.0}),
 ]
 
