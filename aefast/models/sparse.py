@@ -35,11 +35,11 @@ SPARSITIES = ("l1", "kl", "topk", "batchtopk", "jumprelu")
 _WEIGHTS = {"l1": 3e-4, "kl": 1e-4, "jumprelu": 1e-5}
 # The options that a kind of sparsity takes beside those of all.
 _TAKES = {
-    "l1": ("sparsity_weight", "sparsity_warmup_steps"),
+    "l1": ("sparsity_weight", "sparsity_warmup_steps", "dead_after"),
     "kl": ("sparsity_weight", "sparsity_warmup_steps", "rate"),
     "topk": ("k", "aux_weight", "aux_k", "dead_after"),
     "batchtopk": ("k", "aux_weight", "aux_k", "dead_after"),
-    "jumprelu": ("sparsity_weight", "sparsity_warmup_steps", "bandwidth", "threshold"),
+    "jumprelu": ("sparsity_weight", "sparsity_warmup_steps", "bandwidth", "threshold", "dead_after"),
 }
 _DEFAULTS = {
     "k": 32,
@@ -78,7 +78,8 @@ class SparseConfig(LossConfig):
         aux_weight: of topk and batchtopk, the weight of the auxiliary loss that brings dead latents back; 0 for none.
             1/32 by default.
         aux_k: how many dead latents a sample uses in it. Half of the features by default.
-        dead_after: samples that a latent has not been used for when it counts as dead. 1,000,000 by default.
+        dead_after: of all but kl, whose codes are never 0, the samples that a latent has not been used for when it
+            counts as dead. 1,000,000 by default.
     """
 
     hidden: tuple[int, ...] = ()
@@ -166,6 +167,11 @@ class SparseConfig(LossConfig):
         """Whether codes are kept as values and indices."""
         return self.sparsity in ("topk", "batchtopk")
 
+    @property
+    def has_unused(self) -> bool:
+        """Whether there are latents that a sample does not use."""
+        return self.sparsity != "kl"
+
 
 class SparseCode(NamedTuple):
     """A batch of codes by what is not 0.
@@ -218,7 +224,7 @@ class SparseAutoencoder(Model):
         encoder: weight W_enc (latent, input_size) and bias.
         decoder: weight W_dec (latent, input_size), None if it is tied, and bias.
         log_threshold: (latent,), of jumprelu, in float32 at least, whatever the dtype of the others.
-        unused: (latent,) int64, of topk and batchtopk: for how many samples a latent has not been used. Passes of
+        unused: (latent,) int64, of all but kl: for how many samples a latent has not been used. Passes of
             `forward` and `encode` in training mode, with gradients enabled, count it on in place, but not within
             `torch.func`'s transforms. Passes that activation checkpointing repeats do not count, and have the dead
             latents of the first; under torch.compile they count. Where a state dict or a file lacks it, it is 0.
@@ -429,7 +435,7 @@ class SparseAutoencoder(Model):
 
     def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Beside "loss" and "mse": "l0", how many latents a sample uses; "explained_variance", 1 - mse / the variance
-        of the batch; and of topk and batchtopk "dead", the part of the latents that counts as dead."""
+        of the batch; and of all but kl "dead", the part of the latents that counts as dead."""
         flat = self.flatten(x)
         output = self(flat)
         values = output.latent.values if self.config.is_sparse else output.latent
@@ -440,13 +446,13 @@ class SparseAutoencoder(Model):
             "l0": (values > 0).sum(-1).to(mse.dtype).mean(),
             "explained_variance": 1.0 - mse / (flat - flat.mean(0)).square().mean(),
         }
-        if self.config.is_sparse:
+        if self.config.has_unused:
             measures["dead"] = self.dead.to(mse.dtype).mean()
         return measures
 
     @property
     def dead(self) -> torch.Tensor:
-        """(latent,) bool, of topk and batchtopk: the latents that count as dead."""
+        """(latent,) bool, of all but kl: the latents that count as dead."""
         return self.unused >= self.config.option("dead_after")
 
     def eager_twin(self) -> nn.Module:
@@ -593,7 +599,7 @@ def _add_state(module: nn.Module, config: SparseConfig, like: torch.Tensor) -> N
         module.log_threshold = nn.Parameter(torch.full_like(like[:, 0].detach(), threshold, dtype=dtype))
     if config.sparsity_warmup_steps:
         module.register_buffer("training_steps", steps_taken(config.sparsity_warmup_steps, like.device))
-    if config.is_sparse:
+    if config.has_unused:
         module.register_buffer("unused", torch.zeros(config.latent, dtype=torch.int64, device=like.device))
     if config.sparsity == "batchtopk":
         module.register_buffer("kept_above", torch.zeros((), dtype=torch.float32, device=like.device))
@@ -697,8 +703,9 @@ def _terms(
     if penalty is not None:
         weight, steps = config.option("sparsity_weight"), config.sparsity_warmup_steps or 0
         terms["sparsity"] = warmed_up(module, penalty, weight, steps)
-    elif _counts(module, config):
-        dead, is_repeated = _dead_of_pass(module, config, config.option("aux_weight") > 0)
+    if _counts(module, config):
+        has_aux = config.is_sparse and config.option("aux_weight") > 0
+        dead, is_repeated = _dead_of_pass(module, config, has_aux)
         if dead is not None:
             terms["aux"] = config.option("aux_weight") * _aux(
                 module, config, functions, seen, (flat, made.detach().reshape(flat.shape)), weights, dead
@@ -714,7 +721,7 @@ _IN_CHECKPOINTS: WeakKeyDictionary[Any, WeakKeyDictionary[nn.Module, deque[Any]]
 
 def _counts(module: nn.Module, config: SparseConfig) -> bool:
     """Whether this is a pass that counts the use of latents."""
-    return config.is_sparse and module.training and torch.is_grad_enabled()
+    return config.has_unused and module.training and torch.is_grad_enabled()
 
 
 def _dead_of_pass(
@@ -785,10 +792,15 @@ def _warn_of_hooks() -> None:
 
 
 @torch.no_grad()
-def _note_use(module: nn.Module, config: SparseConfig, code: SparseCode) -> None:
+def _note_use(module: nn.Module, config: SparseConfig, code: SparseCode | torch.Tensor) -> None:
     """Which latents a batch has used, and from what value on."""
     if not torch.compiler.is_compiling() and _registry.is_transformed():
         # What a transform has stays within it.
+        return
+    if not config.is_sparse:
+        if code.shape[0] > 0:
+            # One pass, without a mask of all codes.
+            module.unused.add_(code.shape[0]).masked_fill_(code.amax(0) > 0, 0)
         return
     is_used = code.values > 0
     used = torch.zeros(config.latent + 1, dtype=torch.bool, device=code.values.device)

@@ -83,8 +83,8 @@ class TrainResult:
             reconstructions; of a denoiser the loss and PSNR of noisy samples once denoised, and in dB "noisy_psnr",
             theirs before; of a VAE also "elbo", in nats a sample; of an InfoVAE also "mmd", the MMD² of its codes to
             the prior; of a sparse autoencoder also "l0", how many latents a sample uses, "explained_variance", 1 - mean
-            squared error / variance, if there is any, and of topk and batchtopk "dead", the part of the latents that
-            counts as dead. Empty if the run was interrupted, or had no held-out samples.
+            squared error / variance, if there is any, and but for kl "dead", the part of the latents that counts as
+            dead. Empty if the run was interrupted, or had no held-out samples.
     """
 
     directory: Path

@@ -288,10 +288,11 @@ def test_gradients_through_encode_and_decode_whatever_the_lengths(sparsity, tied
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("sparsity", ["topk", "batchtopk"])
+@pytest.mark.parametrize("sparsity", ["topk", "batchtopk", "l1", "jumprelu"])
 def test_losses_of_one_s_own_train_the_model_of_forward(sparsity, tied):
     """With what is counted beside the weights; bit for bit but for the order of a sum where both layers are one."""
-    model = make(sparsity, tied=tied, aux_weight=0.0).train()
+    without = {"aux_weight": 0.0} if "topk" in sparsity else {"sparsity_weight": 0.0}
+    model = make(sparsity, tied=tied, **without).train()
     twin = copy.deepcopy(model)
     for one, loss in (
         (model, lambda x: F.mse_loss(model.decode(model.encode(x)), x)),
@@ -311,11 +312,17 @@ def test_losses_of_one_s_own_train_the_model_of_forward(sparsity, tied):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_encode_counts_once_within_a_checkpoint(use_reentrant):
-    model = make("batchtopk")
-    twin, x = copy.deepcopy(model), data().requires_grad_()
-    checkpoint(lambda x: model.encode(x).values.sum(), x, use_reentrant=use_reentrant).backward()
-    twin.encode(x).values.sum().backward()
+@pytest.mark.parametrize("sparsity", ["batchtopk", "jumprelu"])
+def test_a_checkpoint_counts_once(sparsity, use_reentrant):
+    model = make(sparsity)
+    twin, x = copy.deepcopy(model), data(4).requires_grad_()
+
+    def losses(one):
+        return (lambda x: one(x).loss), (lambda x: one.dense(one.encode(x)).sum())
+
+    for ours, theirs in zip(losses(model), losses(twin), strict=True):
+        checkpoint(ours, x, use_reentrant=use_reentrant).backward()
+        theirs(x).backward()
     assert twin.unused.any()
     for (name, ours), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -546,8 +553,11 @@ def test_few_dead_latents_have_a_share_of_their_loss():
     torch.testing.assert_close(losses[1], 2 / 8 * losses[0])
 
 
-def test_use_is_counted_in_training_alone():
-    model, x = make(), data()
+@pytest.mark.parametrize("sparsity", sorted({*SPARSITIES} - {"kl"}))
+def test_use_is_counted_in_training_alone(sparsity):
+    model, x = make(sparsity), data()
+    with torch.no_grad():
+        model.encoder.bias[:7] = -20.0
     assert not model.unused.any()
     used = (plain_code(model, x) > 0).any(0)
     model(x)
@@ -556,6 +566,12 @@ def test_use_is_counted_in_training_alone():
         model(x)
     model.eval()(x)
     assert torch.equal(model.unused, torch.where(used, 0, BATCH))
+    model.train()(x[:0])
+    model.encode(x)
+    assert torch.equal(model.unused, torch.where(used, 0, 2 * BATCH))
+    assert model.unused[:7].all() and not model.dead.any()
+    model.unused[2] = 1_000_000
+    assert model.dead.nonzero().tolist() == [[2]]
 
 
 def test_codes_of_batchtopk_in_eval_mode_are_the_samples_own():
@@ -602,7 +618,7 @@ def test_evaluate(sparsity):
     torch.testing.assert_close(measures["mse"], error)
     torch.testing.assert_close(measures["l0"], (code > 0).sum(1).double().mean())
     torch.testing.assert_close(measures["explained_variance"], 1 - error / x.var(0, unbiased=False).mean())
-    assert ("dead" in measures) == ("topk" in sparsity)
+    assert ("dead" in measures) == (sparsity != "kl")
 
 
 @pytest.mark.parametrize("size", [1, 29, 30])
@@ -1127,6 +1143,7 @@ def test_saelens_files_need_their_threshold(tmp_path):
         ),
         ({"sparsity": "l1", "sparsity_warmup_steps": False}, "sparsity_warmup_steps=False"),
         ({"sparsity": "l1", "sparsity_warmup_steps": 2.5}, "sparsity_warmup_steps=2.5"),
+        ({"sparsity": "kl", "dead_after": 9}, "dead_after=9: sparsity 'kl' has no such option"),
         ({"sparsity": "kl", "rate": 1.0}, "rate=1.0: expected a number between 0 and 1"),
         ({"sparsity": "jumprelu", "bandwidth": 0.0}, "bandwidth=0.0: expected a number above 0"),
         ({"hidden": (8,)}, "hidden=.*: a sparse autoencoder has no hidden layers"),
@@ -1146,7 +1163,7 @@ def test_bad_options_are_named(options, message):
     [
         ("topk", {"k": 32, "aux_weight": 1 / 32, "aux_k": FEATURES // 2, "dead_after": 1_000_000}),
         ("batchtopk", {"k": 32, "aux_weight": 1 / 32, "aux_k": FEATURES // 2, "dead_after": 1_000_000}),
-        ("l1", {"sparsity_weight": 0.0003, "sparsity_warmup_steps": 0}),
+        ("l1", {"sparsity_weight": 0.0003, "sparsity_warmup_steps": 0, "dead_after": 1_000_000}),
         ("kl", {"sparsity_weight": 0.0001, "rate": 0.05}),
         ("jumprelu", {"sparsity_weight": 0.00001, "bandwidth": 0.001, "threshold": 0.001}),
     ],
