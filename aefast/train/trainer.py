@@ -761,7 +761,7 @@ class Trainer:
             "loss": sum(means.values()),
             **means,
         }
-        if isinstance(self.model, SparseAutoencoder) and self.model.config.is_sparse:
+        if isinstance(self.model, SparseAutoencoder) and self.model.config.has_unused:
             record["dead"] = self.model.dead.float().mean().item()
         # A run that goes on where an epoch's steps were all taken has timed none of them.
         if samples_per_s is not None:
