@@ -272,9 +272,11 @@ class SparseAutoencoder(Model):
         losses of one's own call either of the two, once for each batch.
         """
         flat, config = self.flatten(x), self.config
+        weight = self.encoder.weight
         if config.tied:
             self._normalize_for_training()
-        code = _code_of(self, config, _FUSED, _seen(self, config, flat), _weights(self, config))[0]
+            weight = _directions(self, config)
+        code = _code_of(self, config, _FUSED, _seen(self, config, flat), weight)[0]
         if _counts(self, config) and not _dead_of_pass(self, config, False)[1]:
             _note_use(self, config, code)
         return code
@@ -293,8 +295,8 @@ class SparseAutoencoder(Model):
         In training mode, with gradients enabled, it makes directions of length 1 first, as `forward` does.
         """
         self._normalize_for_training()
-        decoder_weight = _weights(self, self.config)[1]
-        return self.decoder_loss.mean_of(_decoded(self, self.config, _FUSED, latent, decoder_weight))
+        directions = _directions(self, self.config)
+        return self.decoder_loss.mean_of(_decoded(self, self.config, _FUSED, latent, directions))
 
     def reset_parameters(self) -> None:
         """Set what is no layer's to what it begins with."""
@@ -490,9 +492,7 @@ class _EagerSparse(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         encoder_weight, decoder_weight = _weights(self, self.config)
-        code, _ = _code_of(
-            self, self.config, _EAGER, _seen(self, self.config, x), (encoder_weight, decoder_weight)
-        )
+        code, _ = _code_of(self, self.config, _EAGER, _seen(self, self.config, x), encoder_weight)
         return self.decoder_loss.mean_of(_decoded(self, self.config, _EAGER, code, decoder_weight))
 
     def terms(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -607,6 +607,12 @@ def _add_state(module: nn.Module, config: SparseConfig, like: torch.Tensor) -> N
 
 def _weights(module: nn.Module, config: SparseConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights of encoder and decoder, with the gradients of directions across them."""
+    directions = _directions(module, config)
+    return directions if config.tied else module.encoder.weight, directions
+
+
+def _directions(module: nn.Module, config: SparseConfig) -> torch.Tensor:
+    """The weight of the decoder, with gradients across its rows where they are kept at length 1."""
     layer = module.encoder if config.tied else module.decoder
     directions = layer.weight
     if config.unit_norm and is_parametrized(layer, "weight"):
@@ -614,7 +620,7 @@ def _weights(module: nn.Module, config: SparseConfig) -> tuple[torch.Tensor, tor
         directions = F.normalize(directions, dim=1)
     elif config.unit_norm and module.training and torch.is_grad_enabled():
         directions = (_Tangent.apply if _registry.is_watched() else _tangent)(directions)
-    return directions if config.tied else module.encoder.weight, directions
+    return directions
 
 
 def _seen(module: nn.Module, config: SparseConfig, flat: torch.Tensor) -> torch.Tensor:
@@ -629,10 +635,10 @@ def _code_of(
     config: SparseConfig,
     functions: _Functions,
     seen: torch.Tensor,
-    weights: tuple[torch.Tensor, torch.Tensor],
+    weight: torch.Tensor,
 ) -> tuple[SparseCode | torch.Tensor, torch.Tensor | None]:
-    """The codes, and the penalty without its weight."""
-    weight, bias = weights[0], module.encoder.bias
+    """The codes by the encoder's weight, and the penalty without its weight."""
+    bias = module.encoder.bias
     if config.sparsity == "topk":
         values, indices = functions.topk_encode(seen, weight, bias, k=config.option("k"))
         return SparseCode(values.relu(), indices), None
@@ -691,7 +697,7 @@ def _terms(
     """The loss's terms with their weights, the codes, and the reconstruction or what makes it."""
     weights = _weights(module, config)
     seen = _seen(module, config, flat)
-    code, penalty = _code_of(module, config, functions, seen, weights)
+    code, penalty = _code_of(module, config, functions, seen, weights[0])
     if penalty is not None and functions is _FUSED and does_without(module, flat.shape[0]):
         layer = _LastLayer(weights[1].t(), module.decoder.bias, config.output_activation)
         terms = {config.loss: module.decoder_loss.of_latent(layer, code, flat)}

@@ -311,6 +311,22 @@ def test_losses_of_one_s_own_train_the_model_of_forward(sparsity, tied):
             assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.parametrize("sparsity", ["topk", "batchtopk", "l1"])
+def test_losses_of_one_s_own_are_compiled(sparsity):
+    """Also where the compiler takes `encode` and `decode` apart, of which the latter makes directions of length 1."""
+    model = of_other_lengths(make(sparsity, dtype=torch.float32))
+    twin, x = copy.deepcopy(model), data(dtype=torch.float32)
+
+    def loss(one, x):
+        return F.mse_loss(one.decode(one.encode(x)), x)
+
+    for one, call in ((model, torch.compile(loss, backend="aot_eager")), (twin, loss)):
+        call(one, x).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
+    assert torch.equal(model.unused, twin.unused)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("sparsity", ["batchtopk", "jumprelu"])
 def test_a_checkpoint_counts_once(sparsity, use_reentrant):
