@@ -439,6 +439,28 @@ void multiply_long(Matrix a, Matrix b, Matrix out, Engine engine) {
   });
 }
 
+// `in` in the type of out.
+void convert_rows(Matrix in, Matrix out) {
+  for_row_blocks(out.rows, out.cols, 64, [&](int64_t begin, int64_t count) {
+    const Matrix from = in.row_block(begin, count);
+    pointwise().convert(in.scalar, out.scalar, from.data, from.row_stride, 1, out.row_block(begin, count).data, count,
+                        out.cols);
+  });
+}
+
+// out = a b, formed in `type` and rounded: so many rows at a time that stay in the second-level cache. How many depends
+// on the shape alone.
+void multiply_rounded(Matrix a, Matrix b, Matrix out, Scalar type, Engine engine) {
+  constexpr int64_t kLeastRows = 64, kElements = 1 << 17;
+  const int64_t rows = std::max(kLeastRows, kElements / out.cols / kLeastRows * kLeastRows);
+  for_row_parts(out.rows, {parts_of(out.rows, rows), rows, false}, [&](int64_t begin, int64_t count) {
+    Scratch scratch;
+    const Matrix product = scratch.matrix(type, count, out.cols);
+    multiply(a.row_block(begin, count), b, product, engine);
+    convert_rows(product, out.row_block(begin, count));
+  });
+}
+
 // out = g^T x, over all rows at once.
 void weight_gradient(Matrix g, Matrix x, Matrix out) {
   if (out.rows == 0 || out.cols == 0) return;
@@ -451,15 +473,20 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
     const Scalar written = written_type(type, engine);
     const Matrix product = written == type ? out : scratch.matrix(written, out.rows, out.cols);
     multiply_long(a, b, product, engine);
-    if (written == type) return;
-    return for_row_blocks(out.rows, out.cols, 64, [&](int64_t begin, int64_t count) {
-      pointwise().convert(written, type, product.row_block(begin, count).data, product.cols, 1,
-                          out.row_block(begin, count).data, count, out.cols);
-    });
+    if (written != type) convert_rows(product, out);
+    return;
   }
   // So many rows are converted at a time that stay in the cache.
   constexpr int64_t kLeastRows = 512, kElements = 1 << 18;
   const int64_t most = std::max(kLeastRows, kElements / (out.rows + out.cols));
+  // What is larger would pass through memory twice before it is rounded.
+  constexpr int64_t kMostElementsOfCache = 1 << 16;
+  if (g.rows <= most && out.rows * out.cols > kMostElementsOfCache) {
+    Scratch scratch;
+    const Matrix a = converted(g, type, scratch).transposed(), b = converted(x, type, scratch);
+    const bool for_blas = flops_of(a, b) > most_flops_of_own();
+    return multiply_rounded(a, b, out, type, engine_of(type, out.rows, a.cols, out.cols, for_blas));
+  }
   Scratch result;
   const Matrix sum = result.matrix(type, out.rows, out.cols);
   for (int64_t begin = 0; begin < g.rows || begin == 0; begin += most) {
@@ -478,7 +505,7 @@ void weight_gradient(Matrix g, Matrix x, Matrix out) {
     else
       multiply_long(g_block, x_block, sum, engine);
   }
-  pointwise().convert(type, out.scalar, sum.data, sum.cols, 1, out.data, out.rows, out.cols);
+  convert_rows(sum, out);
 }
 
 // One layer over the rows of x, of which `begin` is the first of a whole, and the partial column sums of its output.

@@ -384,6 +384,16 @@ def test_large_products(poisoned_memory, instruction_set, use_blas, dtype, rows,
     numerics.check(OP, "cpu", {"x": x, "weight": weight, "bias": bias, "activation": "gelu"}, dtype)
 
 
+@pytest.mark.parametrize("use_blas", [False, True], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [5, 300, 1300])
+def test_large_weights_in_half_precision(poisoned_memory, instruction_set, use_blas, dtype, rows):
+    """Their gradients are rounded by parts, of which the last is shorter, and of the longest batch summed by blocks."""
+    x, weight, bias = operands(rows, 525, 517, dtype)
+    weight = weight * 525**-0.5
+    numerics.check(OP, "cpu", {"x": x, "weight": weight, "bias": bias, "activation": "relu"}, dtype)
+
+
 # Of many rows; of few rows or columns, which threads share in another way; of parts that are narrow or leave few rows.
 @pytest.mark.parametrize(
     ("rows", "inputs", "features"),
