@@ -61,8 +61,8 @@ _UNKNOWN_HALF = np.dtype("V2")
 _BFLOAT16 = "bfloat16"
 _HALF_INTEGERS = ("int16", "uint16")
 
-# Integers of 16 bits are likely those of bfloat16 numbers if of so many that are not 0 such a share would be numbers
-# from 2**-33 to 2**16, which as integers lie in two narrow ranges.
+# Integers of 16 bits are likely those of bfloat16 numbers if of so many rows such a share of what is not 0 would be
+# numbers from 2**-33 to 2**16, of both signs, which as integers lie in two narrow ranges far from each other.
 _JUDGED_ROWS = 64
 _JUDGED_SHARE = 0.99
 _LOW_BITS, _HIGH_BITS = 0x2F00, 0x4780
@@ -275,12 +275,14 @@ def _hint_at_bits(dataset: Dataset, dtype: np.dtype | torch.dtype, path: Path) -
         return
     rows = torch.linspace(0, len(dataset) - 1, min(_JUDGED_ROWS, len(dataset)), dtype=torch.float64).long()
     values = dataset.samples[rows]
-    bits = values[values != 0].int() & 0x7FFF
-    if len(bits) and ((bits >= _LOW_BITS) & (bits < _HIGH_BITS)).float().mean() >= _JUDGED_SHARE:
+    integers = values[values != 0].int()
+    bits, is_negative = integers & 0x7FFF, (integers & 0x8000) != 0
+    has_both_signs = is_negative.any() and not is_negative.all()
+    if has_both_signs and ((bits >= _LOW_BITS) & (bits < _HIGH_BITS)).float().mean() >= _JUDGED_SHARE:
         warnings.warn(
             f"data={str(path)!r}: its {_named(dtype)} values are taken as integers, such as {values[0, 0]:.0f}, and "
-            "look like the bits of bfloat16 numbers; if they are, load them with dtype='bfloat16' "
-            "(--data-dtype bfloat16)",
+            "may be the bits of bfloat16 numbers, as which they have both signs and usual sizes; if so, load them "
+            "with dtype='bfloat16' (--data-dtype bfloat16)",
             DataWarning,
             stacklevel=_outside(),
         )
@@ -347,6 +349,10 @@ def _torch_layout(path: Path, reading: _Reading) -> tuple[torch.dtype, tuple[int
                 f"data={str(path)!r}: expected a .pt file in the format of PyTorch 1.6 or later, and with values"
             )
         _check_dense(tensor, f"data={str(path)!r}")
+    if tensor.is_neg():
+        raise DataError(
+            f"data={str(path)!r}: expected a tensor as it is, got a view that is negated, save tensor.resolve_neg()"
+        )
     offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
     return tensor.dtype, tuple(tensor.shape), offset, tensor.is_contiguous()
 

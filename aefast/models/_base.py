@@ -19,6 +19,7 @@ from torch import nn
 
 from aefast.errors import InputError
 from aefast.models._files import make_directory, write_atomically
+from aefast.ops import _registry
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -239,8 +240,9 @@ class Model(nn.Module):
     def check_samples(self, x: torch.Tensor) -> None:
         """That the values of a batch are such as the model's loss is for, where the loss does not see to it itself."""
 
-    def flatten(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, ...) as (B, input_size); `InputError` if its features or its dtype are not the model's."""
+    def flatten(self, x: torch.Tensor, *, any_dtype: bool = False) -> torch.Tensor:
+        """x (B, ...) as (B, input_size); `InputError` if its features are not the model's, or its dtype, unless any
+        will do."""
         size = self.config.input_size
         if not isinstance(x, torch.Tensor):
             raise InputError(f"x: expected a tensor of shape (B, {size}), got {type(x).__name__}")
@@ -251,16 +253,24 @@ class Model(nn.Module):
             )
         if x.dim() == 4:
             self.check_order(x.shape[1:], "x")
-        dtype = self._sample_dtype()
+        dtype = None if any_dtype else self.sample_dtype
         if dtype is not None and x.dtype != dtype and not _is_autocast(x.device.type):
             expected, got = (str(one).removeprefix("torch.") for one in (dtype, x.dtype))
             raise InputError(f"x: expected dtype {expected}, as the model's parameters have it, got {got}")
         return x.flatten(1)
 
-    def _sample_dtype(self) -> torch.dtype | None:
-        """The dtype that samples have, but under autocast; None where networks of others may take what they like."""
-        one = None if self.networks else _first_parameter(self)
-        return None if one is None else one.dtype
+    @property
+    def sample_dtype(self) -> torch.dtype | None:
+        """The dtype that samples have, but under autocast; None where networks of others may take what they like, and
+        where a parameter does not tell: one that is sharded is cast to another dtype before it is used, and one that is
+        quantised has none."""
+        one = None if self.networks else self._typical_parameter()
+        if one is None or type(one) not in _registry.PLAIN or getattr(one, "_is_flat_param", False):
+            return None
+        return one.dtype if one.dtype.is_floating_point else None
+
+    def _typical_parameter(self) -> torch.Tensor | None:
+        return _first_parameter(self)
 
     def check_order(self, shape: Sequence[int], argument: str) -> None:
         """That samples of such a shape do not have their channels last, where the model's images have them first."""

@@ -281,9 +281,9 @@ class SparseAutoencoder(Model):
             _note_use(self, config, code)
         return code
 
-    def _sample_dtype(self) -> torch.dtype:
+    def _typical_parameter(self) -> torch.Tensor:
         # The thresholds of jumprelu may be wider.
-        return self.encoder.bias.dtype
+        return self.encoder.bias
 
     def dense(self, code: SparseCode | torch.Tensor) -> torch.Tensor:
         """Codes, of any kind, as a matrix (B, latent)."""
@@ -366,7 +366,8 @@ class SparseAutoencoder(Model):
         Raises:
             InputError: the model is not of sparsity "l1" or "jumprelu", or is tied. Scaled pre-activations are not
                 scaled codes there: topk and batchtopk would choose other latents, kl has a sigmoid. With
-                unit_norm=False such a model takes the weights as they are.
+                unit_norm=False such a model takes the weights as they are. Or a layer's weight or bias is parametrized,
+                and would be made anew.
         """
         config = self.config
         if config.sparsity not in ("l1", "jumprelu"):
@@ -378,6 +379,11 @@ class SparseAutoencoder(Model):
             raise InputError(
                 "fold_decoder_norms: tied=True: expected an encoder of its own to take up the lengths; make the model "
                 "with unit_norm=False, which leaves them as they are"
+            )
+        if is_parametrized(self.encoder) or is_parametrized(self.decoder):
+            raise InputError(
+                "fold_decoder_norms: expected weights and biases of the layers' own, got parametrized ones; remove the "
+                "parametrizations first"
             )
         norms = self.decoder.weight.norm(dim=1)
         norms = torch.where(norms > 0, norms, 1.0)

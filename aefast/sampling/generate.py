@@ -105,9 +105,9 @@ def generate(
             f"sampler: expected one fitted to codes of {model.config.latent} latents, the model's, "
             f"got one of {codes.shape[1]}"
         )
-    like = next(model.parameters())
+    place, dtype = _place(model)
     with _evaluating(model):
-        return torch.cat([model.decode(part.to(like)).cpu() for part in codes.split(batch_size)])
+        return torch.cat([model.decode(part.to(place, dtype)).cpu() for part in codes.split(batch_size)])
 
 
 def _dense_codes(model: Model, batch: Tensor) -> Tensor:
@@ -125,11 +125,17 @@ def _batches(model: Model, samples: Tensor | Dataset, batch_size: int) -> Iterat
                 f"samples: expected a data set of {model.config.input_size} features a sample, got {samples.shape[1]}"
             )
     else:
-        samples = model.flatten(samples)
+        samples = model.flatten(samples, any_dtype=True)
         rows = torch.arange(len(samples))
-    like = next(model.parameters())
-    for batch in Batches(samples, rows, batch_size=batch_size, seed=0, device=like.device).in_order():
-        yield batch.to(like.dtype)
+    place, dtype = _place(model)
+    for batch in Batches(samples, rows, batch_size=batch_size, seed=0, device=place).in_order():
+        yield batch.to(dtype)
+
+
+def _place(model: Model) -> tuple[torch.device, torch.dtype]:
+    """Where the model is, and the dtype that it takes."""
+    one = next(model.parameters())
+    return one.device, one.dtype if model.sample_dtype is None else model.sample_dtype
 
 
 @contextlib.contextmanager

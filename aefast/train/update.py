@@ -156,7 +156,9 @@ _average = functools.cache(get_ema_multi_avg_fn)
 def _scale(parameters: list[Tensor], clip_norm: float) -> float:
     """By how much gradients are still to be multiplied, so that their norm is at most `clip_norm`."""
     gradients = [one.grad for one in parameters if one.grad is not None]
-    if gradients and _takes_kernels(gradients):
+    # One that several parameters share is multiplied for each of them before any is updated.
+    is_shared = len({id(one) for one in gradients}) < len(gradients)
+    if gradients and not is_shared and _takes_kernels(gradients):
         with below_autograd():
             norm = torch.ops.aefast_cpu.gradient_norm.default(gradients)
         if not norm < 0:

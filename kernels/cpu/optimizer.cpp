@@ -15,6 +15,9 @@ void adam_loop(const AdamFactors& factors, T* parameter, T* gradient, T* mean, T
   const C mean_decay(factors.mean_decay), mean_weight(factors.mean_weight), epsilon(factors.epsilon);
   const C square_decay(factors.square_decay), square_weight(factors.square_weight);
   const bool is_scaled = factors.scale != 1.0;
+  // From the nearer end: a weight of 1 gives the parameter itself.
+  const bool is_near = factors.average_weight >= 0.5;
+  const C rest(1.0 - factors.average_weight);
   for_lanes<T>(count, [&](int64_t at, auto... valid) __attribute__((always_inline)) {
     C p = read_lanes(parameter + at, valid...);
     C g = read_lanes(gradient + at, valid...);
@@ -30,7 +33,7 @@ void adam_loop(const AdamFactors& factors, T* parameter, T* gradient, T* mean, T
     write_lanes(parameter + at, p, valid...);
     if (average == nullptr) return;
     const C a = read_lanes(average + at, valid...);
-    write_lanes(average + at, a + average_weight * (p - a), valid...);
+    write_lanes(average + at, is_near ? p - rest * (p - a) : a + average_weight * (p - a), valid...);
   });
 }
 

@@ -141,15 +141,18 @@ def test_integers_are_taken_as_the_bits_of_bfloat16_where_that_is_said(tmp_path,
         warnings.simplefilter("error")
         assert torch.equal(load(path, dtype="bfloat16").samples[torch.arange(60)], x.float())
     if name != "a.npy":
-        with pytest.warns(DataWarning, match=r"look like the bits of bfloat16 numbers.*dtype='bfloat16'"):
+        with pytest.warns(DataWarning, match=r"may be the bits of bfloat16 numbers.*dtype='bfloat16'"):
             assert load(path).samples[torch.arange(60)].abs().max() > 10_000
 
 
-@pytest.mark.parametrize("high", [255, 4095, 16383, 65535])
-def test_integers_of_images_are_not_taken_for_bits(tmp_path, high):
-    np.save(
-        tmp_path / "a.npy", np.random.default_rng(0).integers(0, high, (60, 64), np.uint16, endpoint=True)
-    )
+# Of pixels of some depths; of a sensor that counts around an offset, and of masks.
+@pytest.mark.parametrize(
+    ("low", "high", "step"),
+    [(0, 255, 1), (0, 4095, 1), (0, 16383, 1), (0, 65535, 1), (14_000, 16_000, 1), (0, 1, 16_384)],
+)
+def test_other_integers_are_not_taken_for_bits(tmp_path, low, high, step):
+    counts = np.random.default_rng(0).integers(low, high, (60, 64), np.uint16, endpoint=True)
+    np.save(tmp_path / "a.npy", counts * np.uint16(step))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(tmp_path / "a.npy")
@@ -161,6 +164,14 @@ def test_values_of_bfloat16_that_are_not_finite_are_named(tmp_path, rows, little
     for path in (saved_as(tmp_path / "a.safetensors", x), saved_as(tmp_path / "a.npy", x)):
         with pytest.raises(DataError, match=r"a\.\w+'.*but row 33, column 2 holds -inf"):
             load(path)
+
+
+def test_shards_of_negative_views_are_refused(tmp_path, rows):
+    """Whose bytes are those of the numbers with the other sign."""
+    torch.save(torch._neg_view(torch.from_numpy(rows)), tmp_path / "a.pt")
+    assert torch.equal(load(tmp_path / "a.pt").samples, -torch.from_numpy(rows))
+    with pytest.raises(DataError, match=r"a\.pt'.*a view that is negated, save tensor\.resolve_neg\(\)"):
+        load(tmp_path)
 
 
 def test_keys_say_which_of_several_tensors(tmp_path, rows):

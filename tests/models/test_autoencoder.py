@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from aefast.errors import InputError
 from aefast.models import MODELS, Autoencoder, AutoencoderConfig
@@ -144,6 +146,20 @@ def test_samples_of_another_dtype_are_refused_at_the_door(kind, of_model, of_sam
     for call in (model, model.encode, model.eval(), model.evaluate):
         with pytest.raises(InputError, match=message):
             call(torch.ones(3, 12, dtype=of_samples))
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "vae", "infovae"])
+def test_samples_of_another_dtype_are_for_shards_of_mixed_precision(name):
+    """Which are cast to that of the samples when their modules are called."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = MODELS[name](input_size=12, latent=4)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        for one in (model.encoder, model.decoder, model):
+            fully_shard(one, mp_policy=policy)
+        model(torch.rand(3, 12)).loss.backward()
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join([kind[0], *kind[1].values()]))

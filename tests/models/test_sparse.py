@@ -506,6 +506,16 @@ def test_hooks_that_nobody_calls_are_told_of(caplog, monkeypatch):
         assert "hooks of the modules encoder and decoder are not called" in record.message
 
 
+@pytest.mark.parametrize("layer", ["encoder", "decoder"])
+def test_lengths_of_parametrized_weights_are_refused(layer):
+    model = of_other_lengths(make("l1", unit_norm=False))
+    torch.nn.utils.parametrizations.weight_norm(getattr(model, layer), "weight")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="got parametrized ones; remove the parametrizations first"):
+        model.fold_decoder_norms()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_shards_are_not_normalized_within_a_forward():
     """The forward has gathered copies, of which nothing would be kept."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aefast.errors import InputError
-from aefast.models import MODELS, VAE, Autoencoder
+from aefast.models import MODELS, VAE, Autoencoder, SparseAutoencoder
 from aefast.sampling import PriorSampler, codes_of, encode_batches, generate, reconstruct_batches
 
 SAMPLES = torch.rand(23, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -55,7 +55,18 @@ def test_models_of_another_dtype_get_their_own():
     model = Autoencoder(input_size=12, hidden=(9,), latent=5, dtype=torch.float64)
     codes = codes_of(model, SAMPLES)
     assert codes.dtype == torch.float64
+    torch.testing.assert_close(codes, model.eval().encode(SAMPLES.double().flatten(1)))
     assert generate(model, PriorSampler("box").fit(codes), 3, seed=0).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_thresholds_do_not_tell_what_samples_are(dtype):
+    """Those of jumprelu are in float32 at least, and the first of the model's parameters."""
+    model = SparseAutoencoder(input_size=12, latent=5, sparsity="jumprelu", dtype=dtype)
+    parts = list(encode_batches(model, SAMPLES, batch_size=10))
+    expected = model.eval().encode(SAMPLES.to(dtype))
+    torch.testing.assert_close(torch.cat(parts), expected.detach())
+    assert generate(model, PriorSampler("box").fit(torch.rand(9, 5)), 3, seed=0).dtype == dtype
 
 
 def test_bad_arguments_are_named():

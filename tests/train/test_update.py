@@ -191,6 +191,19 @@ def test_clips_and_averages_as_torch_does(instruction_set, name, dtype, clip_nor
     assert_clipped_and_averaged(optimizers, (expected, found), clip_norm, 0.75, rounding(dtype))
 
 
+@pytest.mark.usefixtures("cpu_library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_average_that_forgets_is_the_parameter(instruction_set, dtype):
+    """Whatever it was before; torch's lerp goes from the nearer end, too."""
+    one = nn.Parameter(torch.ones(40, dtype=dtype))
+    optimizer = fused([one])
+    one.grad = torch.ones_like(one)
+    optimizer.step()
+    average = torch.full_like(one, 1e20)
+    Update(optimizer, [average], 0.0).step()
+    assert torch.equal(average, one)
+
+
 def test_gradients_are_left_where_they_are_short_enough():
     some = parameters()
     optimizer = fused(some)
@@ -238,7 +251,7 @@ def gradients_with_gaps(some, step):
 @pytest.mark.parametrize("set_all", [shared_gradients, gradients_with_gaps])
 def test_clips_gradients_that_the_kernel_does_not_take(set_all, backend):
     all_parameters = [[nn.Parameter(plain()), nn.Parameter(plain())] for _ in range(2)]
-    optimizers = [fused(some) for some in all_parameters]
+    optimizers = [fused([{"params": [one]} for one in some]) for some in all_parameters]
     for some, optimizer in zip(all_parameters, optimizers, strict=True):
         set_all(some, 0)
         optimizer.step()
