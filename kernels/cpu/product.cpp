@@ -64,6 +64,12 @@ AEFAST_HD void tile(const T* a, int64_t a_row, int64_t a_col, const B* b, int64_
     }
 }
 
+// Asks for `count` elements to be brought into the cache.
+template <typename T>
+AEFAST_HD void prefetch(const T* from, int64_t count) {
+  for (int64_t at = 0; at < count; at += 64 / sizeof(T)) __builtin_prefetch(from + at);
+}
+
 // body(row, std::integral_constant<int, n>) for runs of n rows.
 template <typename Body>
 AEFAST_HD void for_tile_rows(int64_t rows, const Body& body) {
@@ -174,13 +180,16 @@ AEFAST_HD void dots(const T* a, int64_t a_row, const B* b, int64_t b_col, T* out
   sum_lanes<T>(sums);
   T found[kLanes];
   write(found, sums[0]);
-  for (int row = 0; row < kRows; ++row)
-    for (int col = 0; col < kCols; ++col) {
-      T sum = found[row * kCols + col];
-      for (int64_t rest = term; rest < inner; ++rest) sum += a[row * a_row + rest] * load(b[col * b_col + rest]);
-      T& element = out[row * out_row + col];
-      element = add ? element + sum : sum;
-    }
+  for (; term < inner; ++term)
+    for (int row = 0; row < kRows; ++row)
+      for (int col = 0; col < kCols; ++col)
+        found[row * kCols + col] += a[row * a_row + term] * load(b[col * b_col + term]);
+  using Row = Vector<T, kCols * sizeof(T)>;
+  for (int row = 0; row < kRows; ++row) {
+    T* const to = out + row * out_row;
+    const auto sum = read<Row>(found + row * kCols);
+    write(to, add ? read<Row>(to) + sum : sum);
+  }
 }
 
 // `rows` is a multiple of kRows. A few columns of b, which stay in the first-level cache, pass all rows of a.
@@ -189,9 +198,16 @@ AEFAST_HD void rows_of_dots(const T* a, int64_t a_row, const B* b, int64_t b_col
                             int64_t inner, int64_t cols, bool add) {
   constexpr int kCols = kVectorBytes / sizeof(T) / kRows;
   int64_t col = 0;
-  for (; col + kCols <= cols; col += kCols)
-    for (int64_t row = 0; row < rows; row += kRows)
+  for (; col + kCols <= cols; col += kCols) {
+    // Each pass but a single one asks for a part of the columns that follow.
+    const int64_t next = rows > kRows && col + 2 * kCols <= cols ? col + kCols : cols;
+    for (int64_t row = 0, term = 0; row < rows; row += kRows) {
+      const int64_t end = inner * (row + kRows) / rows;
+      for (int64_t one = next; one < cols && one < next + kCols; ++one) prefetch(b + one * b_col + term, end - term);
+      term = end;
       dots<kRows, kCols>(a + row * a_row, a_row, b + col * b_col, b_col, out + row * out_row + col, out_row, inner, add);
+    }
+  }
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t rest = col; rest < cols; ++rest) {
       T sum = T(0);
@@ -274,6 +290,8 @@ void many_rows(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_r
   // Of one size: a short last part would spend its time on reading out and writing it again.
   const int64_t parts = inner > limit ? (inner + limit - 1) / limit : 1;
   const int64_t most_terms = parts > 1 ? (inner + parts - 1) / parts : limit;
+  // Of out, so many columns ahead of those that are written.
+  constexpr int64_t kAheadOfWriting = 8 * kLanes;
   const int64_t most_rows = is_writing ? kTileRows : kBlockRows;
   for (int64_t first = 0; first < rows; first += most_rows) {
     const int64_t block = rows - first < most_rows ? rows - first : most_rows;
@@ -296,8 +314,20 @@ void many_rows(const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_r
           right = panel;
           right_row = kVectors * kLanes;
         }
+        // While tiles are multiplied, what the next columns are in is asked for: rows of b, or columns.
+        const int64_t next = col + width, next_width = cols - next < width ? cols - next : width;
+        const int64_t runs = next_width <= 0 || is_writing ? 0 : b_col == 1 ? terms : next_width;
+        int64_t asked = 0;
         for_tile_rows(block, [&](int64_t row, auto count) __attribute__((always_inline)) {
           constexpr int kRows = decltype(count)::value;
+          for (; asked * block < runs * (row + kRows); ++asked)
+            if (b_col == 1)
+              prefetch(b + (begin + asked) * b_row + next, next_width);
+            else
+              prefetch(b + (next + asked) * b_col + begin, terms);
+          const int64_t ahead = col + kAheadOfWriting;
+          if (is_writing && ahead + width <= cols)
+            for (int index = 0; index < kRows; ++index) prefetch(out + (first + row + index) * out_row + ahead, width);
           const T* rows_of_a = left + row * (pack_a ? terms : a_row);
           const int64_t row_stride = pack_a ? 1 : a_row, col_stride = pack_a ? kRows : a_col;
           T* to = out + (first + row) * out_row + col;
