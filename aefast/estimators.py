@@ -11,16 +11,16 @@ Needs scikit-learn, which comes with ``aefast[train]``.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from aefast._random import seeded
 from aefast.data import Batches
 from aefast.models import VAE, Autoencoder, Model
 from aefast.train import CapturedStep, TrainConfig, TrainingError, make_optimizer
@@ -65,7 +65,7 @@ class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         training = TrainConfig(seed=seed, **settings)
         device = training.resolve_device()
         samples = _tensor(X)
-        with _seeded(seed, device):
+        with seeded(seed, device):
             model = self._model_class(config, device=device, dtype=samples.dtype)
             self.loss_curve_ = self._train(model, samples.to(device), training)
         self.model_ = model.eval()
@@ -111,7 +111,7 @@ class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         samples = _tensor(self._checked(X))
         place = next(self.model_.parameters()).device
         total = 0.0
-        with torch.no_grad(), _seeded(self._noise_seed, place):
+        with torch.no_grad(), seeded(self._noise_seed, place):
             for batch in samples.split(_ROWS):
                 total += len(batch) * self._score(batch.to(place)).item()
         return total / len(samples)
@@ -123,7 +123,7 @@ class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     def score_samples(self, X: Any) -> np.ndarray:
         rows = self._checked(X)
         place = next(self.model_.parameters()).device
-        with _seeded(self._noise_seed, place):
+        with seeded(self._noise_seed, place):
             return self._mapped(rows, self._scores())
 
     def _scores(self) -> Callable[[Tensor], Tensor]:
@@ -302,7 +302,7 @@ class VAEEstimator(_DenseEstimator):
         check_is_fitted(self, "model_")
         place = next(self.model_.parameters()).device
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-        with torch.no_grad(), _seeded(seed, place):
+        with torch.no_grad(), seeded(seed, place):
             return self.model_.sample(_plain(n_samples)).cpu().numpy(), None
 
     def score_samples(self, X: Any) -> np.ndarray:
@@ -338,16 +338,3 @@ def _plain(value: Any) -> Any:
 def _tensor(rows: np.ndarray) -> Tensor:
     # torch shares memory, which it cannot promise to leave unwritten.
     return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's generators start from a seed within, and go on as if nothing had been drawn afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        # torch.manual_seed would also reach devices whose state is not put back.
-        torch.default_generator.manual_seed(seed)
-        for one in devices:
-            with torch.cuda.device(one):
-                torch.cuda.manual_seed(seed)
-        yield

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
+from aefast._random import seeded
 from aefast.data import Batches, Dataset, IterableBatches
 from aefast.errors import AefastError, InputError
 from aefast.models import Model, SparseAutoencoder
@@ -818,9 +819,7 @@ class Trainer:
     @contextlib.contextmanager
     def _validation_noise(self) -> Iterator[None]:
         """Stochastic models get the same noise whenever they are here, and training noise is not used up."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self._seed())
+        with seeded(self._seed(), self.device):
             yield
 
     def _check_finite(self, values: dict[str, float]) -> None:

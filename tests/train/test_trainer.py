@@ -750,6 +750,20 @@ def test_no_checkpoint_has_what_is_not_finite(make_trainer, tmp_path, monkeypatc
     assert trainer.store.paths()[-1].name == "step-0000000007.safetensors"
 
 
+def test_noise_of_validation_seeds_no_other_device(make_trainer, tmp_path, monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    trainer = make_trainer(tmp_path)
+    del seeded[:]
+    before, drawn = torch.get_rng_state(), []
+    for _ in range(2):
+        with trainer._validation_noise():
+            drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeded == []
+
+
 def test_processes_draw_noise_of_their_own(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path)
     seeds = set()
