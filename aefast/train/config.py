@@ -44,8 +44,8 @@ class TrainConfig:
         seed: decides the order of the samples and the noise of stochastic models.
         device: "cpu", "cuda", or "auto": CUDA where it is.
         log_every: steps between two lines of ``metrics.jsonl``; the end of an epoch always makes one.
-        checkpoint_seconds: longest time without a checkpoint, in seconds. The end of the first epoch, the end
-            of the run and an interruption make one too.
+        checkpoint_seconds: longest time without a checkpoint, in seconds, or ten times as long as the last one took to
+            write if that is longer. The end of the first epoch, the end of the run and an interruption make one too.
     """
 
     epochs: int = 10

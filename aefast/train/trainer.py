@@ -53,6 +53,9 @@ HELD_OUT = "val_"
 PLOTTED_SAMPLES = 20
 COMPARED_BATCHES = 16
 
+# From one checkpoint to the next it takes at least so many times as long as it took to write the one.
+SAVES_APART = 10
+
 
 class TrainingError(AefastError):
     """Training cannot go on."""
@@ -171,6 +174,8 @@ class Trainer:
         # Batches of the current epoch that are done. All of them done means that only validation is left.
         self.batch = 0
         self._last_checkpoint: float | None = None
+        # How long that one took.
+        self._save_seconds = 0.0
         self.metrics: MetricsLog | None = None
         # Whether the folder holds a run that this one takes the place of, once it has something to write.
         self._is_replacing = False
@@ -490,9 +495,16 @@ class Trainer:
         self._check_finite(window["sums"])
         self._check_weights()
         random, data = self._random_state(), self._of_processes(self.source.state())
+        start = time.monotonic()
+        if self.processes.is_first:
+            self._write(window, random, data)
         self._last_checkpoint = time.monotonic()
-        if not self.processes.is_first:
-            return
+        self._save_seconds = self._last_checkpoint - start
+
+    def _write(
+        self, window: dict[str, Any], random: dict[str, torch.Tensor], data: dict[str, torch.Tensor]
+    ) -> None:
+        """The files of `_save`, which only the first process writes."""
         self._begin_metrics()
         optimizer = {
             f"{index}/{name}": value.cpu()
@@ -649,7 +661,9 @@ class Trainer:
     def _goes_on(self, interrupt: Request, may_save: bool = False) -> bool:
         """Whether there is another step to take; all processes say the same. Saves, if it may and it is time."""
         last = self._started if self._last_checkpoint is None else self._last_checkpoint
-        is_due = may_save and time.monotonic() - last >= self.config.checkpoint_seconds
+        between = max(self.config.checkpoint_seconds, SAVES_APART * self._save_seconds)
+        # The others do not know how long the first one writes.
+        is_due = may_save and self.processes.is_first and time.monotonic() - last >= between
         if isinstance(interrupt, AgreedInterrupt):
             is_due, self._is_stopped = interrupt.agree(is_due, self._is_asked_to_stop)
         else:

@@ -9,6 +9,8 @@ import os
 import signal
 import stat
 import sys
+import time
+import types
 
 import numpy as np
 import pytest
@@ -564,7 +566,13 @@ def test_nothing_left_to_train(make_trainer, tmp_path, capsys):
     assert torch.equal(weights(tmp_path), before)
 
 
-def test_a_checkpoint_at_least_every_so_often(make_trainer, tmp_path, monkeypatch):
+@pytest.fixture
+def always_saved(monkeypatch):
+    """With `checkpoint_seconds` of next to nothing, there is a checkpoint after each step, however long one takes."""
+    monkeypatch.setattr("aefast.train.trainer.SAVES_APART", 0)
+
+
+def test_a_checkpoint_at_least_every_so_often(make_trainer, tmp_path, monkeypatch, always_saved):
     saved = []
     trainer = make_trainer(tmp_path, epochs=1, checkpoint_seconds=1e-9)
     original = trainer.store.save
@@ -577,6 +585,38 @@ def test_a_checkpoint_at_least_every_so_often(make_trainer, tmp_path, monkeypatc
         "step-0000000006.safetensors",
         "step-0000000007.safetensors",
     ]
+
+
+def test_checkpoints_that_take_long_are_further_apart(make_trainer, tmp_path, monkeypatch):
+    """A step takes a second, and a checkpoint five."""
+    now, saved = [0.0], []
+
+    def timed(function, seconds):
+        def call(*args):
+            now[0] += seconds
+            return function(*args)
+
+        return call
+
+    trainer = make_trainer(tmp_path, epochs=10, checkpoint_seconds=2)
+    save = timed(trainer.store.save, 5)
+    monkeypatch.setattr("aefast.train.trainer.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(CapturedStep, "__call__", timed(CapturedStep.__call__, 1))
+    monkeypatch.setattr(
+        trainer.store, "save", lambda checkpoint: saved.append(checkpoint.step) or save(checkpoint)
+    )
+    trainer.fit(compare=False)
+    assert saved == [2, 52, 70]
+
+
+def test_the_process_that_writes_decides_when(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, checkpoint_seconds=1e-9)
+    trainer._started = time.monotonic() - 1
+    saved = []
+    monkeypatch.setattr(trainer, "_save", lambda: saved.append(trainer.processes.rank))
+    for trainer.processes.rank in (1, 0):
+        assert trainer._goes_on(types.SimpleNamespace(signal=None), may_save=True)
+    assert saved == [0]
 
 
 @pytest.mark.parametrize(
@@ -729,7 +769,7 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(make_trainer, tmp_path, 
 
 
 @pytest.mark.parametrize("what", ["the loss term mse", "a weight"])
-def test_no_checkpoint_has_what_is_not_finite(make_trainer, tmp_path, monkeypatch, what):
+def test_no_checkpoint_has_what_is_not_finite(make_trainer, tmp_path, monkeypatch, always_saved, what):
     """At a step that is not logged and ends no epoch."""
     trainer = make_trainer(tmp_path, checkpoint_seconds=1e-9)
     original = CapturedStep.__call__
@@ -1005,7 +1045,7 @@ def test_lines_of_sparse_models_tell_what_is_dead(make_trainer, tmp_path):
             assert lines[-1]["dead"] == lines[-1]["val_dead"] == trainer.model.dead.float().mean().item()
 
 
-def test_as_many_checkpoints_stay_as_are_wanted(make_trainer, tmp_path):
+def test_as_many_checkpoints_stay_as_are_wanted(make_trainer, tmp_path, always_saved):
     trainer = make_trainer(tmp_path, keep_last=3, checkpoint_seconds=1e-9)
     trainer.fit(compare=False)
     assert [int(path.stem[5:]) for path in trainer.store.paths()] == [19, 20, 21]
