@@ -136,9 +136,10 @@ class CapturedStep:
     """Forward, loss, backward, clipping and update, none of which waits for the device.
 
     On CUDA, steps are recorded as one CUDA graph, `steps_per_replay` of them at a time, after a few that are taken one
-    by one; every replay draws fresh random numbers, counts its steps and takes its learning rates on the device.
-    Batches of another size than the first, and steps that are left over, are taken one by one. So are all in fp16,
-    whose loss scale decides whether there is an update, all of a model that says that it cannot be captured
+    by one; every replay draws fresh random numbers, counts its steps and takes its learning rates on the device. Steps
+    that are left over are replayed from a graph of one step, which works in the same memory and is recorded when it is
+    needed. Batches of another size or type than those recorded are taken one by one. So are all in fp16, whose loss
+    scale decides whether there is an update, all of a model that says that it cannot be captured
     (`Model.can_be_captured`), and all with a `schedule` for an optimizer that reads its learning rate on the host, such
     as SGD that is not fused.
 
@@ -228,7 +229,8 @@ class CapturedStep:
         self._decay = ema_decay
         of_parameters = () if self.ema is None else self.ema[: len(self._parameters)]
         self._update = Update(optimizer, of_parameters, ema_decay or 0.0)
-        self._recording: _Recording | None = None
+        # By how many steps they are of: `steps_per_replay`, and 1.
+        self._recordings: dict[int, _Recording] = {}
         is_replayed = (
             steps_per_replay > 0 and self.device.type == "cpu" and loss is None and self._scaler is None
         )
@@ -242,7 +244,7 @@ class CapturedStep:
 
     def _prepare(self, steps_per_replay: int) -> None:
         """What steps on CUDA need."""
-        self._warm: dict[tuple[torch.Size, ...], int] = {}
+        self._warm: dict[_Form, int] = {}
         groups = self.optimizer.param_groups
         for group in groups:
             if "capturable" in group:
@@ -273,14 +275,15 @@ class CapturedStep:
         terms: list[dict[str, torch.Tensor]] = []
         at = 0
         while at < len(batches):
-            group = batches[at : at + self._replayed]
-            if self._is_recorded(group):
-                terms.append(self._recording.replay(group))
-                at += len(group)
+            for group in (batches[at : at + self._replayed], batches[at : at + 1]):
+                recording = self._recording_of(group)
+                if recording is not None:
+                    terms.append(recording.replay(group))
+                    break
             else:
-                one = self._alone(batches[at])
+                one = self._alone(group[0])
                 terms.append({name: value.reshape(1) for name, value in one.items()})
-                at += 1
+            at += len(group)
         if len(terms) == 1:
             return terms[0]
         return {name: torch.cat([one[name] for one in terms]) for name in terms[0]}
@@ -347,9 +350,9 @@ class CapturedStep:
         if self.device.type != "cuda":
             return self._step(batch)
         if self._replayed:
-            sizes = tuple(one.shape for one in batch)
-            self._warm[sizes] = self._warm.get(sizes, 0) + 1
-            if self._warm[sizes] <= WARM_UP_STEPS:
+            form = _form_of(batch)
+            self._warm[form] = self._warm.get(form, 0) + 1
+            if self._warm[form] <= WARM_UP_STEPS:
                 # Aligned as the graph's own will be, so that the kernels for it are loaded by then.
                 batch = tuple(one.clone() for one in batch)
         # Where it will be recorded, so that autograd keeps to that stream.
@@ -432,20 +435,48 @@ class CapturedStep:
 
     # Steps of a graph
 
-    def _is_recorded(self, group: Sequence[tuple[torch.Tensor, ...]]) -> bool:
-        """Whether a replay can take the group; a first one of batches that are warm is recorded."""
-        if self._replayed == 0 or len(group) < self._replayed or not CapturedStep._replays:
-            return False
-        sizes = {tuple(one.shape for one in batch) for batch in group}
-        if len(sizes) != 1:
-            return False
-        (size,) = sizes
-        if self._recording is not None and not self._recording.is_current():
-            self._recording = None
+    def _recording_of(self, group: Sequence[tuple[torch.Tensor, ...]]) -> _Recording | None:
+        """What replays the group, which is recorded once its batches are warm; None if they are taken one by one."""
+        if self._replayed == 0 or len(group) not in (1, self._replayed) or not CapturedStep._replays:
+            return None
+        form, *others = {_form_of(batch) for batch in group}
+        if others:
+            return None
+        other = next(iter(self._recordings.values()), None)
+        if other is not None and not other.is_current():
+            self._recordings.clear()
             self._warm.clear()
-        if self._recording is None and self._warm.get(size, 0) >= WARM_UP_STEPS:
-            self._recording = _Recording(self._step, self.optimizer, group, self._stream)
-        return self._recording is not None and self._recording.sizes == size
+            other = None
+        is_warm = self._warm.get(form, 0) >= WARM_UP_STEPS
+        if other is not None and other.form != form:
+            # Batches that come one by one make room for those that come in whole groups.
+            if not is_warm or len(group) == 1 or self._replayed in self._recordings:
+                return None
+            self._recordings.clear()
+            other = None
+        if len(group) not in self._recordings and is_warm:
+            self._recordings[len(group)] = _Recording(self._step, self.optimizer, group, self._stream, other)
+        return self._recordings.get(len(group))
+
+
+# The shapes and dtypes of a batch's tensors.
+_Form = tuple[tuple[torch.Size, torch.dtype], ...]
+
+
+def _form_of(batch: tuple[torch.Tensor, ...]) -> _Form:
+    return tuple((one.shape, one.dtype) for one in batch)
+
+
+def _options(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+    return (value for group in optimizer.param_groups for name, value in group.items() if name != "params")
+
+
+def _state(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, Any]]:
+    """Each parameter with each value that the optimizer keeps of it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for value in optimizer.state.get(parameter, {}).values():
+                yield parameter, value
 
 
 def _reads_rate_on_device(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
@@ -472,6 +503,9 @@ class _Recording:
         optimizer: its gradients are freed first, so that the graph has its own.
         group: batches of the sizes to come.
         stream: where steps were taken before.
+        other: a recording of another number of the same steps, in whose memory this one works too. Only one of them is
+            replayed at a time, and a replay writes there whatever it reads; what is read after it, the terms and
+            gradients, each of them has for itself.
 
     Raises:
         InputError: something in a step cannot be recorded.
@@ -483,15 +517,17 @@ class _Recording:
         optimizer: torch.optim.Optimizer,
         group: Sequence[tuple[torch.Tensor, ...]],
         stream: torch.cuda.Stream,
+        other: _Recording | None,
     ) -> None:
-        self.sizes = tuple(one.shape for one in group[0])
+        self.form = _form_of(group[0])
         self._inputs = [tuple(torch.empty_like(one) for one in batch) for batch in group]
         self._graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         optimizer.zero_grad(set_to_none=True)
         try:
+            pool = None if other is None else other._graph.pool()
             # Recording takes no step. Other threads, such as one that fetches batches, may allocate meanwhile.
-            with recording(self._graph, stream, "thread_local"):
+            with recording(self._graph, stream, "thread_local", pool):
                 terms = [step(batch) for batch in self._inputs]
                 self._terms = {name: torch.stack([one[name] for one in terms]) for name in terms[0]}
         except RuntimeError as error:
@@ -505,16 +541,15 @@ class _Recording:
                 "steps_per_replay=0 steps are taken one by one"
             ) from error
         self._optimizer = optimizer
+        self._gradients = [(one, one.grad) for group in optimizer.param_groups for one in group["params"]]
         self._recorded = self._values()
 
     def _values(self) -> list[Any]:
         """What the graph has as it was: numbers, and the memory of parameters and of the optimizer's state."""
-        values: list[Any] = []
+        values = [*_options(self._optimizer), *(value for _, value in _state(self._optimizer))]
         for group in self._optimizer.param_groups:
-            values += [value for name, value in group.items() if name != "params"]
             for parameter in group["params"]:
                 values += [parameter.requires_grad, parameter.data_ptr()]
-                values += self._optimizer.state.get(parameter, {}).values()
         return values
 
     def is_current(self) -> bool:
@@ -530,6 +565,8 @@ class _Recording:
             for to, one in zip(kept, batch, strict=True):
                 to.copy_(one, non_blocking=True)
         self._graph.replay()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
         # The next replay writes there.
         return {name: values.clone() for name, values in self._terms.items()}
 

@@ -16,6 +16,10 @@ class Graph:
     def __init__(self):
         self.calls = []
         self.replays = 0
+        self.memory = None
+
+    def pool(self):
+        return self.memory
 
     def replay(self):
         self.replays += 1
@@ -50,7 +54,8 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _recording(graph, stream, error_mode):
+def _recording(graph, stream, error_mode, pool):
+    graph.memory = object() if pool is None else pool
     recorder = _Recorder(graph)
     try:
         with recorder:

@@ -113,7 +113,7 @@ def test_parts_of_a_batch_are_one_step_of_the_warm_up(as_on_cuda, cls, options, 
     if is_replayed:
         step = as_on_cuda(step, 2)
     found = step.many(batches(1) * 12)["kl"]
-    assert not is_replayed or step._recording._graph.replays > 0
+    assert not is_replayed or step._recordings[2]._graph.replays > 0
     torch.testing.assert_close(found, found[-1] * (torch.arange(12) / 8).clamp(max=1.0))
     assert model.training_steps == 12
 
@@ -635,7 +635,7 @@ def test_emulated_replays_heed_what_is_changed(as_on_cuda, change):
     alone = CapturedStep(expected, make_optimizer(expected.parameters(), 1e-2))
     step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2))
     found = _changed_run(as_on_cuda(step, 1), change, data)
-    assert step._recording._graph.replays > 3
+    assert step._recordings[1]._graph.replays > 3
     assert torch.equal(found, _changed_run(as_on_cuda(alone, 0), change, data))
 
 
@@ -649,11 +649,67 @@ def test_emulated_replays_are_the_steps(as_on_cuda):
     losses = as_on_cuda(alone, 0).many(data)["mse"]
     step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), **options)
     assert torch.equal(as_on_cuda(step, 4).many(data)["mse"], losses)
-    assert step._recording._graph.replays == 6
+    assert {count: one._graph.replays for count, one in step._recordings.items()} == {4: 6, 1: 2}
     assert step.count == len(data)
     assert torch.equal(parameters(model), parameters(expected))
     for one, other in zip(step.ema, alone.ema, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("lengths", [(8, 2, 8, 1, 8), (3, 2, 2, 1)])
+def test_emulated_steps_that_are_left_over_are_replayed(as_on_cuda, lengths):
+    """In the memory of the whole groups if there are any, with gradients that each leaves to those who look."""
+    options = {"clip_norm": 0.1, "ema_decay": 0.9, "schedule": Schedule("cosine", 4, 40)}
+    model = make_model()
+    expected = copy.deepcopy(model)
+    alone = CapturedStep(expected, make_optimizer(expected.parameters(), 1e-2), **options)
+    as_on_cuda(alone, 0)
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), **options)
+    as_on_cuda(step, 4)
+    data = batches(sum(lengths))
+    taken_alone = []
+    one_by_one = step._alone
+    step._alone = lambda batch: taken_alone.append(batch) or one_by_one(batch)
+    for length in lengths:
+        group, data = data[:length], data[length:]
+        assert torch.equal(step.many(group)["mse"], alone.many(group)["mse"])
+        for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(one.grad, other.grad)
+    assert torch.equal(parameters(model), parameters(expected))
+    assert len(taken_alone) == 3
+    assert len({id(one._graph.memory) for one in step._recordings.values()}) == 1
+    assert set(step._recordings) == ({1, 4} if max(lengths) > 4 else {1})
+
+
+def test_emulated_batches_that_come_in_groups_are_recorded_before_others(as_on_cuda):
+    step = CapturedStep(model := make_model(), make_optimizer(model.parameters(), 1e-2))
+    as_on_cuda(step, 2)
+    for batch in batches(5, size=5):
+        step(batch)
+    assert step._recordings[1].form[0][0] == (5, 16)
+    step.many(batches(8))
+    assert {one.form[0][0] for one in step._recordings.values()} == {(12, 16)}
+    before = dict(step._recordings)
+    step.many(batches(8, size=5))
+    assert step._recordings == before
+
+
+def test_emulated_batches_of_another_type_are_taken_one_by_one(as_on_cuda):
+    seen = []
+
+    def loss(model, x, y):
+        seen.append(y.dtype)
+        return (model(x) - y).square().mean()
+
+    model = nn.Linear(16, 16)
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), loss=loss)
+    as_on_cuda(step, 1)
+    for batch in batches(6):
+        step(batch, batch)
+    del seen[:]
+    step(batch, batch)
+    step(batch, batch.half())
+    assert seen == [torch.float16]
 
 
 def test_emulated_steps_without_replays(as_on_cuda):
@@ -661,12 +717,12 @@ def test_emulated_steps_without_replays(as_on_cuda):
     step = as_on_cuda(CapturedStep(model, make_optimizer(model.parameters(), 1e-2)), 1)
     for batch in batches(8):
         step(batch)
-    replays = step._recording._graph.replays
+    replays = step._recordings[1]._graph.replays
     with without_replays():
         step(*batches(1))
-    assert step._recording._graph.replays == replays > 0
+    assert step._recordings[1]._graph.replays == replays > 0
     step(*batches(1))
-    assert step._recording._graph.replays == replays + 1
+    assert step._recordings[1]._graph.replays == replays + 1
 
 
 def test_rates_that_are_read_on_the_host_are_not_recorded(as_on_cuda):
@@ -687,7 +743,7 @@ def test_rates_that_are_read_on_the_host_are_not_recorded(as_on_cuda):
 
 def test_a_step_that_cannot_be_recorded_says_so(as_on_cuda, monkeypatch):
     @contextlib.contextmanager
-    def refuse(graph, stream, error_mode):
+    def refuse(graph, stream, error_mode, pool):
         yield
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
@@ -726,7 +782,7 @@ def test_replays_are_the_steps(precision):
     losses = [alone(batch)["mse"].item() for batch in data]
     step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), steps_per_replay=4, **options)
     ours = step.many(data)["mse"]
-    assert step._recording is not None
+    assert step._recordings
     assert step.count == len(data)
     torch.testing.assert_close(ours, torch.tensor(losses, device="cuda"), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(parameters(model), parameters(expected), rtol=1e-3, atol=1e-5)
@@ -743,7 +799,7 @@ def test_replays_heed_what_is_changed(change):
     alone = CapturedStep(expected, make_optimizer(expected.parameters(), 1e-2), steps_per_replay=0)
     step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2))
     found = _changed_run(step, change, data)
-    assert step._recording is not None
+    assert step._recordings
     torch.testing.assert_close(found, _changed_run(alone, change, data), rtol=1e-3, atol=1e-5)
 
 
@@ -782,11 +838,34 @@ def test_a_rate_that_was_loaded_to_the_host_is_put_on_the_device():
         group["lr"] = group["lr"].cpu()
     step.optimizer.load_state_dict(state)
     step.many(data)
-    assert step._recording is not None and step.optimizer.param_groups[0]["lr"].is_cuda
+    assert step._recordings and step.optimizer.param_groups[0]["lr"].is_cuda
     other = make_model().cuda()
     step = CapturedStep(other, torch.optim.SGD(other.parameters(), lr=0.1), schedule=schedule)
     step.many(data)
-    assert step._recording is None
+    assert not step._recordings
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_steps_that_are_left_over_are_replayed():
+    """In turns with whole groups, whose memory they work in."""
+    options = {"clip_norm": 0.1, "ema_decay": 0.9, "schedule": Schedule("cosine", 4, 40)}
+    model = make_model().cuda()
+    expected = copy.deepcopy(model)
+    alone = CapturedStep(expected, make_optimizer(expected.parameters(), 1e-2), steps_per_replay=0, **options)
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2), steps_per_replay=4, **options)
+    data = [batch.cuda() for batch in batches(28)]
+    found, losses = [], []
+    for length in (8, 2, 8, 1, 8, 1):
+        group, data = data[:length], data[length:]
+        found.append(step.many(group)["mse"])
+        losses.append(alone.many(group)["mse"])
+        for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+    assert set(step._recordings) == {1, 4}
+    assert len({one._graph.pool() for one in step._recordings.values()}) == 1
+    torch.testing.assert_close(torch.cat(found), torch.cat(losses), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(parameters(model), parameters(expected), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -796,7 +875,7 @@ def test_every_replay_draws_fresh_noise():
     step = CapturedStep(model, torch.optim.SGD(model.parameters(), lr=0.0), steps_per_replay=2)
     (batch,) = batches(1, size=64)
     terms = step.many([batch.cuda()] * 16)
-    assert step._recording is not None
+    assert set(step._recordings) == {1, 2}
     name = next(name for name in terms if name != "kl")
     assert len(set(terms[name].tolist())) == 16
 
