@@ -347,14 +347,13 @@ class CapturedStep:
                 group["lr"] = place
 
     def _alone(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or not self._replayed:
             return self._step(batch)
-        if self._replayed:
-            form = _form_of(batch)
-            self._warm[form] = self._warm.get(form, 0) + 1
-            if self._warm[form] <= WARM_UP_STEPS:
-                # Aligned as the graph's own will be, so that the kernels for it are loaded by then.
-                batch = tuple(one.clone() for one in batch)
+        form = _form_of(batch)
+        self._warm[form] = self._warm.get(form, 0) + 1
+        if self._warm[form] <= WARM_UP_STEPS:
+            # Aligned as the graph's own will be, so that the kernels for it are loaded by then.
+            batch = tuple(one.clone() for one in batch)
         # Where it will be recorded, so that autograd keeps to that stream.
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)

@@ -712,6 +712,21 @@ def test_emulated_batches_of_another_type_are_taken_one_by_one(as_on_cuda):
     assert seen == [torch.float16]
 
 
+def test_emulated_steps_that_are_not_recorded_keep_to_the_stream(as_on_cuda, monkeypatch):
+    """Gradients of one stream are synchronised with nodes of another."""
+    for steps_per_replay in (0, 1):
+        model, entered = make_model(), []
+        step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2))
+        as_on_cuda(step, steps_per_replay)
+        monkeypatch.setattr(
+            torch.cuda,
+            "stream",
+            lambda stream, entered=entered: entered.append(stream) or contextlib.nullcontext(),
+        )
+        step(*batches(1))
+        assert entered == [step._stream] * steps_per_replay
+
+
 def test_emulated_steps_without_replays(as_on_cuda):
     model = make_model()
     step = as_on_cuda(CapturedStep(model, make_optimizer(model.parameters(), 1e-2)), 1)
