@@ -532,7 +532,8 @@ class _Recording:
         except RuntimeError as error:
             # Gradients that the failed graph has made are no one's.
             optimizer.zero_grad(set_to_none=True)
-            if isinstance(error, torch.OutOfMemoryError):
+            # Ops of aefast say in these words what torch has an error of its own for.
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
                 raise
             reason = str(error).strip().splitlines()[0]
             raise InputError(

@@ -774,6 +774,21 @@ def test_a_step_that_cannot_be_recorded_says_so(as_on_cuda, monkeypatch):
     assert all(one.grad is None for one in model.parameters())
 
 
+def test_a_recording_for_which_there_is_no_memory_says_so(as_on_cuda, monkeypatch):
+    """In an op of aefast, whose error is not torch's."""
+
+    @contextlib.contextmanager
+    def refuse(graph, stream, error_mode, pool):
+        yield
+        raise RuntimeError("CUDA out of memory. Tried to allocate a tensor of shape (3, 4)")
+
+    monkeypatch.setattr("aefast.train.step.recording", refuse)
+    model = make_model()
+    step = as_on_cuda(CapturedStep(model, make_optimizer(model.parameters(), 1e-2)), 1)
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory\. Tried to allocate"):
+        step.many(batches(4))
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
