@@ -140,8 +140,8 @@ class CapturedStep:
     that are left over are replayed from a graph of one step, which works in the same memory and is recorded when it is
     needed. Batches of another size or type than those recorded are taken one by one. So are all in fp16, whose loss
     scale decides whether there is an update, all of a model that says that it cannot be captured
-    (`Model.can_be_captured`), and all with a `schedule` for an optimizer that reads its learning rate on the host, such
-    as SGD that is not fused.
+    (`Model.can_be_captured`), all with a `schedule` for an optimizer that reads its learning rate on the host, such
+    as SGD that is not fused, and all of an optimizer that counts its steps on the host, such as Adagrad.
 
     Works for any module, optimizer and loss that can be captured: shapes must not depend on the data, nothing may wait
     for the device, and an optimizer that has the option `capturable` gets it. Learning rates that are set in between,
@@ -354,12 +354,18 @@ class CapturedStep:
         if self._warm[form] <= WARM_UP_STEPS:
             # Aligned as the graph's own will be, so that the kernels for it are loaded by then.
             batch = tuple(one.clone() for one in batch)
+        # The optimizer has all its state by then.
+        is_last = self._warm[form] == WARM_UP_STEPS
+        before = _numbers(self.optimizer) if is_last else []
         # Where it will be recorded, so that autograd keeps to that stream.
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             terms = self._step(batch)
         current.wait_stream(self._stream)
+        if is_last and (_numbers(self.optimizer) != before or not _is_on_device(self.optimizer)):
+            # What a step changes on the host, a graph would have as it was.
+            self._replayed = 0
         return terms
 
     def _step(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
@@ -476,6 +482,21 @@ def _state(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, Any
         for parameter in group["params"]:
             for value in optimizer.state.get(parameter, {}).values():
                 yield parameter, value
+
+
+def _numbers(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The optimizer's options and state, but for tensors."""
+    values = [*_options(optimizer), *(value for _, value in _state(optimizer))]
+    return [one for one in values if not isinstance(one, torch.Tensor)]
+
+
+def _is_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the tensors of the optimizer's state are where the parameters are."""
+    return all(
+        value.device == parameter.device
+        for parameter, value in _state(optimizer)
+        if isinstance(value, torch.Tensor)
+    )
 
 
 def _reads_rate_on_device(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from aefast.errors import InputError
 from aefast.models import MODELS, VAE, Autoencoder, InfoVAE, SparseAutoencoder
 from aefast.models.sparse import SPARSITIES
 from aefast.train import CapturedStep, Schedule, make_optimizer
-from aefast.train.step import without_replays
+from aefast.train.step import _is_on_device, without_replays
 from aefast.train.update import Update
 from support import graphs
 from support.training import SPARSE
@@ -727,6 +727,65 @@ def test_emulated_steps_that_are_not_recorded_keep_to_the_stream(as_on_cuda, mon
         assert entered == [step._stream] * steps_per_replay
 
 
+class Slower(torch.optim.SGD):
+    """Its rate falls with the steps that it has counted on the host, among its options or in its state."""
+
+    def __init__(self, parameters, lr, is_option):
+        super().__init__(parameters, lr=lr)
+        self.is_option = is_option
+
+    def step(self):
+        for group in self.param_groups:
+            for one in group["params"]:
+                kept = group if self.is_option else self.state[one]
+                kept["taken"] = kept.get("taken", 0) + 1
+                one.data.sub_(one.grad * (group["lr"] / kept["taken"]))
+
+
+@pytest.mark.parametrize("is_option", [True, False])
+def test_emulated_steps_that_are_counted_on_the_host_are_not_recorded(as_on_cuda, is_option):
+    data, found = batches(8), []
+    for steps_per_replay in (0, 2):
+        model = make_model()
+        step = CapturedStep(model, Slower(model.parameters(), 0.1, is_option))
+        as_on_cuda(step, steps_per_replay).many(data)
+        assert not step._recordings
+        found.append(parameters(model))
+    assert torch.equal(*found)
+
+
+def test_emulated_rates_that_are_set_between_steps_do_not_count_as_the_optimizers(as_on_cuda):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = as_on_cuda(CapturedStep(model, optimizer), 1)
+    schedule = _by_torch_schedule(model, optimizer)
+    for number, batch in enumerate(batches(3)):
+        step(batch)
+        schedule(number)
+    step(*batches(1))
+    assert step._recordings[1]._graph.replays == 1
+
+
+def test_emulated_steps_with_state_on_the_host_are_not_recorded(as_on_cuda, monkeypatch):
+    monkeypatch.setattr("aefast.train.step._is_on_device", lambda optimizer: False)
+    model = make_model()
+    step = as_on_cuda(CapturedStep(model, make_optimizer(model.parameters(), 1e-2)), 1)
+    step.many(batches(6))
+    assert not step._recordings
+
+
+def test_state_on_the_host_is_found():
+    for make, is_there in (
+        (lambda weights: torch.optim.Adagrad(weights, lr_decay=0.1), False),
+        (lambda weights: torch.optim.SGD(weights, momentum=0.9), True),
+    ):
+        weight = nn.Parameter(torch.ones(3, device="meta"))
+        optimizer = make([weight])
+        weight.grad = torch.ones_like(weight)
+        optimizer.state[weight].setdefault("momentum_buffer", torch.ones_like(weight))
+        assert _is_on_device(optimizer) == is_there
+
+
 def test_emulated_steps_without_replays(as_on_cuda):
     model = make_model()
     step = as_on_cuda(CapturedStep(model, make_optimizer(model.parameters(), 1e-2)), 1)
@@ -896,6 +955,20 @@ def test_steps_that_are_left_over_are_replayed():
     assert len({one._graph.pool() for one in step._recordings.values()}) == 1
     torch.testing.assert_close(torch.cat(found), torch.cat(losses), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(parameters(model), parameters(expected), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_rates_that_fall_with_steps_counted_on_the_host_fall():
+    data, found = [batch.cuda() for batch in batches(10)], []
+    for steps_per_replay in (0, 2):
+        model = make_model().cuda()
+        optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1, lr_decay=0.5)
+        step = CapturedStep(model, optimizer, steps_per_replay=steps_per_replay)
+        step.many(data)
+        assert not step._recordings
+        found.append(parameters(model))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.gpu
