@@ -48,7 +48,7 @@ class Quality:
             )
             lines.append(
                 f"novelty:   {self.novelty.closer:.1%} closer to training data than held-out ones (real data: 50%), "
-                f"{self.novelty.copies:.1%} near copies (real data: 1%): {verdict}"
+                f"{self.novelty.copies:.1%} near copies (real data: at most 1%): {verdict}"
             )
         return "\n".join(lines)
 

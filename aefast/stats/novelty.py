@@ -11,6 +11,9 @@ from aefast.errors import InputError
 from aefast.functional import nearest
 from aefast.ops import _pairwise
 
+# Numbers of which the bits are summed at once.
+_PART = 1 << 20
+
 
 @dataclass(frozen=True, eq=False)
 class Novelty:
@@ -20,9 +23,8 @@ class Novelty:
     ``held_out`` (M,) those of the held-out data. ``closer`` is the probability that a sample lies closer to the
     training data than a held-out point, ties counting half: 1/2 if samples are as new as real data, near 1 if they are
     copies of training points or lie amid all data, as blurred ones do, and near 0 if they are far from all data.
-    ``copies`` is the share of samples that lie closer to training than to held-out data, by the ratio of the two
-    distances, than all but one in a hundred of the held-out points, for which it is that to the others: 0.01 for real
-    data, and near 1 for copies of training points alone.
+    ``copies`` is the share of samples with a training point that stands out: at most about 0.01 for real data and for
+    whatever else no training point has a part in, and near 1 for copies of training points.
     """
 
     distances: Tensor = field(repr=False)
@@ -39,8 +41,13 @@ def novelty(samples: Tensor, training: Tensor, held_out: Tensor) -> Novelty:
     A generator that has learnt its training data by heart makes samples that are too close to them; held-out data of
     the same kind tell how close is too close (Meehan, Chaudhuri, Dasgupta, A Non-Parametric Test to Detect Data-Copying
     in Generative Models, AISTATS 2020; ``closer`` is their statistic with one cell, as a probability). What is close to
-    all data alike copies none of it, so that ``copies`` looks at the distance to held-out data too: to one half of
-    them, as each half's own is to the other. No matrix of distances is made.
+    all data alike copies none of it, so that ``copies`` counts what passes two comparisons. One is of the distance to
+    training data by that to one half of the held-out data: smaller than for all but one in a hundred held-out points,
+    for which it is that to the other half. The second is of the distance to the nearest training point by that to the
+    nearest in the half of the training data without it: smaller than for all but one in a hundred held-out points, and
+    than for as many of the samples with held-out in the place of training data, since samples without the noise of
+    data lie otherwise among them, but among training points as among held-out ones. Equal points share a half. Samples
+    that are nearly one point tell as much as one. No matrix of distances is made.
 
     Args:
         samples: (N, D), generated points: float32, bfloat16, float16 or float64, any strides, on any device.
@@ -73,17 +80,41 @@ def novelty(samples: Tensor, training: Tensor, held_out: Tensor) -> Novelty:
     # Held-out points that are farther away, and those that are as far.
     below, up_to = (torch.searchsorted(ordered, distances, right=right) for right in (False, True))
     farther = len(ordered) - 0.5 * (below + up_to).double()
-    limit = torch.quantile(torch.cat(of_halves), 0.01)
+    is_closer = ratios < torch.quantile(torch.cat(of_halves), 0.01)
+    usual = [_prominences(samples, held_out), _prominences(held_out, training)]
+    limit = min(torch.quantile(one, 0.01) for one in usual)
+    stands_out = _prominences(samples, training) < limit
     return Novelty(
         distances,
         index,
         of_held_out,
         closer=(farther / len(ordered)).mean().item(),
-        copies=(ratios < limit).double().mean().item(),
+        copies=(is_closer & stands_out).double().mean().item(),
     )
 
 
-def _ratios(to_training: Tensor, to_held_out: Tensor) -> Tensor:
+def _ratios(a: Tensor, b: Tensor) -> Tensor:
     """Of distances, in float64; 1 where both are 0."""
-    both = to_training.double(), to_held_out.double()
-    return torch.where((both[0] == 0) & (both[1] == 0), 1.0, both[0] / both[1])
+    a, b = a.double(), b.double()
+    return torch.where((a == 0) & (b == 0), 1.0, a / b)
+
+
+def _prominences(points: Tensor, data: Tensor) -> Tensor:
+    """Of each point, the distance to the nearest of `data` by that to the nearest in the half without it."""
+    is_first = _is_in_first_half(data)
+    one, other = (
+        nearest(points, half)[0] if len(half) else points.new_full((len(points),), float("inf"))
+        for half in (data[is_first], data[~is_first])
+    )
+    return _ratios(torch.minimum(one, other), torch.maximum(one, other))
+
+
+def _is_in_first_half(data: Tensor) -> Tensor:
+    """Halves by chance, in which equal rows are together: by the sign of a sum of their bits with random weights."""
+    of_bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()]
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**63), 2**63 - 1, data.shape[1:], generator=generator).to(data.device)
+    # Wraps around, and is the same for equal rows wherever they are, which a product of floats need not be.
+    parts = data.split(max(1, _PART // max(1, data.shape[1])))
+    # -0 is 0.
+    return torch.cat([((part + 0.0).contiguous().view(of_bits) * weights).sum(1) < 0 for part in parts])
