@@ -215,7 +215,10 @@ def _checked_name(name: str, origin: str) -> str:
 
 # A wrong name in the environment is an error of the first call, not of the import.
 _default = os.environ.get("AEFAST_BACKEND") or "auto"
-_requested: ContextVar[str] = ContextVar("aefast_backend", default=_default)
+_requested: ContextVar[str] = ContextVar("aefast_backend")
+
+# Bound here because looking it up takes longer than calling it. -1 says that no backward is under way.
+_graph_task = torch._C._current_graph_task_id
 
 
 @contextlib.contextmanager
@@ -224,7 +227,9 @@ def backend(name: str) -> Iterator[None]:
 
     A backend that cannot serve a call raises `BackendError`; "auto" takes the first that can. A graph that
     torch.compile makes keeps the backends it was compiled with. Activation checkpointing recomputes under the
-    request of the moment: keep the backward within the context too.
+    request of the moment: let the function that is checkpointed enter the context, or keep the backward within it
+    too. On CUDA, where backwards run in threads of autograd's, the latter does if torch hands these the context of the
+    thread that has started the backward, as 2.13 does and 2.11 does not.
     """
     token = _requested.set(_checked_name(name, "backend"))
     try:
@@ -233,8 +238,13 @@ def backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-# requested() is the backend that the calls of this thread ask for, "auto" unless someone said otherwise.
-requested = _requested.get
+def requested() -> str:
+    """The backend that a call asks for where it is made, "auto" unless someone said otherwise."""
+    name = _requested.get(None)
+    if name is None and _graph_task() != -1 and torch._C._is_key_in_tls("context"):
+        # In a thread of autograd's the context is empty, and that of the thread that started the backward is here.
+        name = torch._C._get_obj_in_tls("context").get(_requested)
+    return name or _default
 
 
 def refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -271,7 +281,7 @@ def _resolve(
 
 
 def _choose(op: str, device_type: str, dtype: torch.dtype, unfit: tuple[str, str] | None) -> str:
-    return _resolve(_requested.get(), op, device_type, dtype, unfit)
+    return _resolve(requested(), op, device_type, dtype, unfit)
 
 
 # What torch.compiler.assume_constant_result does; calling that would import the compiler, over a second.
@@ -300,7 +310,7 @@ def choose(
     """
     if torch.compiler.is_compiling():
         return _choose(op, tensor.device.type, tensor.dtype, unfit)
-    request = _requested.get()
+    request = requested()
     name = _resolve(request, op, tensor.device.type, tensor.dtype, unfit)
     if name == "eager":
         return name
@@ -379,7 +389,7 @@ def unexamined(op: str, tensor: torch.Tensor) -> tuple[str, Any] | None:
         return None
     if torch.is_autocast_enabled(device_type):
         return None
-    chosen = _launchers(_requested.get(), op, device_type, tensor.dtype)
+    chosen = _launchers(requested(), op, device_type, tensor.dtype)
     if chosen is not None and device_type == "cpu":
         _follow_matmul_precision()
     return chosen

@@ -1,12 +1,14 @@
 """Which backend serves a call: by name, by the environment, and by itself."""
 
 import asyncio
+import inspect
 import logging
 import sys
 import threading
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import aefast
 import aefast.functional as AF
@@ -159,6 +161,79 @@ def test_tasks_do_not_see_each_others_backend():
         return await asyncio.gather(ask("cpu"), ask("eager"))
 
     assert asyncio.run(both()) == ["cpu", "eager"]
+
+
+hands_contexts_on = pytest.mark.skipif(
+    '_stash_obj_in_tls("context"' not in inspect.getsource(torch.autograd.graph),
+    reason="this torch does not hand the context of a backward to autograd's threads",
+)
+
+
+class Nested(torch.autograd.Function):
+    """In the backward another one, `depth` deep, and at the bottom `call()`."""
+
+    @staticmethod
+    def forward(ctx, x, depth, call):
+        ctx.depth, ctx.call = depth, call
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.depth == 0:
+            ctx.call()
+        else:
+            with torch.enable_grad():
+                nested_backward(ctx.depth - 1, ctx.call)
+        return grad, None, None
+
+
+def nested_backward(depth, call):
+    Nested.apply(torch.ones(1, requires_grad=True), depth, call).sum().backward()
+
+
+@hands_contexts_on
+def test_threads_of_autograd_ask_for_the_backend_of_who_started_the_backward():
+    """On the CPU a backward gets a thread of its own where it is the 61st within others."""
+    outside, seen = _registry.requested(), []
+
+    def ask():
+        before = _registry.requested()
+        with aefast.backend("cpu"):
+            within = _registry.requested()
+        seen.append((threading.get_ident(), before, within, _registry.requested()))
+
+    with aefast.backend("eager"):
+        nested_backward(61, ask)
+    nested_backward(61, ask)
+    own, of_thread = threading.get_ident(), [one[1:] for one in seen]
+    assert all(one[0] != own for one in seen)
+    assert of_thread == [("eager", "cpu", "eager"), (outside, "cpu", outside)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "is_within",
+    [pytest.param(False, marks=hands_contexts_on, id="around"), pytest.param(True, id="within")],
+)
+def test_checkpoints_on_cuda_recompute_on_the_backend_of_their_context(is_within):
+    """The reference keeps other tensors than kernels do, which the checkpoint would tell."""
+    x = torch.rand(64, 32, device="cuda", requires_grad=True)
+    weight = torch.rand(16, 32, device="cuda", requires_grad=True)
+
+    def function(x):
+        return AF.linear_act(x, weight, None, "silu").square().sum()
+
+    def within(x):
+        with aefast.backend("eager"):
+            return function(x)
+
+    with aefast.backend("auto" if is_within else "eager"):
+        checkpoint(within if is_within else function, x, use_reentrant=False).backward()
+    found = x.grad, weight.grad
+    x.grad = weight.grad = None
+    within(x).backward()
+    for ours, theirs in zip(found, (x.grad, weight.grad), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["cuda ", "CPU", "", "nvidia"])
