@@ -117,8 +117,9 @@ _forced = contextvars.ContextVar("aefast_triton_forced", default=None)
 
 @contextlib.contextmanager
 def force(candidate=None, tile=None, descriptors=None):
-    """Within the block: this candidate ("fused", "unfused"), this tile, these loads; None leaves it open.
-    The environment's AEFAST_TRITON_CANDIDATE does the first for the process."""
+    """Within the block, for the calls of this thread: this candidate ("fused", "unfused"), this tile, these
+    loads; None leaves it open. The environment's AEFAST_TRITON_CANDIDATE does the first for the process, with
+    the threads that autograd runs backwards on CUDA in."""
     token = _forced.set((candidate, tile, descriptors))
     try:
         yield
