@@ -817,7 +817,8 @@ def _note_use(module: nn.Module, config: SparseConfig, code: SparseCode | torch.
     is_used = code.values > 0
     used = torch.zeros(config.latent + 1, dtype=torch.bool, device=code.values.device)
     # Entries that are 0 go to a place of their own.
-    used[torch.where(is_used, code.indices, config.latent).flatten()] = True
+    # By name, since what is assigned to an index is copied to the device, which is waited for.
+    used.index_fill_(0, torch.where(is_used, code.indices, config.latent).flatten(), True)
     module.unused.add_(code.values.shape[0]).masked_fill_(used[:-1], 0)
     if config.sparsity == "batchtopk":
         kept = module.kept_above

@@ -524,7 +524,8 @@ def test_bad_schedules_are_named():
 
 
 class Waits(TorchDispatchMode):
-    """Within it, the ops are noted that would wait for a GPU: they give numbers, or shapes that depend on some."""
+    """Within it, the ops are noted that would wait for a GPU: they give numbers, or shapes that depend on some, or
+    assign a number to an index, which is copied there."""
 
     names = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"})
 
@@ -533,10 +534,12 @@ class Waits(TorchDispatchMode):
         self.found = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        is_mask = func.overloadpacket.__name__ in ("index", "index_put_") and any(
+        name = func.overloadpacket.__name__
+        is_mask = name in ("index", "index_put_") and any(
             one is not None and one.dtype == torch.bool for one in args[1]
         )
-        if func.overloadpacket.__name__ in self.names or is_mask:
+        is_number = name == "index_put_" and args[2].dim() == 0
+        if name in self.names or is_mask or is_number:
             self.found.append(func)
         return func(*args, **(kwargs or {}))
 
@@ -995,5 +998,24 @@ def test_a_step_waits_for_nothing():
     try:
         step.many(data)
         step(left_over)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    ("sparsity", "options"),
+    [(name, SPARSE[name]) for name in ("l1", "kl", "jumprelu")] + [("topk", {"k": 3, "aux_weight": 0.0})],
+)
+def test_a_step_of_a_sparse_model_waits_for_nothing(sparsity, options):
+    model = SparseAutoencoder(input_size=16, latent=24, sparsity=sparsity, device="cuda", **options)
+    step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2))
+    data = [batch.cuda() for batch in batches(8)]
+    step.many(data)
+    assert (step._recording is not None) == model.can_be_captured
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step.many(data)
     finally:
         torch.cuda.set_sync_debug_mode("default")
