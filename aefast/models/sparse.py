@@ -227,7 +227,9 @@ class SparseAutoencoder(Model):
         unused: (latent,) int64, of all but kl: for how many samples a latent has not been used. Passes of
             `forward` and `encode` in training mode, with gradients enabled, count it on in place, but not within
             `torch.func`'s transforms. Passes that activation checkpointing repeats do not count, and have the dead
-            latents of the first; under torch.compile they count. Where a state dict or a file lacks it, it is 0.
+            latents of the first; under torch.compile they count. Where a state dict or a file lacks it, it is 0. On a
+            GPU what is written there past torch's operations on it, as through `.data` or by `torch.distributed`, may
+            be heeded up to `dead_after` samples late.
         training_steps: of a warm-up, forward passes taken in training mode that end a step, as in `aefast.models.VAE`.
     """
 
@@ -748,11 +750,86 @@ def _dead_of_pass(
     else:
         is_repeated, dead = False, None
         if is_asked:
-            dead = (module.unused >= config.option("dead_after")).nonzero().squeeze(1)
+            dead = _dead(module, config.option("dead_after"))
     if passes is not None:
         # A graph that is kept may be gone through once more.
         passes.setdefault(module, deque()).append(dead)
     return dead, is_repeated
+
+
+class _Bound(NamedTuple):
+    """That none of a model's `unused` is above `most`, known without a look at the device.
+
+    It holds as long as nobody else writes there, which the tensor's version tells.
+    """
+
+    unused: torch.Tensor
+    address: int
+    version: int
+    most: float
+
+    def holds(self, unused: torch.Tensor) -> bool:
+        known = self.unused, self.address, self.version
+        return unused is known[0] and (unused.data_ptr(), unused._version) == known[1:]
+
+
+# Not in the models: copies have none, and neither compilers nor recorded steps see an attribute that changes.
+_BOUNDS: WeakKeyDictionary[nn.Module, _Bound] = WeakKeyDictionary()
+
+
+def _dead(module: nn.Module, dead_after: int) -> torch.Tensor:
+    """The indices (n,) of dead latents.
+
+    To list them, or to ask for the largest count, the host waits for the device. With a largest count there is nothing
+    to wait for until so many samples have been counted that a latent can be dead.
+    """
+    unused = module.unused
+    # What is traced or recorded is for later samples too.
+    if _registry.is_watched() or not _is_waited_for(unused) or _is_capturing(unused):
+        return _listed(unused, dead_after)
+    bound = _BOUNDS.get(module)
+    if bound is None or (bound.most < dead_after and not bound.holds(unused)):
+        # The version is that of before: what others write meanwhile makes it another one.
+        bound = _BOUNDS[module] = _Bound(unused, unused.data_ptr(), unused._version, _largest(unused))
+    if bound.most < dead_after:
+        return unused.new_empty(0)
+    dead = _listed(unused, dead_after)
+    if len(dead) == 0 and bound.most < math.inf:
+        # The next pass asks for the largest count.
+        _BOUNDS.pop(module, None)
+    return dead
+
+
+def _listed(unused: torch.Tensor, dead_after: int) -> torch.Tensor:
+    return (unused >= dead_after).nonzero().squeeze(1)
+
+
+def _largest(unused: torch.Tensor) -> int:
+    return int(unused.max())
+
+
+def _is_waited_for(unused: torch.Tensor) -> bool:
+    """Whether the host waits for its values, and hears of all that is written there."""
+    return not unused.is_cpu and type(unused) is torch.Tensor and not unused.is_inference()
+
+
+def _is_capturing(one: torch.Tensor) -> bool:
+    return one.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _count_on(module: nn.Module, count: int, is_used: torch.Tensor) -> None:
+    """Makes `unused` that of `count` more samples, which have used some latents, (latent,) bool."""
+    unused = module.unused
+    bound = None if torch.compiler.is_compiling() else _BOUNDS.get(module)
+    is_known = bound is not None and bound.holds(unused)
+    unused.add_(count).masked_fill_(is_used, 0)
+    if torch.compiler.is_compiling():
+        return
+    if _is_capturing(unused):
+        # A graph leaves the version as it is.
+        _BOUNDS[module] = _Bound(unused, unused.data_ptr(), -1, math.inf)
+    elif is_known and unused._version == bound.version + 2:
+        _BOUNDS[module] = bound._replace(version=unused._version, most=bound.most + count)
 
 
 def _checkpoint() -> tuple[Any | None, bool]:
@@ -812,14 +889,14 @@ def _note_use(module: nn.Module, config: SparseConfig, code: SparseCode | torch.
     if not config.is_sparse:
         # None is below 0. On the CPU the BLAS sums columns in a quarter of the time of torch's reductions.
         is_used = torch.mv(code.t(), code.new_ones(code.shape[0])) > 0
-        module.unused.add_(code.shape[0]).masked_fill_(is_used, 0)
+        _count_on(module, code.shape[0], is_used)
         return
     is_used = code.values > 0
     used = torch.zeros(config.latent + 1, dtype=torch.bool, device=code.values.device)
     # Entries that are 0 go to a place of their own.
     # By name, since what is assigned to an index is copied to the device, which is waited for.
     used.index_fill_(0, torch.where(is_used, code.indices, config.latent).flatten(), True)
-    module.unused.add_(code.values.shape[0]).masked_fill_(used[:-1], 0)
+    _count_on(module, code.values.shape[0], used[:-1])
     if config.sparsity == "batchtopk":
         kept = module.kept_above
         values = torch.where(is_used, code.values, math.inf).to(kept.dtype)

@@ -579,6 +579,140 @@ def test_few_dead_latents_have_a_share_of_their_loss():
     torch.testing.assert_close(losses[1], 2 / 8 * losses[0])
 
 
+def _nothing(model, number):
+    return model
+
+
+def _by_hand(model, number):
+    if number in (2, 7):
+        model.unused[number] = model.config.dead_after
+    return model
+
+
+def _by_load(model, number):
+    if number in (2, 7):
+        model.load_state_dict({**model.state_dict(), "unused": torch.arange(LATENT) * 60 // number})
+    return model
+
+
+def _by_swap(model, number):
+    """As `torch.utils.swap_tensors` lets tensors be loaded: the same tensor by its name, with another version."""
+    if number in (2, 7):
+        other = torch.full_like(model.unused, model.config.dead_after)
+        for _ in range(model.unused._version):
+            other.add_(0)
+        torch.utils.swap_tensors(model.unused, other)
+    return model
+
+
+def _by_another(model, number):
+    if number in (2, 7):
+        model.unused = model.unused + 3 * BATCH
+    return model
+
+
+def _by_copy(model, number):
+    if number in (2, 7):
+        model.unused += 2 * BATCH
+    return copy.deepcopy(model)
+
+
+def _by_encode(model, number):
+    model.encode(data(7))
+    return model
+
+
+def _by_compiler(model, number):
+    if number in (2, 7):
+        torch._dynamo.reset()
+        torch.compile(model, backend="aot_eager")(data(3 * BATCH))
+    return model
+
+
+def _by_eval(model, number):
+    if number in (2, 7):
+        model.eval()(data())
+        model.train()
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_nothing, _by_hand, _by_load, _by_swap, _by_another, _by_copy, _by_encode, _by_compiler, _by_eval],
+)
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_dead_latents_are_known_without_a_look_where_there_can_be_none(change, is_checkpointed, monkeypatch):
+    """As on a GPU, where a look waits: the same steps, whatever else happens to the counts."""
+
+    def steps(is_waited_for):
+        monkeypatch.setattr(sparse, "_is_waited_for", lambda unused: is_waited_for)
+        model, found = make("topk", dead_after=5 * BATCH, aux_k=8), []
+        with torch.no_grad():
+            model.encoder.bias[:7] = -20.0
+        for number in range(10):
+            model = change(model, number)
+            model.zero_grad()
+            x = data() + number
+            loss = (
+                checkpoint(lambda x, model=model: model(x).loss, x, use_reentrant=False)
+                if is_checkpointed
+                else (model(x).loss)
+            )
+            loss.backward()
+            found += [loss.detach(), *(one.grad for one in model.parameters()), model.unused.clone()]
+        assert model.dead.any()
+        return found
+
+    for ours, theirs in zip(steps(True), steps(False), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.fixture
+def looks_of(monkeypatch):
+    """`looks_of(model, x)`: how often a pass asks for counts of latents, as on a GPU."""
+    asked = []
+    monkeypatch.setattr(sparse, "_is_waited_for", lambda unused: True)
+    for name in ("_listed", "_largest"):
+        look = getattr(sparse, name)
+        monkeypatch.setattr(
+            sparse, name, lambda *arguments, look=look: asked.append(look) or look(*arguments)
+        )
+
+    def looks_of(model, x):
+        asked.clear()
+        model(x)
+        return len(asked)
+
+    return looks_of
+
+
+@pytest.mark.parametrize(
+    ("is_unused", "expected"), [(True, [1, 0, 0, 0, 0, 1, 1, 1]), (False, [1, 0, 0, 0, 0, 1, 1, 0])]
+)
+def test_passes_look_for_dead_latents_when_there_can_be_some(is_unused, expected, looks_of):
+    """The first asks for the largest count. After as many samples as make one dead, the dead are listed; if there are
+    none, the next asks for the largest count again."""
+    model = make("topk", dead_after=5 * BATCH, k=LATENT // 2)
+    if is_unused:
+        with torch.no_grad():
+            model.encoder.bias[:7] = -20.0
+    assert [looks_of(model, data()) for _ in range(8)] == expected
+    assert model.dead.any() == is_unused
+
+
+def test_what_graphs_count_is_asked_for(looks_of, monkeypatch):
+    """A replay counts on, and the tensor's version does not tell of it."""
+    model, x = make("topk", dead_after=5 * BATCH, k=LATENT // 2), data()
+    assert [looks_of(model, x) for _ in range(2)] == [1, 0]
+    with monkeypatch.context() as within:
+        within.setattr(sparse, "_is_capturing", lambda one: True)
+        model.encode(x)
+    model.unused.data[3] = 5 * BATCH
+    assert model(x).terms["aux"] > 0
+    model.unused.zero_()
+    assert [looks_of(model, x) for _ in range(3)] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("sparsity", sorted({*SPARSITIES} - {"kl"}))
 def test_use_is_counted_in_training_alone(sparsity):
     model, x = make(sparsity), data()
