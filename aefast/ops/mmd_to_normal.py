@@ -87,12 +87,10 @@ def _discrepancy(
 def expectations(x: Tensor, kernel: Kernel, unit: float | None) -> tuple[Tensor, Tensor | float]:
     """E k(x, y) of each row x of (N, D), (N,), and E k(y, y'), both in float64."""
     dimensions = x.shape[1]
-    must_stay = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if must_stay or _registry.is_watched():
+    if _registry.is_watched():
         table, constant = _table(kernel, unit, dimensions, x.device)
     else:
-        table, constant = _table_on_host(kernel, unit, dimensions)
-        table = table.to(x.device, non_blocking=True)
+        table, constant = _table_at(kernel, unit, dimensions, x.device)
     # In float64 throughout: it costs as many exponentials a point as the table has columns, where pairs cost N.
     squares = x.to(torch.float64).square().sum(-1)
     expectation = _minus_mean_distance if kernel.name == "energy" else _mixture_expectation
@@ -118,6 +116,39 @@ def _table(
         (rates / (1.0 + 2.0 * rates), log_weights - 0.5 * dimensions * torch.log1p(2.0 * rates))
     )
     return table, torch.exp(log_weights - 0.5 * dimensions * torch.log1p(4.0 * rates)).sum()
+
+
+# By kernel, unit, dimensions and device. Graphs read them where they are, so that none is ever dropped: once there are
+# so many, others are copied at each call.
+_ON_DEVICES: dict[tuple[Kernel, float | None, int, torch.device], tuple[Tensor, float]] = {}
+_MOST_ON_DEVICES = 64
+
+
+def _table_at(
+    kernel: Kernel, unit: float | None, dimensions: int, device: torch.device
+) -> tuple[Tensor, Tensor | float]:
+    """`_table` as one copy on the device, which calls before a graph is recorded leave for it.
+
+    Within a recording that meets it first it is made there, of kernels that the graph makes again at each replay.
+    """
+    key = (kernel, unit, dimensions, device)
+    found = _ON_DEVICES.get(key)
+    if found is not None:
+        return found
+    if _is_capturing(device):
+        return _table(kernel, unit, dimensions, device)
+    table, constant = _table_on_host(kernel, unit, dimensions)
+    if device.type == "cpu":
+        return table, constant
+    if len(_ON_DEVICES) >= _MOST_ON_DEVICES:
+        return table.to(device, non_blocking=True), constant
+    with torch.inference_mode(False), torch.no_grad():
+        # Copied by the time that another stream may read it.
+        return _ON_DEVICES.setdefault(key, (table.to(device), constant))
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=64)

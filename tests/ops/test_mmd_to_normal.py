@@ -456,8 +456,9 @@ def test_torch_func(kernel):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_graphs_capture_it(kernel):
-    """Without a call before, which would leave the nodes on the host."""
+    """Without a call before, which would leave the nodes on the host and on the device."""
     mmd_to_normal._table_on_host.cache_clear()
+    mmd_to_normal._ON_DEVICES.clear()
     x = draw(64, 5, dtype=torch.float32).cuda().requires_grad_()
 
     def run():
@@ -479,6 +480,24 @@ def test_graphs_capture_it(kernel):
     torch.cuda.synchronize()
     for ours, theirs in zip(found, run(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_device_keeps_the_nodes(monkeypatch):
+    """But none that a graph has made, whose memory is the graph's."""
+    monkeypatch.setattr(mmd_to_normal, "_ON_DEVICES", {})
+    kernel = mmd_to_normal.Kernel("imq", (1.0, 2.0), 1.0)
+    device = torch.device("meta")
+    with monkeypatch.context() as within:
+        within.setattr(mmd_to_normal, "_is_capturing", lambda device: True)
+        made = [mmd_to_normal._table_at(kernel, 3.0, 5, device)[0] for _ in range(2)]
+        assert made[0] is not made[1] and not mmd_to_normal._ON_DEVICES
+    with torch.inference_mode():
+        kept, constant = mmd_to_normal._table_at(kernel, 3.0, 5, device)
+    assert mmd_to_normal._table_at(kernel, 3.0, 5, device)[0] is kept and not kept.is_inference()
+    assert constant == mmd_to_normal._table_on_host(kernel, 3.0, 5)[1]
+    monkeypatch.setattr(mmd_to_normal, "_MOST_ON_DEVICES", 1)
+    others = [mmd_to_normal._table_at(kernel, 4.0, 5, device)[0] for _ in range(2)]
+    assert others[0] is not others[1] and len(mmd_to_normal._ON_DEVICES) == 1
 
 
 def test_inference_leaves_nothing_behind():
