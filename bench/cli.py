@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import signal
 import statistics
@@ -27,6 +28,9 @@ def bench(
         list[str] | None, typer.Argument(metavar="[OP]...", help="The ops to measure; all if none is named.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few shapes, in two to three minutes.")] = False,
+    targets: Annotated[
+        bool, typer.Option("--targets", help="Only the training steps that the project's targets name.")
+    ] = False,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to measure.")] = "cpu",
     backend: Annotated[
         str, typer.Option(metavar="NAME", help="The backend behind aefast: auto, cuda, triton, cpu or eager.")
@@ -46,6 +50,16 @@ def bench(
             metavar="DIR", help="Also write the JSON file of this device, a report, and its plots there."
         ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep what the report's document has, and measure only what it lacks."),
+    ] = False,
+    estimates: Annotated[
+        bool,
+        typer.Option(
+            "--estimates/--no-estimates", help="Whether the report ends with what --static estimates."
+        ),
+    ] = True,
     compare: Annotated[
         Path | None,
         typer.Option(
@@ -66,11 +80,15 @@ def bench(
     outside its tolerance; such a case gets no speed-up. So it does if --compare finds a regression.
     """
     from aefast.bench import document
-    from aefast.bench.cases import CASES
+    from aefast.bench.cases import CASES, train
 
     if static:
         _static(bool(ops))
         return
+    if targets and (ops or quick):
+        raise InputError("bench: --targets names its cases itself, and takes no OP and no --quick")
+    if resume and report is None:
+        raise InputError("bench: --resume goes on with a report, and needs --report")
     unknown = [op for op in ops or [] if op not in CASES]
     if unknown:
         raise InputError(f"bench: OP must be one of {', '.join(CASES)}, got {unknown[0]!r}")
@@ -94,17 +112,31 @@ def bench(
     paths += [] if json_path is None else [json_path]
     earlier = None if compare is None else document.load_results(compare)
     if earlier is not None:
-        document.check_comparable(earlier, device, backend)
+        document.check_comparable(earlier, device, backend, "--compare")
+    kept = document.load_results(paths[0]) if resume and paths[0].exists() else None
+    if kept is not None:
+        document.check_comparable(kept, device, backend, "--resume")
+        document.check_same_code(kept)
 
-    run = _Run(device, backend)
+    if targets:
+        cases = list(train.targets(torch.device(device)))
+    else:
+        cases = _ordered(ops or list(CASES), torch.device(device), quick, limit is not None)
+    run = _Run(device, backend, kept)
+    written: list[Path] = []
     try:
-        run.measure(_ordered(ops or list(CASES), torch.device(device), quick), 0.1 if quick else 0.2, limit)
+        run.measure(cases, 0.1 if quick else 0.2, limit)
     finally:
         # What was measured is kept, whatever ends the run; an op's cases stand together.
         run.results.sort(key=lambda result: result.op)
         made = document.make(run.results, run.ceilings, device, backend, run.not_run)
-        for path in paths if run.results or run.not_run else ():
-            document.save(made, path)
+        if kept is not None:
+            made = document.joined(kept, made)
+        if run.results or run.not_run:
+            for path in paths:
+                document.save(made, path)
+            if report is not None:
+                written = [*paths, *reports.write(made, report)]
     _print_table(
         run.results, run.ceilings, f"aefast ({backend}) beside eager PyTorch {torch.__version__}", device
     )
@@ -112,13 +144,17 @@ def bench(
         typer.echo(
             f"missing: {name} from {len(ids)} cases ({ids[0]}{', …' if len(ids) > 1 else ''}): {reason}"
         )
-    if report is not None:
-        for path in (*paths, *reports.write(made, report)):
-            typer.echo(f"written: {path}")
+    for path in written:
+        typer.echo(f"written: {path}")
+    if written and estimates:
+        reports.add_estimates(written[len(paths)])
     slower = [] if earlier is None else document.regressions(made, earlier)
     for line in slower:
         typer.echo(f"slower than in {compare}: {line}")
-    if slower or any(result.failure for result in run.results):
+    failed = [result for result in run.results if result.failure]
+    for result in failed:
+        typer.echo(f"wrong: {result.id}: {result.failure}")
+    if slower or failed:
         raise typer.Exit(1)
 
 
@@ -130,29 +166,67 @@ def _static(has_ops: bool) -> None:
     static.print_table(static.estimates())
 
 
-def _ordered(ops: list[str], device: torch.device, quick: bool) -> list[Case]:
-    """The quick cases, of all ops in turn, and then the others."""
-    from aefast.bench.cases import CASES
+# On CUDA, whose machines are lent for minutes, these come first in each turn.
+FIRST_ON_CUDA = (
+    "train",
+    "mmd",
+    "reparameterize",
+    "corrupt",
+    "pyramid_loss",
+    "reconstruction_loss",
+    "linear_act",
+    "topk_encode",
+)
 
-    in_turn = itertools.zip_longest(*(CASES[op](device, True) for op in ops))
+
+def _ordered(ops: list[str], device: torch.device, quick: bool, is_short: bool) -> list[Case]:
+    """The quick cases, of all ops in turn, and then the others.
+
+    On CUDA the targets come before, and those that torch.compile takes part in, for minutes each, once more between
+    both. If time `is_short` there, it takes part in no other cases but those that have it when they are quick.
+    """
+    from aefast.bench.cases import CASES, train
+
+    named: list[Case] = []
+    if device.type == "cuda":
+        ops = [op for op in FIRST_ON_CUDA if op in ops] + [op for op in ops if op not in FIRST_ON_CUDA]
+        named = list(train.targets(device)) if "train" in ops else []
+    ids = {case.id for case in named}
+
+    def others(op: str, quick: bool) -> list[Case]:
+        return [case for case in CASES[op](device, quick) if case.id not in ids]
+
+    in_turn = itertools.zip_longest(*(others(op, True) for op in ops))
     first = {case.id: case for cases in in_turn for case in cases if case is not None}
-    if quick:
-        return list(first.values())
-    # Of both lists, the full one knows whether torch.compile takes part.
-    every = {case.id: case for op in ops for case in CASES[op](device, False)}
-    rest = [case for id, case in every.items() if id not in first]
-    return [every.get(id, case) for id, case in first.items()] + rest
+    rest: list[Case] = []
+    if not quick:
+        every = {case.id: case for op in ops for case in others(op, False)}
+        rest = [case for id, case in every.items() if id not in first]
+        if is_short and device.type == "cuda":
+            rest = [dataclasses.replace(case, is_compiled=False) for case in rest]
+        else:
+            # Of both lists, the full one knows whether torch.compile takes part.
+            first = {id: every.get(id, case) for id, case in first.items()}
+    alone = [case for case in named if not case.is_compiled]
+    return [*alone, *first.values(), *(case for case in named if case.is_compiled), *rest]
 
 
 class _Run:
-    """A run under way: its results, the ceilings by dtype, and the ids that a limit of time left out."""
+    """A run under way: its results, the ceilings by dtype, and the ids that a limit of time left out.
 
-    def __init__(self, device: str, backend: str) -> None:
+    `kept` is an earlier document whose cases are not measured again.
+    """
+
+    def __init__(self, device: str, backend: str, kept: dict[str, Any] | None = None) -> None:
         self.device = torch.device(device)
         self.backend = backend
         self.results: list[Result] = []
         self.ceilings: dict[str, Ceilings] = {}
         self.not_run: list[str] = []
+        # Id → the names of what was tried.
+        self.seen: dict[str, set[str]] = {
+            case["id"]: {*case["variants"], *case["missing"]} for case in (kept["cases"] if kept else ())
+        }
 
     def measure(self, cases: list[Case], seconds: float, limit: float | None) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -162,19 +236,31 @@ class _Run:
         from aefast.bench.case import DTYPE_NAMES
 
         start = time.perf_counter()
-        trials = [(case, mode) for case in cases for mode in case.modes]
+        trials = [
+            (case, mode) for case in cases for mode in case.modes if self._lacks(case, f"{case.id}-{mode}")
+        ]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with _terminable(), aefast.backend(self.backend), Progress(*columns, transient=True) as progress:
-            for dtype in dict.fromkeys(case.dtype for case in cases):
+            for dtype in dict.fromkeys(case.dtype for case, _ in trials):
                 self.ceilings[DTYPE_NAMES[dtype]] = ceilings.measure(self.device, dtype)
             task = progress.add_task("measuring", total=len(trials))
             for case, mode in trials:
+                id = f"{case.id}-{mode}"
                 if limit is not None and time.perf_counter() - start > limit:
-                    self.not_run.append(f"{case.id}-{mode}")
+                    if id not in self.seen:
+                        self.not_run.append(id)
                     continue
-                progress.update(task, description=f"{case.id}-{mode}")
-                self.results.append(self._measured(case, mode, seconds))
+                progress.update(task, description=id)
+                found = self._measured(case, mode, seconds)
+                # A case that comes again comes with more.
+                self.results = [*(result for result in self.results if result.id != id), found]
+                self.seen[id] = {*found.timings, *found.missing}
                 progress.advance(task)
+
+    def _lacks(self, case: Case, id: str) -> bool:
+        from aefast.bench.variants import COMPILED
+
+        return id not in self.seen or (case.is_compiled and COMPILED not in self.seen[id])
 
     def _measured(self, case: Case, mode: str, seconds: float) -> Result:
         from aefast.bench import measure

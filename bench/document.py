@@ -177,19 +177,41 @@ def load_results(path: Path) -> dict[str, Any]:
     return document
 
 
-def check_comparable(earlier: dict[str, Any], device: str, backend: str) -> None:
+def check_comparable(earlier: dict[str, Any], device: str, backend: str, option: str) -> None:
     """Raises:
-    InputError: `earlier` was measured on another device, or of another backend.
+    InputError: `earlier`, which `option` has named, was measured on another device, or of another backend.
     """
     name = device_name(device)
     if earlier["device"]["name"] != name:
         raise InputError(
-            f"bench: --compare needs results of the same device: {earlier['device']['name']} is not {name}"
+            f"bench: {option} needs results of the same device: {earlier['device']['name']} is not {name}"
         )
     if earlier["backend"] != backend:
         raise InputError(
-            f"bench: --compare needs results of the same backend: {earlier['backend']} is not {backend}"
+            f"bench: {option} needs results of the same backend: {earlier['backend']} is not {backend}"
         )
+
+
+def check_same_code(earlier: dict[str, Any]) -> None:
+    """Raises:
+    InputError: `earlier` was measured of another commit.
+    """
+    commit, _ = _commit()
+    if earlier["commit"] != commit:
+        raise InputError(
+            f"bench: --resume needs results of the same commit: {earlier['commit']} is not {commit}"
+        )
+
+
+def joined(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """One document of two runs; of a case that both have the new run's."""
+    ids = {case["id"] for case in new["cases"]}
+    cases = [*(case for case in earlier["cases"] if case["id"] not in ids), *new["cases"]]
+    return {
+        **new,
+        "ceilings": {**earlier["ceilings"], **new["ceilings"]},
+        "cases": sorted(cases, key=lambda case: case["op"]),
+    }
 
 
 def missing_variants(cases: list[dict[str, Any]]) -> dict[tuple[str, str], list[str]]:

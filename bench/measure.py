@@ -156,6 +156,7 @@ def measure(case: Case, mode: str, seconds: float, ceilings: Ceilings) -> Result
             case.device,
             sets=trial.sets,
             seconds=seconds * len(timed) / 2,
+            least=trial.least_rounds,
             run_seconds=trial.run_seconds,
         )
         peak_bytes = {

@@ -25,7 +25,10 @@ def require_plots() -> None:
 
 
 def write(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes the page and its plots beside the document in `folder`, named after the device; their paths."""
+    """Writes the page and its plots beside the document in `folder`, named after the device; their paths.
+
+    `add_estimates` ends the page.
+    """
     stem = document.file_stem(results["device"]["name"])
     plots = {name: folder / f"{stem}-{name}.png" for name in PLOTS}
     for name, path in plots.items():
@@ -48,10 +51,23 @@ def markdown(results: dict[str, Any], plots: dict[str, str], data: str) -> str:
         "## All cases",
         f"Medians. Error: the largest of a result relative to its largest true value. Samples: [{data}]({data}).",
         _all_cases(results),
-        "## The GPU kernels, from their machine code",
-        _static(),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def add_estimates(page: Path) -> None:
+    """Adds what `aefast bench --static` estimates to a page, which takes minutes where Triton is."""
+    text = f"## The GPU kernels, from their machine code\n\n{_static()}\n"
+    page.write_text(f"{page.read_text()}\n{text}")
+
+
+def _static() -> str:
+    from aefast.bench import static
+
+    try:
+        return static.markdown(static.estimates())
+    except InputError as error:
+        return f"Not estimated: {error}."
 
 
 def _timed(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -189,15 +205,6 @@ def _replayed(case: dict[str, Any]) -> str:
 
 def _milliseconds(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def _static() -> str:
-    from aefast.bench import static
-
-    try:
-        return static.markdown(static.estimates())
-    except InputError as error:
-        return f"Not estimated: {error}."
 
 
 def _draw(plot: Callable[[Any, dict[str, Any]], None], results: dict[str, Any], path: Path) -> None:

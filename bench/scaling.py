@@ -215,7 +215,7 @@ def measure_step(
         "eager": EagerStep(model, LEARNING_RATE),
         "aefast": CapturedStep(model, make_optimizer(model.parameters(), LEARNING_RATE)),
     }
-    sets = timing.input_sets(4 * batch * encoder[0])
+    sets = timing.input_sets(4 * batch * encoder[0], device)
     batches = [_batch(number, batch, encoder[0], device) for number in range(sets)]
     errors = gradient_errors(steps, model, batches[0], batches[0])
     timings, peaks = {}, {}

@@ -16,6 +16,7 @@ from aefast.train.graphs import recording
 # A run of calls lasts this long, or one call: the clock's own cost, and on CUDA the way to the first kernel, do not
 # count in it.
 RUN_SECONDS = {"cpu": 200e-6, "cuda": 1e-3}
+LEAST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def interleaved(
     *,
     sets: int = 1,
     seconds: float = 0.3,
-    least: int = 5,
+    least: int = LEAST_ROUNDS,
     most: int = 200,
     run_seconds: float = 0.0,
 ) -> dict[str, Timing]:
@@ -152,7 +153,7 @@ def graph_replays(
     *,
     sets: int = 1,
     seconds: float = 0.2,
-    least: int = 5,
+    least: int = LEAST_ROUNDS,
     most: int = 100,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """The same calls without the host: each variant's as one CUDA graph, which goes through all sets of inputs.
@@ -193,15 +194,21 @@ def _captured(call: Callable[[int], object], first: int, calls: int) -> torch.cu
     return graph
 
 
-# Inputs are rotated through sets that together exceed this, whichever of them was used last: more than a core's own
-# caches hold, than most that cores share, and than a GPU's 50 MB. The largest of servers hold more.
+# More than a core's own caches hold, and than most that cores share. The largest of servers hold more.
 LAST_LEVEL_CACHE_BYTES = 64 << 20
 MOST_SETS = 64
 
 
-def input_sets(nbytes: int) -> int:
-    """How many sets of inputs of `nbytes` bytes to rotate through, 2 to `MOST_SETS`."""
-    return min(MOST_SETS, 2 + LAST_LEVEL_CACHE_BYTES // max(1, nbytes))
+def input_sets(nbytes: int, device: torch.device) -> int:
+    """How many sets of inputs of `nbytes` bytes to rotate through, 2 to `MOST_SETS`.
+
+    Together they exceed the last cache of `device`, whichever of them was used last, a GPU's twice over: what a call
+    writes takes its place there too.
+    """
+    cache = LAST_LEVEL_CACHE_BYTES
+    if device.type == "cuda":
+        cache = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return min(MOST_SETS, 2 + cache // max(1, nbytes))
 
 
 def synchronize(device: torch.device) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from aefast.ops import _registry
 
-COMPILED = "compile"
+COMPILED, COMPILED_GRAPHS = "compile", "compile, CUDA graphs"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,12 @@ def is_ours(name: str) -> bool:
     return name == "aefast" or name.startswith("aefast[")
 
 
-def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`function` by torch.compile for the one shape that it is called with."""
-    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
+def compiled(
+    function: Callable[..., Any], device: torch.device, has_graphs: bool = False
+) -> Callable[..., Any]:
+    """`function` by torch.compile for the one shape that it is called with; on CUDA with max-autotune, which records
+    CUDA graphs if they are asked for."""
+    mode = None
+    if device.type == "cuda":
+        mode = "max-autotune" if has_graphs else "max-autotune-no-cudagraphs"
     return torch.compile(function, dynamic=False, fullgraph=True, mode=mode)

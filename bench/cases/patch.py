@@ -80,7 +80,7 @@ class PatchCase(Case):
             torch.manual_seed(NOISE_SEED)
             loss = exact(checked.double())
         truth = [loss.detach(), *torch.autograd.grad(loss, list(exact.parameters()))]
-        count = max(len(found), timing.input_sets(checked.numel() * checked.element_size()))
+        count = max(len(found), timing.input_sets(checked.numel() * checked.element_size(), self.device))
         batches = [self._batch() for _ in range(count)]
 
         def timed(name: str) -> Variant:

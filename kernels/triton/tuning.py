@@ -295,7 +295,7 @@ def tune(
     margin=0.02,
     report=print,
 ):
-    """Times both candidates, every tile and both kinds of loads, and merges the rows into the user's table.
+    """Times both candidates, every tile and the loads that there are, and merges the rows into the user's table.
 
     shapes: (batch, in_features, out_features) of dense layers. A fused candidate is chosen only where it is
     faster than the unfused one by `margin`. Returns the path written.
@@ -321,16 +321,21 @@ def tune(
                         continue
                     key, call = case
                     precision = kernels.input_precision(dtype)
-                    candidates = tiles(dtype, precision, not key.endswith("/any"), operation)
-                    rows[key] = _fastest(call, candidates, margin)
+                    is_aligned = not key.endswith("/any")
+                    candidates = tiles(dtype, precision, is_aligned, operation)
+                    # Descriptors of operands that are not aligned would be pointers again.
+                    has_descriptors = is_aligned and _has_tma(torch.cuda.current_device())
+                    rows[key] = _fastest(
+                        call, candidates, (False, True) if has_descriptors else (False,), margin
+                    )
                     report(f"{key}: {rows[key]}")
                 write_table(path, name, rows)
     forget()
     return path
 
 
-def _fastest(call, candidates, margin):
-    """The row of one call on the current device."""
+def _fastest(call, candidates, loads, margin):
+    """The row of one call on the current device; loads: the values of Plan.descriptors to try."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
@@ -338,7 +343,7 @@ def _fastest(call, candidates, margin):
         unfused = do_bench(call, return_mode="median")
     timed = []
     for tile in candidates:
-        for descriptors in (False, True) if _has_tma(torch.cuda.current_device()) else (False,):
+        for descriptors in loads:
             with force("fused", tile, descriptors), contextlib.suppress(OutOfResources):
                 timed.append((do_bench(call, return_mode="median"), tile, descriptors))
     row = {"candidate": "unfused", "unfused_ms": round(unfused, 5)}

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import importlib
 import math
@@ -8,13 +9,13 @@ import torch
 from aefast.bench import case as case_module
 from aefast.bench import cases, cli, timing
 from aefast.bench.case import Learner, OpCase
-from aefast.bench.cases import CASES, train
+from aefast.bench.cases import CASES, epochs, train
 from aefast.bench.cases import linear_act as linear_act_cases
 from aefast.bench.cases import mlp as mlp_cases
 from aefast.bench.ceilings import Ceilings
 from aefast.bench.measure import Result, measure
 from aefast.bench.timing import Timing
-from aefast.bench.variants import Rival, backends
+from aefast.bench.variants import Rival, backends, compiled
 from aefast.ops import _registry
 from aefast.ops._registry import Cost
 from aefast.train import replay
@@ -85,6 +86,37 @@ def test_ids_are_unique_and_quick_cases_are_among_all():
         assert len(every) == len(set(every))
         assert {case.id for case in make(CPU, True)} <= set(every), op
     assert "train/autoencoder-784-512-16-b256-fp32" in {case.id for case in CASES["train"](CPU, True)}
+
+
+def test_targets_on_cuda():
+    """Among the quick cases and among all, each once; of quick ones they alone are compiled."""
+    device = torch.device("cuda")
+    named = {case.id: case.is_compiled for case in train.targets(device)}
+    assert named == {
+        f"train/{model}-784-512-16-b{batch}-{dtype}": is_compiled
+        for dtype in ("bf16", "fp32")
+        for model, batch, is_compiled in (
+            *(("vae", 256, True), ("vae", 4096, False), ("vae", 65536, False)),
+            *(("infovae", 256, False), ("infovae", 4096, True)),
+        )
+    }
+    for quick in (True, False):
+        found = list(train.cases(device, quick))
+        ids = [case.id for case in found]
+        assert len(ids) == len(set(ids))
+        assert ids[: len(named)] == list(named)
+        compiled_ids = {case.id for case in found if case.is_compiled}
+        chosen = {id for id, is_compiled in named.items() if is_compiled}
+        assert compiled_ids & set(named) == chosen
+        assert (compiled_ids == chosen) == quick
+
+
+def test_epochs_on_cuda_have_batches_of_one_size():
+    """One of another size would be compiled as well."""
+    for case in epochs.cases(torch.device("cuda"), False):
+        assert not case.is_compiled or case.sizes["samples"] % case.sizes["batch"] == 0
+    assert not any(case.is_compiled for case in epochs.cases(torch.device("cuda"), True))
+    assert [case.sizes["samples"] for case in epochs.cases(CPU, True)] == [20_000]
 
 
 def test_half_precision_where_it_has_instructions():
@@ -289,6 +321,99 @@ def test_a_recorded_step_with_wrong_gradients_is_wrong(monkeypatch):
     monkeypatch.setattr(replay._Recorded, "__call__", wrong)
     found = measured(train.autoencoder(64, 16, 8, 2, torch.float32, CPU), "step")
     assert found.failure.startswith("aefast: wrong")
+
+
+def test_timed_steps_are_recorded_before_the_clock_starts(monkeypatch):
+    """On noise of their own."""
+    normals, replays = torch.randn_like, []
+    recorded = replay._Recorded.__call__
+
+    def noting(self, batch):
+        replays.append(torch.randn_like is normals)
+        return recorded(self, batch)
+
+    trial = train.vae(64, 16, 8, 2, torch.float32, CPU).trial("step")
+    monkeypatch.setattr(replay._Recorded, "__call__", noting)
+    trial.timed["aefast"].call(0)
+    assert replays == [True]
+
+
+@pytest.fixture
+def trial_as_on_cuda(monkeypatch):
+    """The trial of a step whose device is called CUDA, with what torch.compile makes of a loss."""
+
+    def trial(compiled):
+        batch = lambda self: torch.rand(8, 16)  # noqa: E731
+        monkeypatch.setattr(case_module.TrainingCase, "_batch", batch)
+        ours = {"aefast": contextlib.nullcontext}
+        monkeypatch.setattr(case_module.variants, "backends", lambda op, device, dtype: ours)
+        monkeypatch.setattr(case_module.variants, "compiled", compiled)
+        monkeypatch.setattr(timing, "input_sets", lambda nbytes, device: 2)
+        case = train.vae(8, 16, 8, 2, torch.float32, CPU)
+        return dataclasses.replace(case, device=torch.device("cuda"), is_compiled=True).trial("step")
+
+    return trial
+
+
+def test_steps_on_cuda_are_compiled_without_graphs_and_with_them(trial_as_on_cuda):
+    asked = []
+
+    def compiled(loss, device, has_graphs=False):
+        asked.append(has_graphs)
+        return loss
+
+    trial = trial_as_on_cuda(compiled)
+    assert asked == [False, True]
+    assert trial.missing == {}
+    assert set(trial.timed) == {"aefast", "eager", "compile", "compile, CUDA graphs"}
+    assert trial.least_rounds == 15
+    for found in trial.found.values():
+        torch.testing.assert_close(found, [one.float() for one in trial.truth], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("calls", [0, case_module.GRAPH_WARM_UP_STEPS + 1])
+def test_graphs_that_fail_are_missing_with_their_reason(trial_as_on_cuda, calls):
+    """In the check, or in the steps behind it."""
+    seen = []
+
+    def compiled(loss, device, has_graphs=False):
+        def failing(batch):
+            seen.append(has_graphs)
+            if sum(seen) > calls:
+                raise RuntimeError("output of CUDAGraphs has been overwritten\nand more")
+            return loss(batch)
+
+        return failing
+
+    trial = trial_as_on_cuda(compiled)
+    reason = "RuntimeError: output of CUDAGraphs has been overwritten"
+    assert trial.missing == {"compile, CUDA graphs": reason}
+    assert set(trial.timed) == {"aefast", "eager", "compile"}
+
+
+@pytest.mark.parametrize(
+    ("device", "has_graphs", "mode"),
+    [
+        ("cpu", False, None),
+        ("cuda", False, "max-autotune-no-cudagraphs"),
+        ("cuda", True, "max-autotune"),
+    ],
+)
+def test_modes_of_torch_compile(device, has_graphs, mode, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: options["mode"])
+    assert compiled(torch.sin, torch.device(device), has_graphs) == mode
+
+
+def test_a_trial_says_how_many_rounds_it_takes_at_least():
+    case = a_case()
+    trial = dataclasses.replace(case.trial("fwd"), least_rounds=9)
+
+    class Prepared(OpCase):
+        def trial(self, mode):
+            return trial
+
+    fields = {one.name: getattr(case, one.name) for one in dataclasses.fields(case)}
+    assert len(measured(Prepared(**fields), "fwd", seconds=0.0).timings["eager"].samples) == 9
 
 
 def test_eager_code_that_loses_digits_is_no_measure():

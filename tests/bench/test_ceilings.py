@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import types
 
 import pytest
 import torch
@@ -26,6 +28,32 @@ def test_measured_ceilings():
     assert 1e7 < found.bytes < 1e13
     assert 1e8 < found.flops < 1e15
     assert 1e5 < found.exps < 1e13
+
+
+@pytest.mark.parametrize(
+    ("properties", "told", "clock"),
+    [
+        ({"clock_rate": 1_980_000}, None, 1.98e9),
+        ({"uuid": "a-b"}, "1980\n", 1.98e9),
+        ({"uuid": "a-b"}, "[N/A]\n", ceilings.FASTEST_CLOCK),
+        ({"uuid": "a-b"}, FileNotFoundError("nvidia-smi"), ceilings.FASTEST_CLOCK),
+        ({}, subprocess.CalledProcessError(6, "nvidia-smi"), ceilings.FASTEST_CLOCK),
+    ],
+)
+def test_clock_of_a_gpu(properties, told, clock, monkeypatch):
+    """CUDA 13 does not tell it; and nothing that fails on the way costs the benchmark."""
+
+    def answer(command, **options):
+        assert command[0] == "nvidia-smi"
+        if isinstance(told, Exception):
+            raise told
+        return types.SimpleNamespace(stdout=told)
+
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(**properties)
+    )
+    monkeypatch.setattr(subprocess, "run", answer)
+    assert ceilings._clock(torch.device("cuda")) == pytest.approx(clock)
 
 
 def test_cost_of_a_dense_layer():

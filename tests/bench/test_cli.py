@@ -14,10 +14,11 @@ import torch
 
 from aefast import cli
 from aefast.bench import cases as all_cases
-from aefast.bench import document, report
+from aefast.bench import document, report, variants
 from aefast.bench.cases import linear_act as linear_act_cases
 from aefast.bench.cases import mlp as mlp_cases
-from aefast.bench.cli import _ordered
+from aefast.bench.cases import train
+from aefast.bench.cli import FIRST_ON_CUDA, _ordered, _Run
 from aefast.ops import _registry
 from support.processes import environment, run
 
@@ -49,7 +50,7 @@ def bench(*arguments):
 
 
 def test_quick_cases_of_all_ops_come_first(few, tmp_path):
-    ordered = _ordered(["linear_act", "mlp"], torch.device("cpu"), quick=False)
+    ordered = _ordered(["linear_act", "mlp"], torch.device("cpu"), quick=False, is_short=True)
     assert [(case.op, case.sizes["batch"]) for case in ordered] == [
         *(("linear_act", 8), ("mlp", 8)),
         *(("linear_act", 4), ("mlp", 16)),
@@ -67,6 +68,96 @@ def test_quick_cases_of_all_ops_come_first(few, tmp_path):
         )
         for mode in ("fwd", "fwdbwd")
     ]
+
+
+def test_order_on_cuda():
+    """The targets, then quick cases with what matters most in front; compiled code only where it is asked for."""
+    device = torch.device("cuda")
+    ordered = _ordered(list(all_cases.CASES), device, quick=False, is_short=True)
+    alone = [case for case in train.targets(device) if not case.is_compiled]
+    assert [(case.id, case.is_compiled) for case in ordered[: len(alone)]] == [
+        (case.id, False) for case in alone
+    ]
+    turn = ordered[len(alone) :][: len(all_cases.CASES)]
+    assert [case.op for case in turn[: len(FIRST_ON_CUDA)]] == list(FIRST_ON_CUDA)
+    assert {case.op for case in turn} == set(all_cases.CASES)
+    quick = {case.id for op in all_cases.CASES for case in all_cases.CASES[op](device, True)}
+    asked = {
+        case.id for op in all_cases.CASES for case in all_cases.CASES[op](device, True) if case.is_compiled
+    }
+    assert {case.id for case in ordered if case.is_compiled} == asked
+    # What torch.compile takes part in comes once more, behind the quick cases.
+    again = [index for index, case in enumerate(ordered) if case.is_compiled and case.op == "train"]
+    assert max(index for index, case in enumerate(ordered) if case.id in quick and index not in again) < min(
+        again
+    )
+    whole = _ordered(list(all_cases.CASES), device, quick=False, is_short=False)
+    assert {case.id for case in whole} == {case.id for case in ordered}
+    assert asked < {case.id for case in whole if case.is_compiled}
+
+
+def test_targets_alone(few, tmp_path, monkeypatch):
+    """One that comes twice, without torch.compile and with it, is one case with all that took part."""
+    monkeypatch.setattr(variants, "compiled", lambda function, device: function)
+    case = linear_act_cases.case(8, 8, 4, "tanh", torch.float32, torch.device("cpu"))
+    twice = [case, dataclasses.replace(case, is_compiled=True)]
+    monkeypatch.setattr(train, "targets", lambda device: iter(twice))
+    path = tmp_path / "results.json"
+    assert bench("--targets", "--json", path) == 0
+    found = document.load(path)["cases"]
+    assert [one["id"] for one in found] == [
+        "linear_act/tanh-b8-8x4-fp32-fwd",
+        "linear_act/tanh-b8-8x4-fp32-fwdbwd",
+    ]
+    assert all(set(one["variants"]) == {"aefast", "eager", "compile"} for one in found)
+
+
+def test_a_report_is_gone_on_with(few, no_estimate, tmp_path, monkeypatch):
+    """What it has is not measured again, unless torch.compile is to take part and has not."""
+    path = tmp_path / f"{document.file_stem(document.device_name('cpu'))}.json"
+    assert bench("linear_act", "--quick", "--report", tmp_path, "--resume", "--no-estimates") == 0
+    assert "The estimate." not in path.with_suffix(".md").read_text()
+    before = {case["id"]: case for case in document.load(path)["cases"]}
+    assert len(before) == 2
+    assert bench("--report", tmp_path, "--resume") == 0
+    page = path.with_suffix(".md").read_text()
+    assert page.endswith("## The GPU kernels, from their machine code\n\nThe estimate.\n")
+    after = {case["id"]: case for case in document.load(path)["cases"]}
+    assert len(after) == 8 and before.items() <= after.items()
+    assert all(f"`{id}`" in page for id in after)
+
+    monkeypatch.setattr(variants, "compiled", lambda function, device: function)
+    case = linear_act_cases.case(8, 8, 4, "tanh", torch.float32, torch.device("cpu"), is_compiled=True)
+    monkeypatch.setattr(train, "targets", lambda device: iter([case]))
+    assert bench("--targets", "--report", tmp_path, "--resume", "--no-estimates") == 0
+    last = {case["id"]: case for case in document.load(path)["cases"]}
+    assert set(last) == set(after)
+    assert {id for id, case in last.items() if "compile" in case["variants"]} == set(before)
+
+
+def test_a_report_of_other_code_is_not_gone_on_with(few, no_estimate, tmp_path, monkeypatch, capsys):
+    assert bench("linear_act", "--quick", "--report", tmp_path, "--no-estimates") == 0
+    monkeypatch.setattr(document, "_commit", lambda: ("another", False))
+    assert bench("--quick", "--report", tmp_path, "--resume") == 2
+    assert "--resume needs results of the same commit" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_leaves_its_report(few, no_estimate, tmp_path, monkeypatch):
+    measured = _Run._measured
+    seen = []
+
+    def interrupted(*arguments):
+        seen.append(arguments)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return measured(*arguments)
+
+    monkeypatch.setattr(_Run, "_measured", interrupted)
+    assert bench("--report", tmp_path) != 0
+    stem = document.file_stem(document.device_name("cpu"))
+    assert len(document.load(tmp_path / f"{stem}.json")["cases"]) == 1
+    assert "`linear_act/tanh-b8-8x4-fp32-fwd`" in (tmp_path / f"{stem}.md").read_text()
+    assert (tmp_path / f"{stem}-speedup.png").exists()
 
 
 def test_a_limit_of_time_names_what_it_left_out(few, tmp_path, monkeypatch):
@@ -246,6 +337,8 @@ def test_plots_that_cannot_be_drawn_are_told_before_the_run(few, tmp_path, capsy
         (["--limit", "nan"], "--limit must be a positive number of seconds"),
         (["--compare", "/no/such/file"], "cannot read results from"),
         (["--backend", "nonsense", "--quick"], "backend must be one of"),
+        (["linear_act", "--targets"], "--targets names its cases itself, and takes no OP"),
+        (["--resume"], "--resume goes on with a report, and needs --report"),
         (["linear_act", "--static"], "--static estimates every kernel and takes no OP"),
     ],
 )
@@ -289,7 +382,7 @@ def test_gpu_script_leaves_logs_whatever_fails(tmp_path, python_without_aefast):
     if torch.cuda.is_available() or shutil.which("nvidia-smi"):
         pytest.skip("there is a GPU, and the script would measure it")
     found = run(
-        [ROOT / "bench/gpu.sh", tmp_path / "out", "60"],
+        [ROOT / "bench/gpu.sh", tmp_path / "out", "120"],
         env=environment(PYTHON=python_without_aefast),
         cwd=tmp_path,
     )
@@ -297,10 +390,12 @@ def test_gpu_script_leaves_logs_whatever_fails(tmp_path, python_without_aefast):
     outcomes = dict(
         line.split(maxsplit=1) for line in (tmp_path / "out/summary.txt").read_text().splitlines()
     )
-    assert list(outcomes) == ["environment", "build", "info", "tests", "benchmark"]
+    steps = ["environment", "build", "info", "smoke", "targets", "tests", "alone", "benchmark"]
+    assert list(outcomes) == steps
     assert "FAILED" in outcomes["environment"] and "FAILED" in outcomes["build"]
     assert "passed" in outcomes["info"]
-    assert outcomes["benchmark"].endswith("--device cuda needs a CUDA device, and torch finds none")
+    for name in ("targets", "benchmark"):
+        assert outcomes[name].endswith("--device cuda needs a CUDA device, and torch finds none")
     assert {path.stem for path in (tmp_path / "out").glob("*.log")} == set(outcomes)
 
 

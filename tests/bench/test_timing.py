@@ -1,6 +1,7 @@
 import contextlib
 import itertools
 import time
+import types
 
 import pytest
 import torch
@@ -113,22 +114,31 @@ def test_calls_are_made_within_their_context():
     ("nbytes", "sets"), [(0, 64), (1 << 20, 64), (16 << 20, 6), (40 << 20, 3), (1 << 30, 2)]
 )
 def test_inputs_exceed_the_cache(nbytes, sets):
-    assert timing.input_sets(nbytes) == sets
+    assert timing.input_sets(nbytes, CPU) == sets
     # Until a set's turn comes again, so much else is read; of small ones as many as are kept.
     assert (sets - 1) * nbytes >= 63 << 20 or nbytes < 1 << 20
 
 
+def test_inputs_exceed_a_gpus_cache_twice(monkeypatch):
+    properties = types.SimpleNamespace(L2_cache_size=60 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert timing.input_sets(20 << 20, torch.device("cuda")) == 2 + 6
+
+
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_events_time_the_device_and_not_the_host():
     device = torch.device("cuda")
-    matrix = torch.ones(8192, 8192, device=device)
+    matrix = torch.ones(4096, 4096, device=device)
     variants = {"product": Variant(lambda index: matrix @ matrix)}
     calls = timing.interleaved(variants, device, seconds=0.2)["product"].median
-    # 1.1e12 operations; no device does them in less, and the launch alone takes 10 µs.
-    assert 1e-4 < calls < 1.0
+    # 1.4e11 operations; no device does them in less, and the launch alone takes 10 µs.
+    assert 2e-5 < calls < 0.1
     replayed, refused = timing.graph_replays(variants)
     assert refused == {}
-    assert replayed["product"].median == pytest.approx(calls, rel=0.2)
+    # Between both the device's clock may fall or rise by half. The host's time would be a hundredth, and a graph's that
+    # of its twenty calls.
+    assert 0.5 < replayed["product"].median / calls < 2.0
 
 
 @pytest.mark.gpu

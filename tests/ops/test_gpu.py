@@ -1,18 +1,29 @@
 """What only a GPU can show: graphs, streams, sizes beyond 2^31, bitwise repetition."""
 
+import contextvars
+import gc
 import importlib
+import itertools
 
 import pytest
 import torch
 
 import aefast
 import aefast.functional as AF
-from aefast.ops import _pairwise, _philox, mmd, topk_encode
+from aefast.ops import _pairwise, _philox, gaussian_head, linear_act, mlp, mmd, topk_encode
 from support import numerics
 from support import selection as rows
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ("triton", "cuda")
+
+
+@pytest.fixture(autouse=True)
+def memory_for_other_processes():
+    """What a test has allocated the allocator would keep, in each process that takes part."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def operands(dtype=torch.bfloat16, rows=1000, inputs=384, features=520):
@@ -29,6 +40,7 @@ def step(x, weight, bias, activation="gelu"):
     return [stack, *torch.autograd.grad(stack.float().square().mean(), (x, weight, bias))]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_bitwise_repeatable(backend, dtype):
@@ -40,6 +52,7 @@ def test_bitwise_repeatable(backend, dtype):
                 assert torch.equal(ours, theirs)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_replays_in_a_graph(backend):
     numerics.require_backend(backend, "mlp", "cuda", torch.bfloat16)
@@ -82,6 +95,7 @@ def test_uses_the_current_stream(backend):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_than_2_to_31_elements(backend):
     """The last rows of an output of 2^31 + 2^20 elements are those of a small call on the last rows alone."""
@@ -103,6 +117,67 @@ def test_more_than_2_to_31_elements(backend):
     torch.testing.assert_close(found_x[-512:], true_x, rtol=0, atol=0.02 * true_x.abs().max().item())
     # The same 512 terms in another order, rounded once to bfloat16.
     torch.testing.assert_close(found_bias, true_bias, rtol=2**-7, atol=2**-7 * true_bias.abs().max().item())
+
+
+# --- fused products ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The grids of the fused kernels that were launched, forward and backward."""
+    seen = []
+
+    def noting(module, name):
+        kernel = getattr(module, name)
+
+        class Noting:
+            def __getitem__(self, grid):
+                seen.append(grid)
+                return kernel[grid]
+
+        monkeypatch.setattr(module, name, Noting())
+
+    noting(importlib.import_module("aefast.kernels.triton.linear_act"), "gemm_kernel")
+    noting(importlib.import_module("aefast.kernels.triton.gaussian_head"), "gaussian_head_kernel")
+    return seen
+
+
+def layer_samples(draw, rows, inputs, features):
+    """Of each op a sample, and how many products forward and backward have."""
+    x, bias = draw(rows, inputs), draw(features)
+    weight = draw(features, inputs) * inputs**-0.5
+    yield linear_act.OP, {"x": x, "weight": weight, "bias": bias, "activation": "gelu"}, 3
+    widths = (inputs, features, 48, features)
+    weights = [draw(n, k) * k**-0.5 for k, n in itertools.pairwise(widths)]
+    biases = [draw(n) for n in widths[1:]]
+    stack = {"x": x, "weights": weights, "biases": biases, "activations": ["tanh", "gelu", "identity"]}
+    yield mlp.OP, stack, 9
+    head = {"weight": draw(128, inputs) * 0.5 * inputs**-0.5, "bias": draw(128)}
+    yield gaussian_head.OP, {"h": x, **head, "seed": 3, "reduction": "none"}, 3
+
+
+@pytest.mark.parametrize("sizes", [(300, 384, 520), (257, 67, 131)], ids=["aligned", "odd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_products(launches, monkeypatch, dtype, sizes):
+    """With the smallest and the largest tile of each op, through pointers and descriptors."""
+    tuning = importlib.import_module("aefast.kernels.triton.tuning")
+    device = torch.device("cuda")
+    is_aligned = sizes[1] % 8 == 0
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    for op, sample, products in layer_samples(draw, *sizes):
+        numerics.require_backend("triton", op.name, device.type, dtype)
+        tiles = tuning.tiles(dtype, "ieee", is_aligned, op.name)
+        for tile, descriptors in itertools.product({tiles[0], tiles[-1]}, {False, is_aligned}):
+            # Backwards run in threads of autograd's, which do not see what `tuning.force` sets in this one.
+            forced = contextvars.ContextVar("forced", default=("fused", tile, descriptors))
+            monkeypatch.setattr(tuning, "_forced", forced)
+            launches.clear()
+            numerics.check(op, "triton", sample, dtype)
+            assert len(launches) == products, (op.name, tile, descriptors)
 
 
 # --- noise ------------------------------------------------------------------------------------------------
@@ -138,6 +213,7 @@ def test_corrupt_draws_the_noise_of_the_cpu(noise):
         torch.testing.assert_close(found.cpu(), AF.corrupt(x, noise, seed=9, **options))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_replay_draws_fresh_noise(backend):
     """In the forward and, the same again, in the backward: the gradient of z by logvar is half of z - mu."""
@@ -185,6 +261,7 @@ def test_sums_of_rows_repeat_bitwise(backend, size):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.alone
 def test_noise_of_more_than_two_billion_elements():
     numerics.require_backend("triton", "corrupt", "cuda", torch.bfloat16)
     count = 2**31 + 4096
@@ -255,6 +332,7 @@ def test_pyramid_loss_replays_in_a_graph(pyramid):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("pyramid", PYRAMIDS)
 @pytest.mark.parametrize(
     ("shape", "layout"),
@@ -275,6 +353,7 @@ def test_pyramid_loss_of_more_than_two_billion_elements(pyramid, shape, layout):
         assert torch.equal(ours[2:], theirs)
 
 
+@pytest.mark.alone
 def test_pyramid_loss_of_one_image_of_more_than_two_billion_pixels():
     numerics.require_backend("triton", "pyramid_loss", "cuda", torch.bfloat16)
     shape = (1, 1, 2**15 + 64, 2**16)
@@ -338,6 +417,7 @@ def test_mmd_repeats_bitwise(backend, D, kernel):
                 assert torch.equal(ours, theirs)
 
 
+@pytest.mark.smoke
 def test_mmd_replays_in_a_graph():
     numerics.require_backend("cuda", "mmd", "cuda", torch.float32)
     x, y = (torch.randn(700, 16, device="cuda", requires_grad=True) for _ in range(2))
@@ -422,7 +502,9 @@ def test_the_largest_of_rows(select, dtype):
 
 def test_topk_encode_of_many_rows(select):
     """In several parts, each on the kernel."""
-    x, weight = (rows.draw(*shape, dtype=torch.bfloat16).cuda() for shape in ((3000, 64), (16384, 64)))
+    N, F = 10_000, 16384
+    assert N > 2 * importlib.import_module("aefast.kernels.triton.topk_encode").BYTES // (2 * F)
+    x, weight = (rows.draw(*shape, dtype=torch.bfloat16).cuda() for shape in ((N, 64), (F, 64)))
     expected = topk_encode.reference(x, weight, None, 32)[1]
     with aefast.backend("triton"):
         values, indices = AF.topk_encode(x, weight, None, 32)

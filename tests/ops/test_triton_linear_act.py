@@ -3,6 +3,7 @@
 float32, float16 and float64 only: bfloat16 arithmetic is wrong in the interpreter.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -468,6 +469,34 @@ def test_table_rows_reach_the_plan(tmp_path, monkeypatch):
         assert not tuning.plan("dgrad", 500, 260, 128, torch.float16, "ieee", device, True).fused
     finally:
         tuning.forget()
+
+
+def test_tuning_tries_descriptors_where_there_can_be_any(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary 1")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    tried = []
+
+    def fastest(call, candidates, loads, margin):
+        tried.append((len(candidates), loads))
+        return {"candidate": "unfused"}
+
+    monkeypatch.setattr(tuning, "_fastest", fastest)
+    tuning.tune(
+        [(64, 32, 48), (64, 33, 47)],
+        (torch.float16,),
+        device="cpu",
+        operations=("dgrad", "gaussian_head"),
+        path=tmp_path / "table.json",
+        report=lambda line: None,
+    )
+    # The second shape is no head's: its outputs are odd in number.
+    assert tried == [
+        (len(tuning.TILES_TENSOR), (False, True)),
+        (len(tuning.TILES_HEAD), (False, True)),
+        (1, (False,)),
+    ]
 
 
 def test_tf32_follows_torch(monkeypatch):

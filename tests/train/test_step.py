@@ -855,6 +855,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 @pytest.mark.gpu
+@pytest.mark.smoke
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_replays_are_the_steps(precision):
@@ -975,6 +976,7 @@ def test_rates_that_fall_with_steps_counted_on_the_host_fall():
 
 
 @pytest.mark.gpu
+@pytest.mark.smoke
 @needs_gpu
 def test_every_replay_draws_fresh_noise():
     model = make_model(cls=VAE).cuda()
@@ -987,6 +989,7 @@ def test_every_replay_draws_fresh_noise():
 
 
 @pytest.mark.gpu
+@pytest.mark.smoke
 @needs_gpu
 def test_a_step_waits_for_nothing():
     model = make_model().cuda()
