@@ -34,7 +34,7 @@ ISSUED = 4
 # Through the load/store units to registers, a clock and multiprocessor: 32 banks of shared memory of 4 bytes, and
 # global memory's through the same units (CUDA C++ Programming Guide, compute capability 9.x).
 ACCESSED_BYTES = 128
-# A second. Of the data sheet's 4.8e12 a copy reaches this.
+# A second. An assumption: what a copy reaches of the data sheet's 4.8e12.
 DRAM_BYTES = 4.3e12
 # An assumption. The A100's whitepaper gives its L2 5120 bytes a clock; of the H100's and H200's nothing is said.
 L2_BYTES = 5120 * CLOCK
