@@ -251,5 +251,5 @@ def _speedup(case: dict[str, Any]) -> float:
     return case["variants"]["eager"]["median_ms"] / case["variants"]["aefast"]["median_ms"]
 
 
-def speedup_interval(case: dict[str, Any]) -> tuple[float, float]:
-    return interval(case["variants"]["eager"]["samples_ms"], case["variants"]["aefast"]["samples_ms"])
+def speedup_interval(case: dict[str, Any], over: str = "eager") -> tuple[float, float]:
+    return interval(case["variants"][over]["samples_ms"], case["variants"]["aefast"]["samples_ms"])

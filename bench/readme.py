@@ -35,11 +35,12 @@ def table(results: dict[str, Any]) -> str:
         figures = statistics.median(speedups), max(speedups), min(speedups)
         shown = " | ".join(f"{figure:.2f}×" for figure in figures)
         lines.append(f"{_named(key)} {len(speedups)} | {shown} |")
-    return "\n".join([*lines, *_failing([results])])
+    return "\n".join([*lines, *_short([results]), *_failing([results])])
 
 
 def joint_table(documents: Sequence[dict[str, Any]]) -> str:
-    """As `table`, with a column for each device: the median, and the worst and the best case."""
+    """As `table`, with a column for each device: the median, and the worst and the best case; and one over the code of
+    torch.compile."""
     names = [results["device"]["name"] for results in documents]
     found = [_speedups(results) for results in documents]
     lines = [
@@ -51,7 +52,7 @@ def joint_table(documents: Sequence[dict[str, Any]]) -> str:
     for key in dict.fromkeys(key for speedups in found for key in speedups):
         shown = " | ".join(_summary(speedups.get(key, [])) for speedups in found)
         lines.append(f"{_named(key)} {shown} |")
-    return "\n".join([*lines, *_failing(documents)])
+    return "\n".join([*lines, *_short(documents), *_over_compile(documents), *_failing(documents)])
 
 
 def section(folder: Path) -> str:
@@ -71,11 +72,61 @@ def _speedups(results: dict[str, Any]) -> dict[Key, list[float]]:
     for case in results["cases"]:
         if case["failure"]:
             continue
-        eager, ours = (case["variants"][name]["median_ms"] for name in ("eager", "aefast"))
-        if eager >= SHORT * 1e3:
+        if not _is_short(case):
             key = (case["op"], case["kind"], case["dtype"], case["mode"])
-            rows.setdefault(key, []).append(eager / ours)
+            rows.setdefault(key, []).append(_speedup(case))
     return rows
+
+
+def _speedup(case: dict[str, Any], over: str = "eager") -> float:
+    return case["variants"][over]["median_ms"] / case["variants"]["aefast"]["median_ms"]
+
+
+def _is_short(case: dict[str, Any]) -> bool:
+    return case["variants"]["eager"]["median_ms"] < SHORT * 1e3
+
+
+def _short(documents: Sequence[dict[str, Any]]) -> list[str]:
+    """What the speed-ups are of the calls that take eager less than `SHORT`, which the rows leave out."""
+    found = []
+    for results in documents:
+        cases = [case for case in results["cases"] if not case["failure"]]
+        speedups = [_speedup(case) for case in cases if _is_short(case)]
+        if speedups:
+            below = sum(speedup < 1.0 for speedup in speedups)
+            found.append(
+                f"{len(speedups)} of {len(cases)} on {results['device']['name']}, "
+                f"median {statistics.median(speedups):.2f}×, {100 * below / len(speedups):.0f} % of them below 1"
+            )
+    left_out = f"Left out are calls of which eager takes less than {SHORT * 1e6:.0f} µs"
+    return ["", f"{left_out}: {'; '.join(found)}."] if found else []
+
+
+def _over_compile(documents: Sequence[dict[str, Any]]) -> list[str]:
+    """A table with a row for each op and mode that `torch.compile` took part in, over calls of every length."""
+    names = [results["device"]["name"] for results in documents]
+    found: list[dict[tuple[str, str], list[float]]] = []
+    for results in documents:
+        rows: dict[tuple[str, str], list[float]] = {}
+        for case in results["cases"]:
+            if not case["failure"] and "compile" in case["variants"]:
+                rows.setdefault((case["op"], case["mode"]), []).append(_speedup(case, "compile"))
+        found.append(rows)
+    keys = dict.fromkeys(key for rows in found for key in rows)
+    if not keys:
+        return []
+    lines = [
+        "",
+        "Speed-up over eager's code by `torch.compile(fullgraph=True)`, for the part of the shapes that it was run at, "
+        "calls of every length: the median, from the worst to the best case, and how many of the cases are below 1.",
+        "",
+        f"| op | mode | {' | '.join(names)} |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for op, mode in keys:
+        shown = " | ".join(_summary_and_losses(rows.get((op, mode), [])) for rows in found)
+        lines.append(f"| `{op}` | {MODE_NAMES[mode]} | {shown} |")
+    return lines
 
 
 def _origin(results: dict[str, Any]) -> str:
@@ -94,6 +145,11 @@ def _summary(speedups: list[float]) -> str:
     if len(speedups) == 1:
         return f"{speedups[0]:.2f}×"
     return f"{statistics.median(speedups):.2f}× ({min(speedups):.2f} to {max(speedups):.2f})"
+
+
+def _summary_and_losses(speedups: list[float]) -> str:
+    below = sum(speedup < 1.0 for speedup in speedups)
+    return f"{_summary(speedups)}, {below} of {len(speedups)}" if speedups else ""
 
 
 def _failing(documents: Sequence[dict[str, Any]]) -> list[str]:

@@ -47,6 +47,7 @@ def markdown(results: dict[str, Any], plots: dict[str, str], data: str) -> str:
         _ceilings(results),
         *(f"![{PLOTS[name][0]}]({file})" for name, file in plots.items()),
         _losses(results),
+        _losses_to_compile(results),
         _missing(results),
         "## All cases",
         f"Medians. Error: the largest of a result relative to its largest true value. Samples: [{data}]({data}).",
@@ -129,25 +130,37 @@ def _ceilings(results: dict[str, Any]) -> str:
 
 
 def _losses(results: dict[str, Any]) -> str:
-    slower = [
-        case
-        for case in _timed(results)
-        if document.speedup_interval(case)[1] < 1.0 and _median(case, "eager") >= 0.05
-    ]
-    if not slower:
+    rows = _slower([case for case in _timed(results) if _median(case, "eager") >= 0.05], "eager")
+    if not rows:
         return "No case of which eager takes 50 µs or more is slower than eager with 95 % confidence."
-    slower.sort(key=_speedup)
-    rows = [
-        [
-            f"`{case['id']}`",
-            f"{_speedup(case):.2f}×",
-            "{:.2f} to {:.2f}".format(*document.speedup_interval(case)),
-        ]
-        for case in slower
-    ]
     return "Slower than eager, with 95 % confidence, where eager takes 50 µs or more:\n\n" + _table(
         ["case", "speed-up", "95 % interval"], rows
     )
+
+
+def _losses_to_compile(results: dict[str, Any]) -> str:
+    compiled = [case for case in _timed(results) if "compile" in case["variants"]]
+    if not compiled:
+        return ""
+    rows = _slower(compiled, "compile")
+    if not rows:
+        return "No case that torch.compile took part in is slower than its code with 95 % confidence."
+    return "Slower than torch.compile, with 95 % confidence, at every length of call:\n\n" + _table(
+        ["case", "speed-up", "95 % interval"], rows
+    )
+
+
+def _slower(cases: list[dict[str, Any]], over: str) -> list[list[str]]:
+    """Rows of those that are slower than the code of that name with 95 % confidence, the slowest first."""
+    found = [
+        (_speedup(case, over), case["id"], interval)
+        for case in cases
+        if (interval := document.speedup_interval(case, over))[1] < 1.0
+    ]
+    return [
+        [f"`{name}`", f"{speedup:.2f}×", "{:.2f} to {:.2f}".format(*interval)]
+        for speedup, name, interval in sorted(found)
+    ]
 
 
 def _missing(results: dict[str, Any]) -> str:

@@ -282,7 +282,12 @@ def test_report_tells_losses_and_what_is_missing(no_estimate):
     ]
     made["not_run"] = ["op/late-fwd"]
     page = report.markdown(made, {"speedup": "x.png"}, "x.json")
-    assert f"| `{case['id']}` | 0.50× | 0.50 to 0.50 |" in page
+    row = f"| `{case['id']}` | 0.50× | 0.50 to 0.50 |"
+    assert page.count(row) == 1 and "torch.compile" not in page
+    case["variants"]["compile"] = case["variants"]["eager"]
+    made["cases"][0] = {**made["cases"][0], "variants": case["variants"]}
+    compiled = report.markdown(made, {"speedup": "x.png"}, "x.json").partition("Slower than torch.compile")[2]
+    assert row in compiled
     assert "- quack, from 1 cases of this run: quack is not installed" in page
     assert "- 1 cases, for want of time: from `op/late-fwd` on" in page
     assert "Wrong, and therefore not timed: op/wrong." in page

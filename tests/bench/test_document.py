@@ -162,6 +162,42 @@ def test_joint_table_has_a_column_for_each_device():
     ]
 
 
+def with_compile(results: dict, speedup: float) -> dict:
+    """`results` with code of torch.compile over which aefast's speed-up is that."""
+    for case in results["cases"]:
+        ours = case["variants"]["aefast"]
+        samples = [sample * speedup for sample in ours["samples_ms"]]
+        timing = {"median_ms": ours["median_ms"] * speedup, "samples_ms": samples}
+        case["variants"]["compile"] = {**ours, **timing}
+    return results
+
+
+def test_joint_table_tells_what_torch_compile_reaches():
+    one, other = with_compile(made(2.0), 1.5), made(2.0)
+    one["cases"] += with_compile(made(4.0), 0.5)["cases"]
+    name = one["device"]["name"]
+    header, _, *rows = readme.joint_table([one, other]).splitlines()[-3:]
+    assert header == f"| op | mode | {name} | {name} |"
+    assert rows == ["| `op` | forward | 1.00× (0.50 to 1.50), 1 of 2 |  |"]
+    assert "torch.compile" not in readme.joint_table([other])
+
+
+@pytest.mark.parametrize("table", [readme.table, lambda results: readme.joint_table([results])])
+def test_calls_too_short_for_the_table_are_counted(table):
+    results, short = made(2.0), made(2.0)
+    assert "Left out" not in table(results)
+    for speedup in (0.8, 0.9, 1.2):
+        (case,) = made()["cases"]
+        case["variants"]["eager"]["median_ms"] = 0.04
+        case["variants"]["aefast"]["median_ms"] = 0.04 / speedup
+        short["cases"].append(case)
+    name = results["device"]["name"]
+    assert table(short) == table(results) + (
+        f"\n\nLeft out are calls of which eager takes less than 50 µs: 3 of 4 on {name}, median 0.90×, "
+        "67 % of them below 1."
+    )
+
+
 def test_device_name_says_threads_and_instructions():
     name = document.device_name("cpu")
     assert f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}" in name
