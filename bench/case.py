@@ -173,7 +173,8 @@ class OpCase(Case):
 
     ``make()`` gives a fresh set of inputs, of which those that require gradients get them; ``aefast``, ``eager`` and
     what the rivals load take such a set and return a tensor or several. ``eager_forward``, where it is given, is the
-    faster code that may be written when no gradient is wanted.
+    faster code that may be written when no gradient is wanted, and ``compilable`` what a compiler gets, which makes a
+    backward of its own, in place of an `eager` whose backward is written by hand.
 
     ``arguments(*inputs)`` are those of the op's function, from which its cost is known.
 
@@ -189,6 +190,7 @@ class OpCase(Case):
     eager: Callable[..., Any]
     arguments: Callable[..., dict[str, Any]]
     eager_forward: Callable[..., Any] | None = None
+    compilable: Callable[..., Any] | None = None
     kinks: Callable[..., Tensor] | None = None
     given_noise: Callable[[], tuple[Callable[..., Any], Callable[..., Any]]] | None = None
 
@@ -223,7 +225,7 @@ class OpCase(Case):
         eager = self.eager_forward if mode == "fwd" and self.eager_forward else self.eager
         functions = {name: self.aefast for name in ours} | {"eager": eager}
         if self.is_compiled:
-            functions[COMPILED] = variants.compiled(self.eager, self.device)
+            functions[COMPILED] = variants.compiled(self.compilable or self.eager, self.device)
         functions |= rivals
         contexts = {name: ours.get(name, contextlib.nullcontext) for name in functions}
         checks = functions | {name: checked_aefast for name in ours}

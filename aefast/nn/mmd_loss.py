@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -162,6 +163,35 @@ class MMDLoss(nn.Module):
 _BLOCK = 1 << 19
 
 
+def rows_at_once(x: torch.Tensor, columns: int) -> int:
+    """How many rows of kernel values, `columns` each, code without kernels of its own best forms at a time.
+
+    A processor's caches hold blocks of rows; a compiler makes one loop of all of them.
+    """
+    if x.device.type == "cpu" and not _registry.is_watched():
+        return max(1, _BLOCK // max(1, columns))
+    return max(1, x.shape[0])
+
+
+def squarings(rates: Sequence[float]) -> list[tuple[float, int]]:
+    """The rates in rising order, each with how often exp(-c u) of the one before has to be squared to be its own.
+
+    Once and twice are worth it; 0 stands for an exponential of its own.
+    """
+    rising = sorted(rates)
+    octaves = [round(math.log2(rate / before), 9) for before, rate in pairwise(rising)]
+    return list(zip(rising, [0, *(int(one) if one in (1.0, 2.0) else 0 for one in octaves)], strict=True))
+
+
+def next_exponential(before: torch.Tensor, u: torch.Tensor, rate: float, squares: int) -> torch.Tensor:
+    """exp(-rate u), for `squares` above 0 written over the one before; see `squarings`."""
+    if squares == 0:
+        return torch.mul(u, -rate).exp_()
+    for _ in range(squares):
+        before.square_()
+    return before
+
+
 class EagerMMD(nn.Module):
     """`MMDLoss` as it is written without it, for speed: distances come from products of matrices."""
 
@@ -190,27 +220,30 @@ class EagerMMD(nn.Module):
         if self.bandwidth is None and self._rates:
             scale = _pairwise.mean_squared_distance(torch.cat((x, y))).rsqrt()
             x, y = scale * x, scale * y
-        value = self.of_pairs(x, y, False) * (-2.0 / (x.shape[0] * y.shape[0]))
+        value = self.across(x, y) * (-2.0 / (x.shape[0] * y.shape[0]))
         is_unbiased = self.estimator == "unbiased"
         for points in (x, y):
             count = points.shape[0]
-            value = value + self.of_pairs(points, points, is_unbiased) / (count * (count - is_unbiased))
+            value = value + self.within(points, is_unbiased) / (count * (count - is_unbiased))
         return value if self.factor == 1 else self.factor * value
 
-    def of_pairs(self, x: torch.Tensor, y: torch.Tensor, is_without_diagonal: bool) -> torch.Tensor:
-        """The sum of the kernel values of all pairs of rows, but a row's with itself if y is x and they are not wanted.
+    def across(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The sum of the kernel values of all pairs of a row of x and one of y."""
+        return _sum([self._gram(part, y).sum() for part in x.split(rows_at_once(x, y.shape[0]))])
 
-        A processor's caches hold blocks of rows; a compiler makes one loop of all of them.
-        """
-        rows = x.shape[0]
-        if x.device.type == "cpu" and not _registry.is_watched():
-            rows = max(1, _BLOCK // y.shape[0])
+    def within(self, points: torch.Tensor, is_without_diagonal: bool) -> torch.Tensor:
+        """The sum of the kernel values of all pairs of rows, but a row's with itself if they are not wanted."""
+        rows = rows_at_once(points, points.shape[0])
         sums = []
-        for first, part in enumerate(x.split(rows)):
-            gram = self._gram(part, y)
+        for first, part in enumerate(points.split(rows)):
+            gram = self._gram(part, part)
             # Where a point meets itself no gradient flows.
-            itself = gram.detach().diagonal(first * rows).sum() if is_without_diagonal else 0.0
+            itself = gram.detach().diagonal().sum() if is_without_diagonal else 0.0
             sums.append(gram.sum() - itself)
+            later = points[(first + 1) * rows :]
+            if later.shape[0] > 0:
+                # With the pairs in their other order, which have the same values.
+                sums.append(2.0 * self._gram(part, later).sum())
         return _sum(sums)
 
     def _gram(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -218,15 +251,25 @@ class EagerMMD(nn.Module):
         if self.kernel == "energy":
             return -torch.cdist(x, y)
         if self.kernel == "laplacian":
-            distances = torch.cdist(x, y)
-            return _sum([torch.exp(-rate * distances) for rate in self._rates])
+            return self._exponentials(torch.cdist(x, y))
         norms = x.square().sum(1)[:, None] + y.square().sum(1)
         u = torch.addmm(norms, x, y.t(), alpha=-2.0).clamp_(min=0.0)
         if self.kernel == "rbf":
-            return _sum([torch.exp(-rate * u) for rate in self._rates])
+            return self._exponentials(u)
         if self.kernel == "imq":
             return _sum([(1.0 + rate * u).reciprocal_() for rate in self._rates])
         return _sum([(1.0 + rate * u).pow(-self.alpha) for rate in self._rates])
+
+    def _exponentials(self, u: torch.Tensor) -> torch.Tensor:
+        """Σ exp(-c u) over the rates c."""
+        if u.requires_grad:
+            # The backward of a square takes as long as that of an exponential.
+            return _sum([torch.exp(-rate * u) for rate in self._rates])
+        total, term = torch.zeros_like(u), u
+        for rate, squares in squarings(self._rates):
+            term = next_exponential(term, u, rate, squares)
+            total += term
+        return total
 
     def extra_repr(self) -> str:
         return _shown(self)

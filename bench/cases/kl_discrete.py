@@ -1,4 +1,4 @@
-"""`kl_discrete` beside ``F.kl_div``."""
+"""`kl_discrete` beside its formula in PyTorch, which is faster than ``F.kl_div``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import aefast.functional as AF
 from aefast.bench.case import OpCase, dtypes
@@ -23,9 +22,17 @@ def cases(device: torch.device, quick: bool) -> Iterator[OpCase]:
 def case(
     batch: int, size: int, dtype: torch.dtype, device: torch.device, is_compiled: bool = False
 ) -> OpCase:
+    # Of probabilities above 0, as those of `make` are.
     def eager(p: Tensor, q: Tensor) -> Tensor:
-        wide_p, wide_q = (p, q) if p.dtype == torch.float64 else (p.float(), q.float())
-        return F.kl_div(wide_q.log(), wide_p, reduction="batchmean")
+        p, q = wide(p), wide(q)
+        return (p * (p.log() - q.log())).sum() / batch
+
+    def eager_forward(p: Tensor, q: Tensor) -> Tensor:
+        p, q = wide(p), wide(q)
+        return (p / q).log_().mul_(p).sum() / batch
+
+    def wide(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.float()
 
     def make() -> list[Tensor]:
         return [
@@ -42,6 +49,7 @@ def case(
         make=make,
         aefast=AF.kl_discrete,
         eager=eager,
+        eager_forward=eager_forward,
         arguments=lambda p, q: {"p": p, "q": q},
         is_compiled=is_compiled,
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import aefast.functional as AF
 from aefast.bench.case import OpCase, training_inputs
+from aefast.bench.cases.mmd import RBFWithin
 from aefast.nn import MMDLoss
 
 # (points, dimensions): batches of latents.
@@ -29,14 +30,22 @@ def case(points: int, dimensions: int, device: torch.device, is_compiled: bool =
     bandwidths = tuple(factor * math.sqrt(dimensions) for factor in FACTORS)
 
     pairs = MMDLoss("rbf", bandwidths).eager()
+    rates = [0.5 / (b * b) for b in bandwidths]
 
     def aefast(x: Tensor) -> Tensor:
         return AF.mmd_to_normal(x, bandwidth=bandwidths)
 
     def eager(x: Tensor) -> Tensor:
+        return discrepancy(x, RBFWithin.apply(x, rates))
+
+    def eager_forward(x: Tensor) -> Tensor:
+        return discrepancy(x, pairs.within(x, True))
+
+    def discrepancy(x: Tensor, of_pairs: Tensor) -> Tensor:
+        """With the sum of the kernel values of the pairs of different rows."""
         n, d = x.shape
         norms = x.square().sum(1)
-        within = pairs.of_pairs(x, x, True) / (n * (n - 1))
+        within = of_pairs / (n * (n - 1))
         across = sum(
             (b * b / (b * b + 1)) ** (d / 2) * torch.exp(norms * (-0.5 / (b * b + 1))).mean()
             for b in bandwidths
@@ -57,6 +66,8 @@ def case(points: int, dimensions: int, device: torch.device, is_compiled: bool =
         make=lambda: training_inputs(device, torch.float32, (points, dimensions), scales=(1.25,)),
         aefast=aefast,
         eager=eager,
+        eager_forward=eager_forward,
+        compilable=eager_forward,
         arguments=arguments,
         is_compiled=is_compiled,
     )

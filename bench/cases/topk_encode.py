@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,27 @@ def cases(device: torch.device, quick: bool) -> Iterator[OpCase]:
             yield case(*shape, dtype, device, not quick and index == 0)
 
 
+class LargestOfLinear(torch.autograd.Function):
+    """The k largest of each row, with gradients of weight and bias from these alone: autograd's are those of all,
+    nearly all of them 0. Of each latent the rows of x are added up that have chosen it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
+        values, indices = F.linear(x, weight, bias).topk(k)
+        ctx.save_for_backward(x, indices.flatten(), bias)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        x, indices, bias = ctx.saved_tensors
+        order = indices.argsort(stable=True)
+        ends = torch.bincount(indices, minlength=len(bias)).cumsum(0)
+        starts = torch.cat((ends.new_zeros(1), ends[:-1]))
+        weights, rows = grad.flatten()[order], order // grad.shape[1]
+        to_weight = F.embedding_bag(rows, x, starts, mode="sum", per_sample_weights=weights)
+        return None, to_weight, torch.zeros_like(bias).index_add_(0, indices, grad.flatten()), None
+
+
 def case(
     batch: int,
     inputs: int,
@@ -33,8 +55,11 @@ def case(
     device: torch.device,
     is_compiled: bool = False,
 ) -> OpCase:
-    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, weight, bias).topk(k).values
+
+    def by_hand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return LargestOfLinear.apply(x, weight, bias, k)
 
     def kinks(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Values that have another beside them, whose order, or which of them is chosen, rounding decides."""
@@ -54,7 +79,9 @@ def case(
         device,
         make=lambda: operands(batch, inputs, latents, dtype, device),
         aefast=lambda x, weight, bias: AF.topk_encode(x, weight, bias, k)[0],
-        eager=eager,
+        eager=by_hand if device.type == "cpu" else dense,
+        eager_forward=dense,
+        compilable=dense,
         arguments=lambda x, weight, bias: {"x": x, "weight": weight, "bias": bias, "k": k},
         kinks=kinks,
         is_compiled=is_compiled,
