@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import warnings
 import zipfile
@@ -247,7 +248,24 @@ def _of_folder(path: Path, reading: _Reading) -> Dataset:
         raise DataError(
             f"{where}: expected {_listed(SHARD_SUFFIXES)} files, or images, found a folder with neither{below}"
         )
+    _warn_of_order([file.name for file in found[0]], where)
     return _of_shards([_shard(file, reading) for file in found[0]], path)
+
+
+def _warn_of_order(names: list[str], where: str) -> None:
+    """Tell that `names` are not in the order of the numbers in them, where they are not."""
+    by_number = sorted(
+        names, key=lambda name: [int(x) if x.isdecimal() else x for x in re.split("([0-9]+)", name)]
+    )
+    for name, expected in zip(names, by_number, strict=True):
+        if name != expected:
+            warnings.warn(
+                f"{where}: files are read in the order of their names, {name} before {expected}; for that of their "
+                "numbers, write these with as many digits in all of them",
+                DataWarning,
+                stacklevel=_outside(),
+            )
+            return
 
 
 def _of_shards(shards: list[ArrayFile], path: Path) -> Dataset:

@@ -97,9 +97,12 @@ class ModelConfig:
             raise InputError(f"{origin}: expected options by name, got {type(options).__name__}")
         for key in options:
             if key not in fields:
+                owners = [
+                    name for name, one in MODELS.items() if key in one.config_class.__dataclass_fields__
+                ]
+                hint = f"; it is one of {', '.join(owners)}" if owners else did_you_mean(key, fields)
                 raise InputError(
-                    f"{origin}: unknown option {key!r}, expected one of {', '.join(fields)}"
-                    f"{did_you_mean(key, fields)}"
+                    f"{origin}: unknown option {key!r}, expected one of {', '.join(fields)}{hint}"
                 )
         missing = [
             name
@@ -293,10 +296,12 @@ class Model(nn.Module):
             metadata: JSON values kept in ``config.json`` beside the options; loading ignores them.
 
         Raises:
-            InputError: `directory` is a file, `metadata` holds something that is not a JSON value, or the model has
+            InputError: `directory` is a file, `metadata` holds something that is not a JSON value, the model is of a
+                class that overrides what is listed by its `name` and is not listed itself (`register`), or it has
                 parameters of other names than its class gives them, as `torch.nn.utils.parametrize` makes them.
         """
         directory = Path(directory)
+        self.check_class()
         self.check_names()
         content = {"format_version": FORMAT_VERSION, "model": self.name, "config": self.config.to_dict()}
         if self.networks:
@@ -324,6 +329,21 @@ class Model(nn.Module):
     def _blank(self) -> Model:
         """A new model of the same config."""
         return type(self)(self.config)
+
+    def check_class(self) -> None:
+        """That the model is loaded as what it is; `InputError` if its class is not listed, but one that it changes."""
+        listed_class = MODELS[self.name]
+        parents = listed_class.__mro__
+        methods = {name for one in parents if issubclass(one, Model) for name in vars(one)}
+        # Classes such as those that shard a model add methods of their own.
+        added = {name for one in type(self).__mro__ if one not in parents for name in vars(one)}
+        changed = sorted(name for name in methods & added if not name.startswith("__"))
+        if changed:
+            own = type(self).__name__
+            raise InputError(
+                f"model: a {own} would be loaded as the {listed_class.__name__} that its name, {self.name!r}, stands "
+                f"for, without its {', '.join(changed[:3])}; list the class by @aefast.models.register('another_name')"
+            )
 
     def check_names(self) -> None:
         """That the state dict has the keys of a new model of the same config; `InputError` if not."""

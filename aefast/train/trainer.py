@@ -70,6 +70,7 @@ def _check_parameters(model: Model) -> None:
         raise InputError(
             f"model: expected parameters of float32, as which samples are read, got {str(other).removeprefix('torch.')}"
         )
+    model.check_class()
     model.check_names()
 
 
@@ -113,10 +114,15 @@ class Trainer:
     is logged, and if a process is lost the others stop, with the last checkpoint to go on from.
 
     Args:
-        model: the model to train, with its initial weights. It is moved to the device and trained in place.
+        model: the model to train, with its initial weights. It is moved to the device and trained in place, and stays
+            in the modes of training: ``model.eval()`` comes before it is used. With `ema_decay` or `keep_best` it has
+            the last weights; the averages, and in ``best/`` the best, are what the folder holds
+            (`aefast.models.from_pretrained`).
         dataset: what to train on. Of a `Dataset` a part is held out for validation. Anything else is an iterable of
             batches, or a function that returns one, as `aefast.data.IterableBatches` takes them: a `DataLoader`, a
-            list. It decides the size and order of batches, and none are held out.
+            list. It decides the size and order of batches, and none are held out. Of a batch that is a tuple or list
+            the first tensor is the samples and others, such as labels, are left out; a loss that takes them is for
+            `CapturedStep`.
         config: how to train.
         directory: where the run is written.
         validation: a `Dataset` or batches to validate on, instead of a part of `dataset`.
@@ -482,6 +488,11 @@ class Trainer:
         current = self._settings()
         for name in names or current:
             if current.get(name) != stored.get(name):
+                if name == "data":
+                    raise InputError(
+                        f"data: expected those that the run in {self.directory} was started with, "
+                        f"{stored.get(name)}, got {current.get(name)}; resume with those, or choose another folder"
+                    )
                 raise InputError(
                     f"{name}={current.get(name)!r}: expected {stored.get(name)!r}, with which the run in "
                     f"{self.directory} was started; resume with that, or choose another folder"

@@ -513,3 +513,24 @@ def test_images_without_pillow_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(DataError, match=r'needs Pillow.*pip install "aefast\[train\]"'):
         load(tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("part10", "part2", "part3"), "part10.npy before part2.npy"),
+        (("a-1-10", "a-1-9"), "a-1-10.npy before a-1-9.npy"),
+        (("part02", "part10"), None),
+        (("a1", "b", "c3"), None),
+    ],
+)
+def test_files_whose_names_are_not_in_the_order_of_their_numbers_are_told(tmp_path, names, told):
+    for number, name in enumerate(names):
+        np.save(tmp_path / f"{name}.npy", np.full((2, 3), number, dtype=np.float32))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        dataset = load(tmp_path)
+    assert dataset.samples[::2, 0].tolist() == list(range(len(names)))
+    messages = [str(one.message) for one in seen if one.category is DataWarning]
+    assert len(messages) == (told is not None)
+    assert all(f"files are read in the order of their names, {told};" in one for one in messages)

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from aefast.errors import InputError
-from aefast.models import Autoencoder, Model, from_pretrained
+from aefast.models import MODELS, Autoencoder, Model, from_pretrained, register
 from aefast.models._files import write_atomically
 
 
@@ -191,3 +191,28 @@ def test_parametrized_models_are_refused(model, tmp_path, change):
     model.save_pretrained(tmp_path / "saved")
     x = torch.rand(4, 10)
     torch.testing.assert_close(from_pretrained(tmp_path / "saved")(x).reconstruction, model(x).reconstruction)
+
+
+def test_a_class_that_would_be_loaded_as_another_is_not_saved(model, tmp_path, monkeypatch):
+    class Squared(Autoencoder):
+        def encode(self, x):
+            return super().encode(x) ** 2
+
+    class Noted(Autoencoder):
+        note = "adds to the class, and changes nothing"
+
+    with pytest.raises(
+        InputError, match=r"a Squared would be loaded as the Autoencoder .* without its encode; list"
+    ):
+        Squared(model.config).save_pretrained(tmp_path / "squared")
+    assert not (tmp_path / "squared").exists()
+    Noted(model.config).save_pretrained(tmp_path / "noted")
+    # Not registered any more afterwards.
+    monkeypatch.setitem(MODELS, "squared", None)
+    del MODELS["squared"]
+    own = register("squared")(Squared)(model.config)
+    own.save_pretrained(tmp_path / "squared")
+    loaded = from_pretrained(tmp_path / "squared")
+    assert type(loaded) is Squared
+    x = torch.rand(4, 10)
+    assert torch.equal(loaded.encode(x), own.encode(x))
