@@ -27,6 +27,9 @@ def load(name: str) -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} does not load: {error}"
+    if name == "cpu" and not torch.backends.mkl.is_available():
+        # The library knows where its products are faster than MKL's; of another BLAS it knows nothing.
+        torch.ops.aefast_cpu.use_large_blas_products(True)
     if cache is not None:
         torch.ops.aefast_cpu.keep_memory(cache)
     return None

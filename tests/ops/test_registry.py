@@ -40,6 +40,18 @@ def no_cpu_library(fresh_choices, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
+@pytest.mark.parametrize("has_mkl", [True, False])
+def test_only_of_mkl_is_the_library_faster_at_large_products(has_mkl, monkeypatch):
+    numerics.require_backend("cpu", "linear_act", "cpu", torch.float32)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    before = torch.ops.aefast_cpu.use_large_blas_products(False)
+    try:
+        assert _library.load.__wrapped__("cpu") is None
+    finally:
+        used = torch.ops.aefast_cpu.use_large_blas_products(before)
+    assert used is not has_mkl
+
+
 def layer():
     return AF.linear_act(torch.ones(4, 3), torch.ones(5, 3))
 
