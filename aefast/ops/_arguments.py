@@ -99,16 +99,26 @@ def check_number(
     name: str, value: Any, op: str, low: float = -sys.float_info.max, high: float = sys.float_info.max
 ) -> None:
     """That `value` is a number from `low` to `high`, by default any finite one."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    # An integer beyond all floats is less than infinity.
-    is_float = is_number and (isinstance(value, float) or abs(value) <= sys.float_info.max)
-    if not is_float or not low <= value <= high:
+    if not _is_float(value) or not low <= value <= high:
         expected = {
             (-sys.float_info.max, sys.float_info.max): "a finite number",
             (0.0, sys.float_info.max): "a finite number of at least 0",
             (1.0, sys.float_info.max): "a finite number of at least 1",
         }.get((low, high), f"a number from {low:g} to {high:g}")
         raise InputError(f"{op}: {name} must be {expected}, got {value!r}")
+
+
+def check_positive(name: str, value: Any, op: str) -> None:
+    """That `value` is a finite number above 0."""
+    if not _is_float(value) or not 0.0 < value <= sys.float_info.max:
+        raise InputError(f"{op}: {name} must be a finite number above 0, got {value!r}")
+
+
+def _is_float(value: Any) -> bool:
+    """Whether it is a number that a float holds, NaN and infinity among them."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    # An integer beyond all floats is less than infinity.
+    return is_number and (isinstance(value, float) or abs(value) <= sys.float_info.max)
 
 
 def check_activation(name: str, value: Any, op: str) -> None:

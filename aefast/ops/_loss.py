@@ -99,10 +99,10 @@ def _known_loss(op: str, kind: Any, p: Any, eps: Any, delta: Any) -> Loss:
         if kind != "lp":
             raise InputError(f"{op}: {kind} has no p, got {p!r}")
         _arguments.check_number("p", p, op, 1.0)
-    _arguments.check_number("eps", eps, op, 0.0)
-    _arguments.check_number("delta", delta, op, 0.0)
-    if delta == 0:
-        raise InputError(f"{op}: delta must be above 0, got {delta!r}")
+    if kind == "charbonnier":
+        _arguments.check_number("eps", eps, op, 0.0)
+    if kind == "huber":
+        _arguments.check_positive("delta", delta, op)
     if kind == "rmse":
         return Loss("mse", root=True)
     if kind == "lp":
@@ -116,7 +116,7 @@ def loss_of(op: str, kind: Any, p: Any, eps: Any, delta: Any) -> Loss:
     """What the arguments of a public function say.
 
     Raises:
-        InputError: an unknown kind, or a number out of its range.
+        InputError: an unknown kind, a number that it reads out of its range, or p for a kind without one.
     """
     if torch.compiler.is_compiling():
         return _known_loss.__wrapped__(op, kind, p, eps, delta)

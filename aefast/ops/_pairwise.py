@@ -40,7 +40,7 @@ class Kernel:
     """A sum of kernels of one kind, as launchers are told of it; u is a squared distance, in units of its own.
 
     "rbf": Σ exp(-c u); "laplacian": Σ exp(-c √u); "imq": Σ 1 / (1 + c u); "rational_quadratic":
-    Σ (1 + c u)^-alpha; over the c in `rates`. "energy": -√u, and no rates.
+    Σ (1 + c u)^-alpha; over the c in `rates`. "energy": -√u, and no rates. The alpha of others is 1.
     """
 
     name: str
@@ -84,7 +84,9 @@ def _known_kernel(
 ) -> Kernel:
     if not isinstance(kernel, str) or kernel not in KERNELS:
         raise InputError(f"{op}: kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
-    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 1e-6 <= alpha <= 1e6:
+    if kernel != "rational_quadratic":
+        alpha = 1.0
+    elif not isinstance(alpha, Real) or isinstance(alpha, bool) or not 1e-6 <= alpha <= 1e6:
         raise InputError(f"{op}: alpha must be a number above 0, from 1e-6 to 1e6, got {alpha!r}")
     if bandwidths is None or kernel == "energy":
         bandwidths = DEFAULT_BANDWIDTHS[kernel]
@@ -105,7 +107,7 @@ def kernel_of(op: str, kernel: Any, bandwidth: Any, alpha: Any) -> Kernel:
     """What the arguments of a public function say.
 
     Raises:
-        InputError: an unknown kernel, or a bandwidth or alpha that is not a number above 0.
+        InputError: an unknown kernel, or a bandwidth or alpha that it reads and that is not a number above 0.
     """
     if isinstance(bandwidth, Tensor):
         raise InputError(

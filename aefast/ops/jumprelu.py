@@ -185,9 +185,7 @@ def _check(x: Any, threshold: Any, bandwidth: Any) -> None:
         _arguments.check_like("threshold", threshold, "x", x, op)
     elif threshold.device != x.device:
         raise InputError(f"{op}: threshold must be on the device of x, {x.device}, got {threshold.device}")
-    _arguments.check_number("bandwidth", bandwidth, op, 0.0)
-    if bandwidth == 0:
-        raise InputError(f"{op}: bandwidth must be above 0, got {bandwidth!r}")
+    _arguments.check_positive("bandwidth", bandwidth, op)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

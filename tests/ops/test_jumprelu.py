@@ -320,9 +320,9 @@ def test_vectorised_backward():
             "threshold must have the dtype of x, float32, got float16",
         ),
         ({"threshold": torch.ones(5, device="meta")}, "threshold must be on the device of x, cpu, got meta"),
-        ({"bandwidth": 0.0}, "bandwidth must be above 0, got 0.0"),
-        ({"bandwidth": -1.0}, "bandwidth must be a finite number of at least 0, got -1.0"),
-        ({"bandwidth": None}, "bandwidth must be a finite number of at least 0, got None"),
+        ({"bandwidth": 0.0}, "bandwidth must be a finite number above 0, got 0.0"),
+        ({"bandwidth": -1.0}, "bandwidth must be a finite number above 0, got -1.0"),
+        ({"bandwidth": None}, "bandwidth must be a finite number above 0, got None"),
     ],
 )
 def test_bad_input_is_named(change, message):

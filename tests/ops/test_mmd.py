@@ -419,7 +419,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
         ({"bandwidth": ()}, "bandwidth must have at least one number"),
         ({"bandwidth": torch.ones(2)}, "bandwidth must be .*got a tensor"),
         ({"bandwidth": True}, "bandwidth must be a number above 0, .*got True"),
-        ({"alpha": 0}, "alpha must be a number above 0, from 1e-6 to 1e6, got 0"),
+        (
+            {"kernel": "rational_quadratic", "alpha": 0},
+            "alpha must be a number above 0, from 1e-6 to 1e6, got 0",
+        ),
         ({"estimator": "u"}, "estimator must be one of unbiased, biased, got 'u'"),
         ({"x": torch.full((4, 3), math.nan)}, "x must be finite, got 12 elements that are not"),
         ({"y": torch.tensor([[1.0, math.inf, 0.0]] * 4)}, "y must be finite, got 4 elements"),
@@ -429,6 +432,12 @@ def test_bad_input_is_named(change, message):
     arguments = {"x": torch.ones(4, 3), "y": torch.zeros(4, 3)}
     with pytest.raises(InputError, match=f"mmd: .*{message}"):
         AF.mmd(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel != "rational_quadratic"])
+def test_the_alpha_of_another_kernel_changes_nothing(kernel):
+    x, y = draw(9, 2), draw(9, 2, seed=2)
+    assert torch.equal(AF.mmd(x, y, kernel=kernel, alpha=-1.0), AF.mmd(x, y, kernel=kernel))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

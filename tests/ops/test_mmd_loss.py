@@ -188,7 +188,10 @@ def test_a_copy_has_the_same_group(group):
         (lambda: MMDLoss(bandwidth=0), "MMDLoss: bandwidth must be a number above 0, .*got 0"),
         (lambda: MMDLoss(bandwidth=[]), "MMDLoss: bandwidth must have at least one number"),
         (lambda: MMDLoss(estimator="u"), "MMDLoss: estimator must be one of unbiased, biased, got 'u'"),
-        (lambda: MMDLoss(alpha=-1), "MMDLoss: alpha must be a number above 0, from 1e-6 to 1e6, got -1"),
+        (
+            lambda: MMDLoss("rational_quadratic", alpha=-1),
+            "MMDLoss: alpha must be a number above 0, from 1e-6 to 1e6, got -1",
+        ),
         (lambda: MMDLoss(factor=math.nan), "MMDLoss: factor must be a finite number, got nan"),
         (lambda: MMDLoss.wae(0), "latent=0: expected a positive integer"),
         (lambda: MMDLoss.wae(2, sigma=0), "MMDLoss.wae: sigma must be above 0, got 0"),

@@ -559,7 +559,7 @@ def test_cost_has_the_pairs_and_the_nodes():
         ({"bandwidth": ()}, "bandwidth must have at least one number"),
         ({"bandwidth": torch.ones(2)}, "bandwidth must be a number, a sequence of numbers, or None"),
         ({"bandwidth": "median"}, "bandwidth must be a number above 0, .*, got 'median'"),
-        ({"alpha": 0.0}, "alpha must be .* above 0.*, got 0.0"),
+        ({"kernel": "rational_quadratic", "alpha": 0.0}, "alpha must be .* above 0.*, got 0.0"),
         ({"x": torch.tensor([[1.0, math.nan], [0.0, 0.0]])}, "x must be finite, got 1 elements that are not"),
         ({"x": torch.tensor([[1.0, math.inf], [0.0, 0.0]])}, "x must be finite, got 1 elements that are not"),
     ],

@@ -561,3 +561,8 @@ IMAGES = torch.ones(2, 3, 16, 16)
 def test_bad_input_is_named(change, message):
     with pytest.raises(InputError, match=f"pyramid_loss: .*{message}"):
         AF.pyramid_loss(**{"input": IMAGES, "target": IMAGES, **change})
+
+
+def test_the_eps_of_charbonnier_changes_nothing_elsewhere():
+    target = IMAGES + 0.5
+    assert torch.equal(AF.pyramid_loss(IMAGES, target, p=1, eps=-1.0), AF.pyramid_loss(IMAGES, target, p=1))

@@ -468,8 +468,8 @@ def draw():
         ({"kind": "lp", "p": True}, "p must be a finite number of at least 1, got True"),
         ({"p": 2}, "mse has no p, got 2"),
         ({"kind": "charbonnier", "eps": -1e-3}, "eps must be a finite number of at least 0, got -0.001"),
-        ({"kind": "huber", "delta": 0}, "delta must be above 0, got 0"),
-        ({"kind": "huber", "delta": -1.0}, "delta must be a finite number of at least 0, got -1.0"),
+        ({"kind": "huber", "delta": 0}, "delta must be a finite number above 0, got 0"),
+        ({"kind": "huber", "delta": -1.0}, "delta must be a finite number above 0, got -1.0"),
         ({"loss_weight": -0.5}, "loss_weight must be a finite number of at least 0, got -0.5"),
         ({"loss_weight": math.nan}, "loss_weight must be a finite number of at least 0, got nan"),
         ({"loss_weight": True}, "loss_weight must be a finite number of at least 0, got True"),
@@ -490,6 +490,15 @@ def test_bad_input_is_named(change, message):
     arguments = {"input": draw(), "target": draw()}
     with pytest.raises(InputError, match=f"reconstruction_loss: {message}"):
         AF.reconstruction_loss(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_kind_does_not_read_changes_nothing(kind):
+    input, target = pair(kind, 4, 9)
+    read = {"charbonnier": "eps", "huber": "delta"}.get(kind)
+    unread = {name: -1.0 for name in ("eps", "delta") if name != read}
+    given = AF.reconstruction_loss(input, target, kind, **{**unread, **KINDS[kind]})
+    assert torch.equal(given, AF.reconstruction_loss(input, target, kind, **KINDS[kind]))
 
 
 @pytest.mark.parametrize("reduction", _loss.REDUCTIONS)

@@ -339,7 +339,10 @@ def test_devices_agree(kernel):
         ({"y": torch.full((4, 5), float("inf"))}, "y must be finite, got 20 elements that are not"),
         ({"kernel": "gaussian"}, "kernel must be one of rbf, .*, got 'gaussian'"),
         ({"bandwidth": 0.0}, "bandwidth must be a number above 0, .*, got 0.0"),
-        ({"alpha": -1.0}, "alpha must be a number above 0, from 1e-6 to 1e6, got -1.0"),
+        (
+            {"kernel": "rational_quadratic", "alpha": -1.0},
+            "alpha must be a number above 0, from 1e-6 to 1e6, got -1.0",
+        ),
         ({"estimator": "U"}, "estimator must be one of unbiased, biased, got 'U'"),
         ({"permutations": 0}, "permutations must be an int of at least 1, got 0"),
         ({"permutations": 10.0}, "permutations must be an int of at least 1, got 10.0"),
