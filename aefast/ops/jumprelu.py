@@ -135,7 +135,8 @@ def jumprelu(x: Tensor, threshold: Tensor, bandwidth: float = 1e-3) -> tuple[Ten
     Args:
         x: (*, F), the pre-activations: float32, bfloat16, float16 or float64, any strides.
         threshold: (F,), above 0, as exp of what a model learns; of x's device, and of its dtype or, for half
-            precision, float32, in which it is compared.
+            precision, float32, in which it is compared. Its values are not looked at: with one of 0 or below, what is
+            negative and above it passes too.
         bandwidth: ε, above 0, in x's units.
 
     Returns:
