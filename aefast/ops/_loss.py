@@ -168,6 +168,15 @@ def check_pair(op: str, input: Any, target: Any) -> None:
         )
 
 
+def range_error(op: str, name: str, kind: str, outside: Tensor) -> InputError:
+    """Of the elements (n,), at least one, of a tensor of probabilities that are not from 0 to 1."""
+    others = outside.numel() - 1
+    more = {0: "", 1: " and 1 more element that is not"}.get(
+        others, f" and {others} more elements that are not"
+    )
+    return InputError(f"{op}: {name} must be from 0 to 1 for {kind}, got {outside[0].item():g}{more}")
+
+
 def is_folded(backend: str, dtype: torch.dtype) -> bool:
     """Whether a gradient that is kept in `dtype` has its normaliser in it."""
     return backend == "cpu" and dtype.itemsize > 2

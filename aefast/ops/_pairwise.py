@@ -109,9 +109,11 @@ def kernel_of(op: str, kernel: Any, bandwidth: Any, alpha: Any) -> Kernel:
     Raises:
         InputError: an unknown kernel, or a bandwidth or alpha that it reads and that is not a number above 0.
     """
-    if isinstance(bandwidth, Tensor):
+    # NumPy's scalars have a tolist too, and are numbers.
+    if not isinstance(bandwidth, (Real, Sequence)) and hasattr(bandwidth, "tolist"):
+        kind = "a tensor" if isinstance(bandwidth, Tensor) else "an array"
         raise InputError(
-            f"{op}: bandwidth must be a number, a sequence of numbers, or None, got a tensor; "
+            f"{op}: bandwidth must be a number, a sequence of numbers, or None, got {kind}; "
             "its .item() or .tolist() is one"
         )
     if (bandwidth is not None and not isinstance(bandwidth, Sequence)) or isinstance(bandwidth, str):

@@ -427,10 +427,7 @@ def _range_error(loss: Loss, target: Tensor, output_activation: str) -> InputErr
     """Of numbers that are no probabilities: those of the target, or else those that the layer gives."""
     outside = _is_outside(target)
     if outside.any():
-        return InputError(
-            f"linear_reconstruction_loss: target must be from 0 to 1 for {loss.kind}, "
-            f"got {target[outside][0].item():g} and {int(outside.sum()) - 1} more elements that are not"
-        )
+        return _loss.range_error("linear_reconstruction_loss", "target", loss.kind, target[outside])
     return InputError(
         "linear_reconstruction_loss: output_activation must give numbers from 0 to 1 for bce, as sigmoid does, "
         f"got {output_activation!r}, which gave others"

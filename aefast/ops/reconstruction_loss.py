@@ -240,10 +240,7 @@ def _check_range(loss: Loss, input: Tensor, target: Tensor) -> None:
             continue
         outside = (value < 0) | (value > 1)
         if outside.any():
-            raise InputError(
-                f"reconstruction_loss: {name} must be from 0 to 1 for {loss.kind}, "
-                f"got {value[outside][0].item():g} and {int(outside.sum()) - 1} more elements that are not"
-            )
+            raise _loss.range_error("reconstruction_loss", name, loss.kind, value[outside])
 
 
 def _eager(input: Tensor, target: Tensor, loss: Loss, fraction: tuple[float, int] | None) -> Tensor:

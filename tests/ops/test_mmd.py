@@ -456,6 +456,12 @@ def test_bandwidths_may_be_any_numbers():
     expected = AF.mmd(x, y, bandwidth=(1.0, 2.0))
     for bandwidth in ([1, 2], (2.0, 1.0), [numpy.float32(1), numpy.float64(2)]):
         assert torch.equal(AF.mmd(x, y, bandwidth=bandwidth), expected)
+    assert torch.equal(AF.mmd(x, y, bandwidth=numpy.float32(2)), AF.mmd(x, y, bandwidth=2))
+    for array in (numpy.array([1.0, 2.0]), numpy.array(2.0)):
+        with pytest.raises(
+            InputError, match=r"bandwidth must be .* got an array; its \.item\(\) or \.tolist\(\)"
+        ):
+            AF.mmd(x, y, bandwidth=array)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])

@@ -378,7 +378,7 @@ def test_contents_are_checked_on_the_cpu(backend):
         for reduction in ("mean", "none"):
             for needs in (False, True):
                 given = {**wrong, "input": wrong["input"].requires_grad_(needs)}
-                message = f"reconstruction_loss: {name} must be from 0 to 1 for {kind}, got {value:g}"
+                message = f"reconstruction_loss: {name} must be from 0 to 1 for {kind}, got {value:g}$"
                 with aefast.backend(backend), pytest.raises(InputError, match=message):
                     AF.reconstruction_loss(**given, kind=kind, reduction=reduction)
                 wrong["input"].requires_grad_(False)
@@ -490,6 +490,16 @@ def test_bad_input_is_named(change, message):
     arguments = {"input": draw(), "target": draw()}
     with pytest.raises(InputError, match=f"reconstruction_loss: {message}"):
         AF.reconstruction_loss(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("count", "more"),
+    [(1, ""), (2, " and 1 more element that is not"), (3, " and 2 more elements that are not")],
+)
+def test_elements_out_of_range_are_counted(count, more):
+    target = torch.tensor([2.0] * count + [0.5])
+    with pytest.raises(InputError, match=f"target must be from 0 to 1 for bce, got 2{more}$"):
+        AF.reconstruction_loss(torch.full((count + 1,), 0.5), target, "bce")
 
 
 @pytest.mark.parametrize("kind", KINDS)
