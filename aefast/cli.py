@@ -105,7 +105,7 @@ def _read_options(context: typer.Context, file: str | None) -> str | None:
     for name, value in options.items():
         known = str(name).replace("-", "_")
         if known not in names:
-            from aefast.models._base import did_you_mean
+            from aefast.ops._arguments import did_you_mean
 
             raise InputError(f"config={file!r}: unknown option {name!r}{did_you_mean(known, names)}")
         if isinstance(value, bool) and not parameters[known].is_flag:

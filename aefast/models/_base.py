@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import nn
 from aefast.errors import InputError
 from aefast.models._files import make_directory, write_atomically
 from aefast.ops import _registry
+from aefast.ops._arguments import did_you_mean
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -30,12 +30,6 @@ MODELS: dict[str, type[Model]] = {}
 
 ClassType = TypeVar("ClassType", bound=type)
 ModelType = TypeVar("ModelType", bound="type[Model]")
-
-
-def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` where one of `known` resembles `word`, else an empty string."""
-    close = difflib.get_close_matches(str(word).lower(), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def check_choice(value: object, argument: str, known: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 
@@ -22,9 +21,8 @@ def check_activation(name: object, argument: str = "activation") -> str:
     """Return `name` if it is one of `ACTIVATIONS`; raise `InputError` naming `argument` otherwise."""
     if isinstance(name, str) and name in ACTIVATIONS:
         return name
-    close = difflib.get_close_matches(str(name).lower(), ACTIVATIONS, n=1)
-    suggestion = f"; did you mean {close[0]!r}?" if close else ""
-    raise InputError(f"{argument}={name!r}: expected one of {', '.join(ACTIVATIONS)}{suggestion}")
+    hint = _arguments.did_you_mean(name, ACTIVATIONS)
+    raise InputError(f"{argument}={name!r}: expected one of {', '.join(ACTIVATIONS)}{hint}")
 
 
 def check_positive_int(value: object, argument: str) -> int:

@@ -45,7 +45,8 @@ class PenalizedLinearAct(LinearAct):
         dtype: torch.dtype | None = None,
     ) -> None:
         if penalty not in PENALTIES:
-            raise InputError(f"penalty={penalty!r}: expected one of {', '.join(PENALTIES)}")
+            hint = _arguments.did_you_mean(penalty, PENALTIES)
+            raise InputError(f"penalty={penalty!r}: expected one of {', '.join(PENALTIES)}{hint}")
         _arguments.check_number("rate", rate, "PenalizedLinearAct", 0.0, 1.0)
         if rate in (0, 1):
             raise InputError(f"rate={rate!r}: expected a number between 0 and 1")

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from numbers import Real
 from typing import Any
 
@@ -73,8 +73,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def check_reduction(reduction: Any, op: str) -> None:
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise InputError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_name("reduction", reduction, REDUCTIONS, op)
 
 
 def reduce(values: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -121,11 +120,21 @@ def _is_float(value: Any) -> bool:
     return is_number and (isinstance(value, float) or abs(value) <= sys.float_info.max)
 
 
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` where one of `known` resembles `word`, else an empty string."""
+    close = difflib.get_close_matches(str(word).lower(), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_name(name: str, value: Any, known: Collection[str], op: str) -> None:
+    """That `value` is one of `known`."""
+    if not isinstance(value, str) or value not in known:
+        hint = did_you_mean(value, known)
+        raise InputError(f"{op}: {name} must be one of {', '.join(known)}, got {value!r}{hint}")
+
+
 def check_activation(name: str, value: Any, op: str) -> None:
-    if not isinstance(value, str) or value not in ACTIVATIONS:
-        close = difflib.get_close_matches(str(value).lower(), ACTIVATIONS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InputError(f"{op}: {name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}{hint}")
+    check_name(name, value, ACTIVATIONS, op)
 
 
 def check_activation_parameters(negative_slope: Any, alpha: Any, op: str) -> None:

@@ -91,8 +91,7 @@ class Loss:
 # With their types, lest a True that equals a 1 seen before goes unchecked.
 @functools.lru_cache(maxsize=256, typed=True)
 def _known_loss(op: str, kind: Any, p: Any, eps: Any, delta: Any) -> Loss:
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise InputError(f"{op}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    _arguments.check_name("kind", kind, KINDS, op)
     if p is None and kind == "lp":
         raise InputError(f"{op}: p must be a number of at least 1 for lp, got None")
     if p is not None:
@@ -128,8 +127,7 @@ def loss_of(op: str, kind: Any, p: Any, eps: Any, delta: Any) -> Loss:
 
 
 def check_reduction(op: str, reduction: Any, reductions: tuple[str, ...] = REDUCTIONS) -> None:
-    if not isinstance(reduction, str) or reduction not in reductions:
-        raise InputError(f"{op}: reduction must be one of {', '.join(reductions)}, got {reduction!r}")
+    _arguments.check_name("reduction", reduction, reductions, op)
 
 
 def check_weight(op: str, loss_weight: Any) -> None:

@@ -82,8 +82,7 @@ def rate_of(kernel: str, bandwidth: float, alpha: float) -> float:
 def _known_kernel(
     op: str, kernel: Any, bandwidths: tuple[Any, ...] | None, alpha: Any, types: tuple[type, ...]
 ) -> Kernel:
-    if not isinstance(kernel, str) or kernel not in KERNELS:
-        raise InputError(f"{op}: kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    _arguments.check_name("kernel", kernel, KERNELS, op)
     if kernel != "rational_quadratic":
         alpha = 1.0
     elif not isinstance(alpha, Real) or isinstance(alpha, bool) or not 1e-6 <= alpha <= 1e6:
@@ -163,8 +162,7 @@ def kernel_sum(kernel: Kernel, x: Tensor, y: Tensor | None, unit: Tensor | None)
 
 
 def check_estimator(op: str, estimator: Any) -> None:
-    if not isinstance(estimator, str) or estimator not in ESTIMATORS:
-        raise InputError(f"{op}: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    _arguments.check_name("estimator", estimator, ESTIMATORS, op)
 
 
 def fewest_points(estimator: str) -> int:

@@ -66,8 +66,7 @@ def noise_of(noise: Any, options: dict[str, Any], op: str) -> Noise:
     Raises:
         InputError: an unknown noise, an option of another noise, or a value out of its range.
     """
-    if not isinstance(noise, str) or noise not in NOISES:
-        raise InputError(f"{op}: noise must be one of {', '.join(NOISES)}, got {noise!r}")
+    _arguments.check_name("noise", noise, NOISES, op)
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in NOISES[noise]:

@@ -250,8 +250,7 @@ def _check(
     linear_act.check_layer(x, weight, bias, op, "weight", "bias")
     _arguments.check_activation("activation", activation, op)
     _arguments.check_activation_parameter(activation, negative_slope, alpha, op)
-    if not isinstance(penalty, str) or penalty not in PENALTIES:
-        raise InputError(f"{op}: penalty must be one of {', '.join(PENALTIES)}, got {penalty!r}")
+    _arguments.check_name("penalty", penalty, PENALTIES, op)
     if penalty == "kl":
         _arguments.check_number("rate", rate, op, 0.0, 1.0)
         if rate in (0, 1):

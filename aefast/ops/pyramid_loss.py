@@ -289,8 +289,7 @@ def checked(
     Raises:
         InputError: an unknown name, or a number out of its range.
     """
-    if not isinstance(pyramid, str) or pyramid not in PYRAMIDS:
-        raise InputError(f"{op}: pyramid must be one of {', '.join(PYRAMIDS)}, got {pyramid!r}")
+    _arguments.check_name("pyramid", pyramid, PYRAMIDS, op)
     if isinstance(levels, bool) or not isinstance(levels, Integral) or levels < 1:
         raise InputError(f"{op}: levels must be an integer of at least 1, got {levels!r}")
     if levels > _MOST_LEVELS:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from aefast.errors import InputError
-from aefast.models._base import check_choice, did_you_mean, listed
+from aefast.models._base import check_choice, listed
 from aefast.models._files import write_atomically
 from aefast.nn.linear_act import check_positive_int
+from aefast.ops._arguments import did_you_mean
 
 FORMAT_VERSION = 1
 OPTIONS_FILE = "sampler.json"

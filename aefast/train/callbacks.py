@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aefast.errors import InputError
-from aefast.models._base import did_you_mean
 from aefast.models._files import named_errors
+from aefast.ops._arguments import did_you_mean
 
 if TYPE_CHECKING:
     from aefast.train.trainer import Trainer, TrainResult

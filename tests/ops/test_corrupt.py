@@ -243,6 +243,7 @@ def test_result_is_contiguous():
             {"noise": "poisson"},
             "noise must be one of gaussian, salt_and_pepper, masking, dropout, got 'poisson'",
         ),
+        ({"noise": "gauss"}, r"noise must be one of .*, got 'gauss'; did you mean 'gaussian'\?$"),
         ({"noise": None}, "noise must be one of"),
         ({"std": -0.1}, "std must be a finite number of at least 0, got -0.1"),
         ({"std": float("nan")}, "std must be a finite number of at least 0, got nan"),

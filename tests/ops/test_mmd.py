@@ -412,6 +412,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
         ({"y": torch.ones(0, 3)}, "y must have at least 2 rows for 'unbiased', got 0"),
         ({"y": torch.ones(0, 3), "estimator": "biased"}, "y must have at least 1 rows for 'biased', got 0"),
         ({"kernel": "gauss"}, "kernel must be one of rbf, laplacian, imq, .*got 'gauss'"),
+        ({"kernel": "RBF"}, r"kernel must be one of .*, got 'RBF'; did you mean 'rbf'\?$"),
         ({"bandwidth": 0.0}, "bandwidth must be a number above 0, .*got 0.0"),
         ({"bandwidth": (1.0, -1.0)}, "bandwidth must be a number above 0, .*got -1.0"),
         ({"bandwidth": float("nan")}, "bandwidth must be a number above 0, .*got nan"),

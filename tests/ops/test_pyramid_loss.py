@@ -544,6 +544,7 @@ IMAGES = torch.ones(2, 3, 16, 16)
             {"levels": 6, "pyramid": "gaussian"},
             "levels must be at most 4 for a pyramid of kind 'gaussian' of images of 16 × 16, got 6",
         ),
+        ({"pyramid": "laplace"}, r"pyramid must be one of .*, got 'laplace'; did you mean 'laplacian'\?$"),
         ({"p": 0.5}, "p must be a finite number of at least 1, got 0.5"),
         ({"p": float("nan")}, "p must be a finite number of at least 1, got nan"),
         ({"p": float("inf")}, "p must be a finite number of at least 1, got inf"),

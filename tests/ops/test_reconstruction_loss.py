@@ -461,6 +461,7 @@ def draw():
         ({"target": draw().half()}, "target must have the dtype of input, float32, got float16"),
         ({"target": draw().to_sparse()}, "target must be a dense tensor, got a sparse_coo one"),
         ({"kind": "L2"}, "kind must be one of mse, rmse, l1, huber, lp, .*, got 'L2'"),
+        ({"kind": "MSE"}, "kind must be one of .*, got 'MSE'; did you mean 'mse'\\?$"),
         ({"kind": ["mse"]}, r"kind must be one of .*, got \['mse'\]"),
         ({"kind": "lp"}, "p must be a number of at least 1 for lp, got None"),
         ({"kind": "lp", "p": 0.5}, "p must be a finite number of at least 1, got 0.5"),
