@@ -265,8 +265,10 @@ class EagerMMD(nn.Module):
         if u.requires_grad:
             # The backward of a square takes as long as that of an exponential.
             return _sum([torch.exp(-rate * u) for rate in self._rates])
-        total, term = torch.zeros_like(u), u
-        for rate, squares in squarings(self._rates):
+        (least, _), *others = squarings(self._rates)
+        term = torch.mul(u, -least).exp_()
+        total = term.clone()
+        for rate, squares in others:
             term = next_exponential(term, u, rate, squares)
             total += term
         return total

@@ -25,7 +25,7 @@ SEED = 11
 # it may write over.
 EAGER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gaussian": lambda x, drawn: torch.add(x, drawn, alpha=STD),
-    "salt_and_pepper": lambda x, drawn: torch.where(drawn < P, (drawn >= P / 2).to(x.dtype), x),
+    "salt_and_pepper": lambda x, drawn: torch.where(drawn < P, drawn.ge_(P / 2).to(x.dtype), x),
     "masking": lambda x, drawn: x * drawn.ge_(P).to(x.dtype),
     "dropout": lambda x, drawn: x * drawn.ge_(P).mul_(1 / (1 - P)).to(x.dtype),
 }

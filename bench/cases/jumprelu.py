@@ -23,9 +23,7 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, threshold)
-        active = x > threshold
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return x * active, active.sum(-1, dtype=wide)
+        return gated(x, threshold)
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor, grad_l0: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,11 +34,16 @@ class StraightThrough(torch.autograd.Function):
         return to_x, slopes.sum(0).mul_(-1 / BANDWIDTH).to(threshold.dtype)
 
 
-def without_gradients(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    active = (x > threshold).to(x.dtype)
+def gated(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """What is above the threshold (N, F), and how many of each row are (N,); no gradient flows."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    count = active.sum(-1, dtype=wide)
-    return active.mul_(x), count
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # PyTorch adds up and multiplies by booleans one at a time.
+        active = torch.gt(x, threshold, out=torch.empty_like(x))
+        count = active.sum(-1, dtype=wide)
+        return active.mul_(x), count
+    active = x > threshold
+    return x * active, active.sum(-1, dtype=wide)
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[OpCase]:
@@ -68,7 +71,7 @@ def case(
         make=make,
         aefast=lambda x, threshold: AF.jumprelu(x, threshold, BANDWIDTH),
         eager=StraightThrough.apply,
-        eager_forward=without_gradients,
+        eager_forward=gated,
         arguments=lambda x, threshold: {"x": x, "threshold": threshold, "bandwidth": BANDWIDTH},
         is_compiled=is_compiled,
     )

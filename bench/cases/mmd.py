@@ -99,8 +99,10 @@ def _block(x: Tensor, y: Tensor, rates: Sequence[float]) -> tuple[Tensor, Tensor
     """Kernel values (N, M), and their derivatives in u."""
     norms = x.square().sum(1)[:, None] + y.square().sum(1)
     u = torch.addmm(norms, x, y.t(), alpha=-2.0).clamp_(min=0.0)
-    values, slopes, term = torch.zeros_like(u), torch.zeros_like(u), u
-    for rate, squares in squarings(rates):
+    (least, _), *others = squarings(rates)
+    term = torch.mul(u, -least).exp_()
+    values, slopes = term.clone(), term * -least
+    for rate, squares in others:
         term = next_exponential(term, u, rate, squares)
         values += term
         slopes.add_(term, alpha=-rate)
