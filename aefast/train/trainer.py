@@ -488,13 +488,9 @@ class Trainer:
         current = self._settings()
         for name in names or current:
             if current.get(name) != stored.get(name):
-                if name == "data":
-                    raise InputError(
-                        f"data: expected those that the run in {self.directory} was started with, "
-                        f"{stored.get(name)}, got {current.get(name)}; resume with those, or choose another folder"
-                    )
+                what = ", the data with which" if name == "data" else ", with which"
                 raise InputError(
-                    f"{name}={current.get(name)!r}: expected {stored.get(name)!r}, with which the run in "
+                    f"{name}={current.get(name)!r}: expected {stored.get(name)!r}{what} the run in "
                     f"{self.directory} was started; resume with that, or choose another folder"
                 )
 

@@ -142,7 +142,9 @@ def test_every_op_has_its_place_and_its_speed():
 
 
 def test_every_model_has_its_place():
-    assert sorted(headings("docs/models.md", 2)) == sorted(aefast.models.MODELS)
+    # The page registers one more, as an example.
+    own = [name for name, one in aefast.models.MODELS.items() if one.__module__.startswith("aefast.")]
+    assert sorted(headings("docs/models.md", 2)) == sorted(own)
 
 
 def documented():

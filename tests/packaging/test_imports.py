@@ -16,7 +16,7 @@ PACKAGES = {"aefast": "aefast", "aefast.bench": "bench", "aefast.kernels": "kern
 # From the ground up; each may import those of the lines below its own. "" is the package aefast itself.
 LAYERS = (
     {"errors"},
-    {"_library", "kernels"},
+    {"_library", "_random", "kernels"},
     {"ops"},
     {"", "functional", "info"},
     {"nn"},

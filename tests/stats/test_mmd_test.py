@@ -262,11 +262,19 @@ def test_inputs_are_left_as_they_are():
 def test_result():
     x, y = samples()
     result = mmd_test(
-        x, y, kernel="imq", bandwidth=[3, 1.5], estimator="biased", permutations=9, alpha=2, seed=1
+        x,
+        y,
+        kernel="rational_quadratic",
+        bandwidth=[3, 1.5],
+        estimator="biased",
+        permutations=9,
+        alpha=2,
+        seed=1,
     )
     assert isinstance(result, MMDTest)
     assert (result.x_count, result.y_count, result.permutations) == (23, 17, 9)
-    assert (result.kernel, result.estimator, result.alpha, result.seed) == ("imq", "biased", 2.0, 1)
+    options = (result.kernel, result.estimator, result.alpha, result.seed)
+    assert options == ("rational_quadratic", "biased", 2.0, 1)
     assert result.bandwidths == pytest.approx((1.5, 3.0)) and result.permuted.shape == (9,)
     assert type(result.statistic) is float and type(result.p_value) is float
     assert "statistic=" in repr(result) and "tensor" not in repr(result)
