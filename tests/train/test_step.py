@@ -1009,9 +1009,13 @@ def test_a_step_waits_for_nothing():
 @needs_gpu
 @pytest.mark.parametrize(
     ("sparsity", "options"),
-    [(name, SPARSE[name]) for name in ("l1", "kl", "jumprelu")] + [("topk", {"k": 3, "aux_weight": 0.0})],
+    [
+        *((name, SPARSE[name]) for name in ("l1", "kl", "jumprelu", "topk")),
+        ("topk", {"k": 3, "aux_weight": 0.0}),
+    ],
 )
 def test_a_step_of_a_sparse_model_waits_for_nothing(sparsity, options):
+    """Behind the first; with an auxiliary loss too, as long as no latent can be dead."""
     model = SparseAutoencoder(input_size=16, latent=24, sparsity=sparsity, device="cuda", **options)
     step = CapturedStep(model, make_optimizer(model.parameters(), 1e-2))
     data = [batch.cuda() for batch in batches(8)]
