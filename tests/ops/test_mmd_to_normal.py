@@ -454,11 +454,16 @@ def test_torch_func(kernel):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("is_called_before", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_graphs_capture_it(kernel):
-    """Without a call before, which would leave the nodes on the host and on the device."""
+def test_graphs_capture_it(kernel, is_called_before, monkeypatch):
+    """A call before leaves the nodes on the device, where the graph reads them; without one it makes them."""
+    monkeypatch.setattr(mmd_to_normal, "_ON_DEVICES", {})
+    made, make = [], mmd_to_normal._table
+    monkeypatch.setattr(
+        mmd_to_normal, "_table", lambda *arguments: made.append(arguments) or make(*arguments)
+    )
     mmd_to_normal._table_on_host.cache_clear()
-    mmd_to_normal._ON_DEVICES.clear()
     x = draw(64, 5, dtype=torch.float32).cuda().requires_grad_()
 
     def run():
@@ -470,10 +475,14 @@ def test_graphs_capture_it(kernel):
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         AF.mmd(x, x.detach(), kernel=kernel).backward()
+    if is_called_before:
+        run()
     torch.cuda.synchronize()
+    made.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = run()
+    assert len(made) == (not is_called_before)
     with torch.no_grad():
         x.mul_(0.5)
     graph.replay()
@@ -494,6 +503,9 @@ def test_a_device_keeps_the_nodes(monkeypatch):
     with torch.inference_mode():
         kept, constant = mmd_to_normal._table_at(kernel, 3.0, 5, device)
     assert mmd_to_normal._table_at(kernel, 3.0, 5, device)[0] is kept and not kept.is_inference()
+    with monkeypatch.context() as within:
+        within.setattr(mmd_to_normal, "_is_capturing", lambda device: True)
+        assert mmd_to_normal._table_at(kernel, 3.0, 5, device)[0] is kept
     assert constant == mmd_to_normal._table_on_host(kernel, 3.0, 5)[1]
     monkeypatch.setattr(mmd_to_normal, "_MOST_ON_DEVICES", 1)
     others = [mmd_to_normal._table_at(kernel, 4.0, 5, device)[0] for _ in range(2)]
