@@ -207,12 +207,16 @@ def _listed(suffixes: tuple[str, ...]) -> str:
 
 
 def _unknown(text: str) -> str:
+    is_missing = not os.path.exists(text)
+    if is_missing and os.path.basename(text) != text:
+        return f"data={text!r}: expected a file or a folder, found no such file or folder"
     names = ", ".join(SOURCES)
     close = difflib.get_close_matches(text.lower(), SOURCES, n=1)
     suggestion = f"; did you mean {close[0]!r}?" if close else ""
+    missing = ", found no such file or folder" if is_missing else ""
     return (
         f"data={text!r}: expected one of {names}, a {_listed(FILE_SUFFIXES)} file, or a folder of "
-        f"{_listed(SHARD_SUFFIXES)} files or of images{suggestion}"
+        f"{_listed(SHARD_SUFFIXES)} files or of images{missing}{suggestion}"
     )
 
 

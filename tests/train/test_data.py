@@ -262,6 +262,18 @@ def test_names_and_paths_that_are_not_there(tmp_path):
         load("digts")
     with pytest.raises(DataError, match="found no such file"):
         load(tmp_path / "none.npy")
+    for name in ("none", "none/", "none.csv"):
+        with pytest.raises(
+            DataError, match=r"none.*': expected a file or a folder, found no such file or folder$"
+        ):
+            load(f"{tmp_path}/{name}")
+    with pytest.raises(
+        DataError, match=r"'none': expected one of digits.* images, found no such file or folder$"
+    ):
+        load("none")
+    (tmp_path / "table.csv").touch()
+    with pytest.raises(DataError, match=r"csv': expected one of digits.* or of images$"):
+        load(tmp_path / "table.csv")
     (tmp_path / "folder.npy").mkdir()
     with pytest.raises(DataError, match="found a folder with neither"):
         load(tmp_path / "folder.npy")
