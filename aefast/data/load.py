@@ -39,6 +39,9 @@ FILE_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 # Those of files that a folder may be made of, since they keep an array as it is in memory.
 SHARD_SUFFIXES = (".npy", ".safetensors", ".pt")
 
+# How an error about a file of a folder ends where the file may not be one of samples.
+_REMEDY = "; a file of a folder that holds no samples, such as labels, is to be moved elsewhere"
+
 # Keys that hold the samples in a file of several arrays, the first that is there.
 _SAMPLE_KEYS = ("x", "data")
 
@@ -109,17 +112,17 @@ class _Reading:
             if value is not None:
                 raise DataError(f"{field.name}={value!r}: is of arrays in files, which {source} is not")
 
-    def shape_of(self, shape: tuple[int, ...], where: str) -> tuple[int, ...]:
+    def shape_of(self, shape: tuple[int, ...], where: str, remedy: str = "") -> tuple[int, ...]:
         """(N, ...) for an array of that shape, whose leading dimensions may all count samples."""
         if len(shape) < 2:
-            raise DataError(f"{where}: expected shape (N, features) or (N, ...), got {shape}")
+            raise DataError(f"{where}: expected shape (N, features) or (N, ...), got {shape}{remedy}")
         if 0 in shape:
             raise DataError(f"{where}: expected at least one value, the array is empty with shape {shape}")
         if self.sample_dims is None:
             return shape
         if len(shape) <= self.sample_dims:
             raise DataError(
-                f"{where}: expected more than sample_dims={self.sample_dims} dimensions, got shape {shape}"
+                f"{where}: expected more than sample_dims={self.sample_dims} dimensions, got shape {shape}{remedy}"
             )
         count = len(shape) - self.sample_dims
         return (math.prod(shape[:count]), *shape[count:])
@@ -241,6 +244,7 @@ def _of_folder(path: Path, reading: _Reading) -> Dataset:
     if len(found) > 1:
         raise DataError(
             f"{where}: expected files of one kind, found a folder with both, {found[0][0].name} and {found[1][0].name}"
+            f"{_REMEDY}"
         )
     if kinds[-1]:
         reading.refuse_for("a folder of images")
@@ -253,7 +257,8 @@ def _of_folder(path: Path, reading: _Reading) -> Dataset:
             f"{where}: expected {_listed(SHARD_SUFFIXES)} files, or images, found a folder with neither{below}"
         )
     _warn_of_order([file.name for file in found[0]], where)
-    return _of_shards([_shard(file, reading) for file in found[0]], path)
+    remedy = _REMEDY if len(found[0]) > 1 else ""
+    return _of_shards([_shard(file, reading, remedy) for file in found[0]], path)
 
 
 def _warn_of_order(names: list[str], where: str) -> None:
@@ -282,7 +287,7 @@ def _of_shards(shards: list[ArrayFile], path: Path) -> Dataset:
         ):
             if got != expected:
                 raise DataError(
-                    f"data={str(shard.path)!r}: expected {what} {expected}, as in {first.path.name}, got {got}"
+                    f"data={str(shard.path)!r}: expected {what} {expected}, as in {first.path.name}, got {got}{_REMEDY}"
                 )
     rows = ArrayRows(shards)
     dataset = _of_rows(rows, first.shape[1:], rows.stored_bytes, path)
@@ -318,8 +323,8 @@ def _outside() -> int:
     return level
 
 
-def _shard(path: Path, reading: _Reading) -> ArrayFile:
-    """Where the array of a file lies."""
+def _shard(path: Path, reading: _Reading, remedy: str = "") -> ArrayFile:
+    """Where the array of a file lies; `remedy` ends the error about a shape that no samples have."""
     where = f"data={str(path)!r}"
     suffix = path.suffix.lower()
     if suffix == ".npy":
@@ -329,7 +334,7 @@ def _shard(path: Path, reading: _Reading) -> ArrayFile:
         dtype, shape, offset, is_in_order = *_safetensors_layout(path, reading), True
     else:
         dtype, shape, offset, is_in_order = _torch_layout(path, reading)
-    shape = reading.shape_of(tuple(shape), where)
+    shape = reading.shape_of(tuple(shape), where, remedy)
     is_bfloat16 = reading.is_bfloat16(dtype, where)
     if isinstance(dtype, torch.dtype):
         dtype = np.dtype(_DTYPES[dtype])

@@ -361,6 +361,29 @@ def test_shards_that_do_not_fit_together(tmp_path, rows, change, message):
         load(folder)
 
 
+@pytest.mark.parametrize("labels", ["labels.npy", "targets.npy", "targets.pt"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        ((60,), np.int64, {}),
+        ((60,), np.int64, {"sample_dims": 1}),
+        ((60, 1), np.float32, {}),
+        ((60, 6), np.int64, {}),
+    ],
+)
+def test_files_of_labels_are_to_be_moved(tmp_path, rows, labels, shape, dtype, options):
+    folder = shards(tmp_path / "folder", rows, (30, 30))
+    values = np.zeros(shape, dtype)
+    np.save(folder / labels, values) if labels.endswith(".npy") else saved_as(
+        folder / labels, torch.from_numpy(values)
+    )
+    with pytest.raises(DataError, match=rf"{labels}.*such as labels, is to be moved elsewhere$"):
+        load(folder, **options)
+    np.save(tmp_path / "alone.npy", np.zeros(60))
+    with pytest.raises(DataError, match=r"got \(60,\)$|got shape \(60,\)$"):
+        load(tmp_path / "alone.npy", **options)
+
+
 def test_links_to_nothing_are_named(tmp_path, rows):
     np.save(tmp_path / "a.npy", rows)
     (tmp_path / "b.npy").symlink_to(tmp_path / "c.npy.elsewhere")
