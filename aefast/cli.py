@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
     from torch import Tensor
+    from yaml import MappingNode
 
     from aefast.data import Dataset
     from aefast.models import Model, ModelConfig, SparseCode
@@ -91,7 +92,11 @@ def _read_options(context: typer.Context, file: str | None) -> str | None:
         ) from None
     try:
         with open(file, encoding="utf-8") as text:
-            options = yaml.safe_load(text)
+            loader = yaml.SafeLoader(text)
+            node = loader.get_single_node()
+            if isinstance(node, yaml.MappingNode):
+                _check_given_once(node, file)
+            options = None if node is None else loader.construct_document(node)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"config={file!r}: expected a readable YAML file ({reason})") from None
@@ -114,6 +119,18 @@ def _read_options(context: typer.Context, file: str | None) -> str | None:
         defaults[known] = ",".join(map(str, value)) if isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **defaults}
     return file
+
+
+def _check_given_once(options: MappingNode, file: str) -> None:
+    """That no option of a YAML file is there twice, of which the last would count without a word."""
+    lines: dict[str, int] = {}
+    for key, _ in options.value:
+        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+        first = lines.setdefault(name, line)
+        if first != line:
+            raise InputError(
+                f"config={file!r}: expected every option once, got {key.value!r} in line {first} and in line {line}"
+            )
 
 
 _TRAIN_EPILOG = """

@@ -325,6 +325,11 @@ def test_options_come_from_a_file_and_the_command_line_goes_before_it(data, tmp_
         ("help: true\n", "config='.*': unknown option 'help'"),
         ("- epochs\n", "config='.*': expected lines such as 'epochs: 20', got list"),
         ("", "config='.*': expected lines such as 'epochs: 20', got NoneType"),
+        (
+            "lr: 0.1\nlatent: 4\n\nlatent: 8\n",
+            "config='.*': expected every option once, got 'latent' in line 2 and in line 4",
+        ),
+        ("batch_size: 4\nbatch-size: 8\n", "got 'batch-size' in line 1 and in line 2"),
         ("epochs: [3\n", "config='.*': expected a readable YAML file"),
         ("epochs: !!python/object/apply:os.getcwd []\n", "config='.*': expected a readable YAML file"),
         ("epochs: many\n", r"'--epochs'.*integer.*\(from --config .*run.yaml\)"),
