@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import pickle
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from aefast._random import other_states, set_other_states
 from aefast.data.dataset import DataError
 from aefast.data.files import not_finite
 
@@ -25,8 +27,10 @@ class IterableBatches:
 
     `set_epoch` of the iterable, its sampler or its data set is called before an epoch, where there is one. An iterable
     with `state_dict` and `load_state_dict` is taken back to a batch by these. Any other begins the epoch again, with
-    the random numbers of PyTorch and of the iterable's generators as they were then, and the batches before that one
-    are read and left out. What workers draw that live from epoch to epoch (``persistent_workers``) is not drawn again.
+    the random numbers of PyTorch's, numpy's and Python's global generators and of the ``generator`` of the iterable,
+    its sampler and its data set as they were then, and the batches before that one are read and left out. What is drawn
+    otherwise is not drawn again: from a numpy Generator that the data set keeps, or by workers that live from epoch to
+    epoch (``persistent_workers``). `restore` tells of it, if the last batch that is left out shows it.
 
     Args:
         source: the iterable, or a function without arguments that returns one.
@@ -63,8 +67,14 @@ class IterableBatches:
         self._features = features
         self._device = device
         self._argument = argument
-        # Random states before the present epoch began.
+        # Random states before the present epoch began, of PyTorch and the source, and of others.
         self._before: list[torch.Tensor] = []
+        self._others_before: dict[str, torch.Tensor] = {}
+        # The batch that was read last in the epoch, and its number.
+        self._last: tuple[int, torch.Tensor] | None = None
+        # The number and the checksum of the one that was it when the state was taken that `restore` got.
+        self._expected: tuple[int, int] | None = None
+        self._tell: Callable[[str], None] | None = None
         # Whether all of its batches were read.
         self._has_ended = False
         # Of the epoch that `restore` goes on with: whether the source is at its place, and whether that is the end.
@@ -100,25 +110,29 @@ class IterableBatches:
         if first and is_positioned:
             batches = iter(self._source)
         elif first:
-            batches = self._skipped(first)
+            batches = self._skipped(first, epoch)
         else:
-            self._before = self._random()
+            self._before, self._others_before = self._random(), other_states()
+            self._last = self._expected = None
             batches = self._iterator()
         number = first - 1
         for number, batch in enumerate(batches, first):
-            yield self._prepared(batch, f"batch {number} of epoch {epoch}")
+            prepared = self._prepared(batch, f"batch {number} of epoch {epoch}")
+            self._last = number, prepared
+            yield prepared
         if number < 0:
             raise DataError(f"{self._argument}: expected at least one batch, epoch {epoch} has none")
         self._has_ended = True
 
     def in_order(self) -> Iterator[torch.Tensor]:
-        """All batches, as they come. The iterable's generators are left as they were before."""
-        before = self._random()[1:]
+        """All batches, as they come. The iterable's generators, numpy's and Python's are left as they were before."""
+        before, others_before = self._random()[1:], other_states()
         try:
             for number, batch in enumerate(self._iterator()):
                 yield self._prepared(batch, f"batch {number}")
         finally:
             self._set_generators(before)
+            set_other_states(others_before)
 
     def spread(self, count: int) -> torch.Tensor:
         """The first `count` samples (n, features), or all if they are fewer."""
@@ -134,7 +148,13 @@ class IterableBatches:
 
         Of the source's own state it holds tensors and plain values alone; if there is more to it, none of it.
         """
-        state = {"before": self._before, "now": self._random()[1:], "has_ended": self._has_ended}
+        state = {
+            "before": self._before,
+            "others_before": self._others_before,
+            "now": self._random()[1:],
+            "has_ended": self._has_ended,
+            "last": self._expected if self._last is None else (self._last[0], _checksum(self._last[1])),
+        }
         if self._is_stateful():
             try:
                 return {"state": _to_bytes({**state, "source": self._source.state_dict()})}
@@ -142,13 +162,16 @@ class IterableBatches:
                 pass
         return {"state": _to_bytes(state)}
 
-    def restore(self, state: dict[str, torch.Tensor]) -> bool:
+    def restore(self, state: dict[str, torch.Tensor], tell: Callable[[str], None] | None = None) -> bool:
         """Go on where `state` was taken; whether batches before that are not read again.
 
-        The next call of `epoch` has to be the one that goes on.
+        The next call of `epoch` has to be the one that goes on. PyTorch's, numpy's and Python's global generators have
+        to be put where they were by then. `tell` gets a sentence if what is read again is not what it was.
         """
         content = _from_bytes(state["state"])
         self._before = content["before"]
+        self._others_before = content.get("others_before", {})
+        self._last, self._expected, self._tell = None, content.get("last"), tell
         self._has_ended = self._is_past_end = content["has_ended"]
         self._is_positioned = "source" in content and self._is_stateful()
         if self._is_positioned:
@@ -190,21 +213,34 @@ class IterableBatches:
     def _iterator(self) -> Iterator[Any]:
         return iter(self._source() if self._is_function else self._source)
 
-    def _skipped(self, first: int) -> Iterator[Any]:
+    def _skipped(self, first: int, epoch: int) -> Iterator[Any]:
         """The batches from number `first` on of an epoch that begins with the random states that it had begun with."""
-        present = torch.get_rng_state()
+        present, others_present = torch.get_rng_state(), other_states()
         if self._before:
             torch.set_rng_state(self._before[0])
             self._set_generators(self._before[1:])
+            set_other_states(self._others_before)
         else:
-            self._before = self._random()
+            self._before, self._others_before = self._random(), others_present
         try:
             batches = self._iterator()
-            for _ in range(first):
-                next(batches, None)
+            for number in range(first):
+                batch = next(batches, None)
+                if self._expected is not None and number == self._expected[0]:
+                    self._compare(batch, f"batch {number} of epoch {epoch}")
         finally:
             torch.set_rng_state(present)
+            set_other_states(others_present)
         return batches
+
+    def _compare(self, batch: Any, which: str) -> None:
+        """Tell if a batch that is read again, or None if there is none, is not what it was."""
+        is_same = batch is not None and _checksum(self._prepared(batch, which)) == self._expected[1]
+        if not is_same and self._tell is not None:
+            self._tell(
+                f"{self._argument}: the iterable gave other batches than before ({which}); the run goes on with other "
+                "data"
+            )
 
     def _prepared(self, batch: Any, which: str) -> torch.Tensor:
         """The samples of a batch, (B, features), float32, on the device."""
@@ -243,6 +279,12 @@ class IterableBatches:
             return batch.to(self._device, non_blocking=True)
         batch = batch.to(self._device, torch.float32)
         return batch.mul(1 / 255) if is_bytes else batch
+
+
+def _checksum(batch: torch.Tensor) -> int:
+    """Of up to 64 rows of a batch (B, features)."""
+    rows = torch.linspace(0, len(batch) - 1, min(64, len(batch)), dtype=torch.float64).long()
+    return zlib.crc32(batch[rows.to(batch.device)].cpu().contiguous().numpy())
 
 
 def _to_bytes(content: dict[str, Any]) -> torch.Tensor:

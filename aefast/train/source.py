@@ -133,12 +133,15 @@ class Source:
             state["validation"] = self.held_out.generator_state()
         return state
 
-    def restore(self, state: dict[str, torch.Tensor]) -> bool:
-        """Go on as the run did that `state` is from; whether no batch has to be read again for it."""
+    def restore(self, state: dict[str, torch.Tensor], tell: Callable[[str], None]) -> bool:
+        """Go on as the run did that `state` is from; whether no batch has to be read again for it.
+
+        `tell` gets a sentence if one is, and shows that it is not what it was.
+        """
         if isinstance(self.held_out, IterableBatches):
             self.held_out.restore_generators(state["validation"])
         if isinstance(self.training, IterableBatches):
-            return self.training.restore(state)
+            return self.training.restore(state, tell)
         # Whether rows are shuffled by blocks was decided by the memory that was free when that run began.
         block_rows = int(state.get("block_rows", 0)) or None
         if block_rows != self._data.block_rows:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
-from aefast._random import seeded
+from aefast._random import other_states, seeded, set_other_states
 from aefast.data import Batches, Dataset, IterableBatches
 from aefast.errors import AefastError, InputError
 from aefast.models import Model, SparseAutoencoder
@@ -105,8 +105,11 @@ class Trainer:
 
     The folder receives ``config.json`` and ``model.safetensors`` (`aefast.models.from_pretrained` loads
     them), ``metrics.jsonl``, ``checkpoints/``, ``plots/`` and, where it is wanted, ``best/``. A resumed run goes on
-    bit for bit as if it had never stopped, on the CPU with the same number of threads. A new sparse autoencoder begins
-    with the mean of the first batch as its decoder's bias (`SparseAutoencoder.initialize`).
+    bit for bit as if it had never stopped, on the CPU with the same number of threads. Where batches come from an
+    iterable, that takes one that gives the same batches again (`aefast.data.IterableBatches`): checkpoints hold the
+    states of PyTorch's, numpy's and Python's global generators, and of no others but those that the iterable shows. If
+    the last batch that is read again is another one, the run says so. A new sparse autoencoder begins with the mean of
+    the first batch as its decoder's bias (`SparseAutoencoder.initialize`).
 
     Where torch.distributed is initialized, each of its processes makes a Trainer, and they train one model on batches
     of which each takes its share: gradients are averaged (`DistributedDataParallel`), an MMD is that of all processes'
@@ -377,7 +380,9 @@ class Trainer:
         # A model's options follow from which model it is and from the data, so those are told first, and what was kept
         # of other data is not for this.
         self._check_same_run(settings, ("model", "data", "validation"))
-        goes_on = self.source.restore(self._of_process(checkpoint.tensors["data"]))
+        goes_on = self.source.restore(
+            self._of_process(checkpoint.tensors["data"]), lambda text: self._say(f"notice: {text}")
+        )
         # How memory was when the run began decides how many steps an epoch has.
         self.step.schedule = self._schedule()
         self._check_same_run(settings)
@@ -544,7 +549,7 @@ class Trainer:
 
     def _random_state(self) -> dict[str, torch.Tensor]:
         """The states of all processes' generators, by kind and rank."""
-        own = {"cpu": torch.get_rng_state()}
+        own = {"cpu": torch.get_rng_state(), **other_states()}
         if self.device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self.device)
         return self._of_processes(own)
@@ -596,6 +601,9 @@ class Trainer:
             torch.manual_seed(self._seed())
         if self.device.type == "cuda" and f"cuda/{rank}" in random:
             torch.cuda.set_rng_state(random[f"cuda/{rank}"], self.device)
+        set_other_states(
+            {name: random[f"{name}/{rank}"] for name in ("numpy", "python") if f"{name}/{rank}" in random}
+        )
         self.steps_taken = checkpoint.step
         self.epoch = checkpoint.state["epoch"]
         self.batch = checkpoint.state["batch"]

@@ -153,6 +153,29 @@ def test_a_shuffled_epoch_goes_on(own_generator, stop):
         assert ours[1] == theirs[1]
 
 
+def test_what_is_read_again_is_compared_with_what_was_read():
+    def batches(change=0.0):
+        return wrapped([part + change for part in samples().split(4)])
+
+    before = batches()
+    iterator = before.epoch(0)
+    for _ in range(3):
+        next(iterator)
+    state = before.state()
+    for again, count in ((batches(), 0), (batches(1.0), 1), (wrapped([samples()]), 1)):
+        told = []
+        again.restore(state, told.append)
+        # Before anything was read the state is still that of what was read last.
+        again.restore(again.state(), told.append)
+        list(again.epoch(0, 3))
+        assert len(told) == count
+        assert all(
+            "dataset: the iterable gave other batches than before (batch 2 of epoch 0)" in one for one in told
+        )
+        list(again.epoch(1))
+        assert len(told) == count
+
+
 def test_generators_are_left_as_they_were():
     batches = shuffling(own_generator=True)
     first = list(batches.in_order())

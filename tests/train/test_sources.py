@@ -1,6 +1,7 @@
 """Training on data that stays in files, and on batches that something else makes."""
 
 import importlib
+import random
 import sys
 
 import numpy as np
@@ -164,6 +165,88 @@ def test_a_run_on_batches_goes_on_bit_for_bit(train_on, tmp_path, monkeypatch, d
     )
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+class Shuffled:
+    """Samples in an order that is drawn as an epoch begins, with noise that is drawn with each batch."""
+
+    def __init__(self, dataset, permutation, uniform):
+        self.dataset, self.permutation, self.uniform = dataset, permutation, uniform
+
+    def __iter__(self):
+        for rows in np.array_split(self.permutation(len(self.dataset)), 8):
+            yield self.dataset.samples[torch.as_tensor(rows)] + 0.01 * self.uniform()
+
+
+SHUFFLED = {
+    "numpy": lambda dataset: Shuffled(dataset, np.random.permutation, np.random.random),
+    "python": lambda dataset: Shuffled(
+        dataset, lambda count: random.sample(range(count), count), random.random
+    ),
+}
+
+
+def seed_all(seed):
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@pytest.fixture
+def interrupted_and_resumed(train_on, tmp_path, monkeypatch, dataset, capsys):
+    """Trains on what `make` returns in one go and in two, which end after step `stop`; what the second one says."""
+
+    def train(make, stop):
+        def trainer(name, seed):
+            seed_all(seed)
+            return train_on(make(dataset), tmp_path / name, make(dataset), seed=3)
+
+        trainer("whole", 0).fit(compare=False)
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, stop)
+            assert trainer("parts", 0).fit(compare=False).step == stop
+        capsys.readouterr()
+        trainer("parts", 1).fit(resume=True, compare=False)
+        return capsys.readouterr().out
+
+    return train
+
+
+@pytest.mark.parametrize("kind", SHUFFLED)
+@pytest.mark.parametrize("stop", [1, 3, 8, 12])
+def test_orders_of_global_generators_go_on_bit_for_bit(interrupted_and_resumed, tmp_path, kind, stop):
+    assert "other batches" not in interrupted_and_resumed(SHUFFLED[kind], stop)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("stop", "differs"), [(3, False), (12, True)])
+def test_other_batches_than_before_are_told(interrupted_and_resumed, stop, differs):
+    def hidden(dataset):
+        generator = np.random.default_rng(0)
+        return Shuffled(dataset, generator.permutation, generator.random)
+
+    told = interrupted_and_resumed(hidden, stop)
+    notice = (
+        "notice: dataset: the iterable gave other batches than before (batch 3 of epoch 1); the run goes on"
+    )
+    assert (notice in told) == differs
+    assert ("other batches" in told) == differs
+
+
+def test_checkpoints_without_states_of_numpy_are_gone_on_with(monkeypatch, tmp_path, dataset, train_on):
+    iterable = importlib.import_module("aefast.data.iterable")
+    to_bytes = iterable._to_bytes
+
+    def older(content):
+        return to_bytes({key: content[key] for key in content if key not in ("others_before", "last")})
+
+    seed_all(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(iterable, "_to_bytes", older)
+        patch.setattr("aefast.train.trainer.other_states", dict)
+        interrupt_after(patch, 12)
+        train_on(SHUFFLED["numpy"](dataset), tmp_path).fit(compare=False)
+    assert train_on(SHUFFLED["numpy"](dataset), tmp_path).fit(resume=True, compare=False).step == 24
 
 
 @pytest.mark.parametrize("stop", [3, 8, 12])
