@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -148,6 +149,16 @@ class Source:
             self._data = dataclasses.replace(self._data, block_rows=block_rows)
             self._cut(self._data)
         return True
+
+
+def described(fingerprint: str | None) -> str:
+    """A fingerprint in words: of a data set how many samples it has, and of which size."""
+    if fingerprint is None:
+        return "none"
+    sizes = re.fullmatch(r"(\d+)x(\d+)-[0-9a-f]{8}", fingerprint)
+    if sizes is None:
+        return fingerprint
+    return f"{int(sizes[1]):,} samples of {sizes[2]} features"
 
 
 def _placed(samples: torch.Tensor | FileRows, device: torch.device) -> torch.Tensor | FileRows:

@@ -35,7 +35,7 @@ from aefast.train.plots import plot_loss, plot_samples
 from aefast.train.processes import AgreedInterrupt, Processes, Request
 from aefast.train.progress import ProgressView
 from aefast.train.schedule import Schedule
-from aefast.train.source import Data, Source
+from aefast.train.source import Data, Source, described
 from aefast.train.step import CapturedStep, make_optimizer
 
 METRICS_FILE = "metrics.jsonl"
@@ -493,11 +493,24 @@ class Trainer:
         current = self._settings()
         for name in names or current:
             if current.get(name) != stored.get(name):
-                what = ", the data with which" if name == "data" else ", with which"
+                if name in ("data", "validation"):
+                    raise self._of_other_data(name, stored.get(name), current.get(name))
                 raise InputError(
-                    f"{name}={current.get(name)!r}: expected {stored.get(name)!r}{what} the run in "
+                    f"{name}={current.get(name)!r}: expected {stored.get(name)!r}, with which the run in "
                     f"{self.directory} was started; resume with that, or choose another folder"
                 )
+
+    def _of_other_data(self, name: str, stored: str | None, current: str | None) -> InputError:
+        """The error about "data" or "validation" of other fingerprints than the run's."""
+        expected, got = described(stored), described(current)
+        if expected == got:
+            got = "as many with other values"
+        what = "data" if name == "data" else "held-out samples"
+        given = f"{name}={self.source.name!r}" if name == "data" else name
+        return InputError(
+            f"{given}: these are not the {what} that the run in {self.directory} was started with: expected "
+            f"{expected}, got {got}; resume with those, or choose another folder"
+        )
 
     # Saving and going on
 

@@ -632,8 +632,15 @@ def test_the_process_that_writes_decides_when(make_trainer, tmp_path, monkeypatc
         ({"clip_norm": 1.0}, "clip_norm=1.0: expected None"),
         ({"accumulate": 2}, "accumulate=2: expected 1"),
         ({"ema_decay": 0.9}, "ema_decay=0.9: expected None"),
-        ({"data": Dataset("other", torch.rand(230, 16), (16,))}, "data='230x16-"),
-        ({"data": Dataset("wide", torch.rand(30, 17), (17,))}, "data='30x17-"),
+        (
+            {"data": Dataset("other", torch.rand(230, 16), (16,))},
+            "data='other': these are not the data that the run in .* was started with: expected 230 samples of 16 "
+            "features, got as many with other values; resume with those, or choose another folder",
+        ),
+        (
+            {"data": Dataset("wide", torch.rand(1030, 17), (17,))},
+            "data='wide': .*: expected 230 samples of 16 features, got 1,030 samples of 17 features;",
+        ),
     ],
 )
 def test_resuming_with_other_options_is_refused(make_trainer, tmp_path, options, message):
