@@ -54,7 +54,12 @@ def listed(registry: dict[str, Any], name: str, kind: str) -> Callable[[ClassTyp
 
 
 def register(name: str) -> Callable[[ModelType], ModelType]:
-    """Class decorator: list a model in `MODELS` as `name`."""
+    """Class decorator: list a model in `MODELS` as `name`.
+
+    A class that overrides a model's methods is registered by a name of its own before it is trained by
+    `aefast.train.Trainer` or saved, so that files of it are loaded as one. Where they are loaded the class has to be
+    registered too.
+    """
     return listed(MODELS, name, "model")
 
 
@@ -326,17 +331,22 @@ class Model(nn.Module):
 
     def check_class(self) -> None:
         """That the model is loaded as what it is; `InputError` if its class is not listed, but one that it changes."""
-        listed_class = MODELS[self.name]
+        own = type(self).__name__
+        hint = "list the class by @aefast.models.register('another_name')"
+        listed_class = MODELS.get(getattr(self, "name", None))
+        if listed_class is None:
+            raise InputError(
+                f"model: a {own} could not be loaded, since it has no name in aefast.models.MODELS; {hint}"
+            )
         parents = listed_class.__mro__
         methods = {name for one in parents if issubclass(one, Model) for name in vars(one)}
         # Classes such as those that shard a model add methods of their own.
         added = {name for one in type(self).__mro__ if one not in parents for name in vars(one)}
         changed = sorted(name for name in methods & added if not name.startswith("__"))
         if changed:
-            own = type(self).__name__
             raise InputError(
                 f"model: a {own} would be loaded as the {listed_class.__name__} that its name, {self.name!r}, stands "
-                f"for, without its {', '.join(changed[:3])}; list the class by @aefast.models.register('another_name')"
+                f"for, without its {', '.join(changed[:3])}; {hint}"
             )
 
     def check_names(self) -> None:
@@ -351,6 +361,11 @@ class Model(nn.Module):
                 f"model: expected the parameters of a {type(self).__name__} by their names, or a file of it could not "
                 f"be loaded: {', '.join(sorted(names)[:4])}; parametrizations have to be removed before"
             )
+
+    def has_own(self, *methods: str) -> bool:
+        """Whether a subclass from outside of aefast has one of these methods of its own."""
+        known = next(one for one in type(self).__mro__ if one.__module__.startswith("aefast."))
+        return any(getattr(type(self), name) is not getattr(known, name) for name in methods)
 
     @classmethod
     def from_pretrained(

@@ -16,7 +16,7 @@ import aefast.functional as AF
 from aefast.errors import InputError
 from aefast.models._base import ModelOutput, check_choice, register
 from aefast.models._reconstruction import LossConfig
-from aefast.models.vae import VAE, EagerVAE, VAEConfig, weighted_kl
+from aefast.models.vae import FORWARD, VAE, EagerVAE, VAEConfig, weighted_kl
 from aefast.nn import LinearAct, MMDLoss
 from aefast.ops import _arguments, _pairwise, _philox, _registry, mmd_to_normal
 
@@ -222,7 +222,10 @@ class InfoVAE(VAE):
         return ModelOutput(made, latent, reconstruction + kl + mmd, terms)
 
     def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As `VAE.evaluate`, with the "mmd" of the same codes, without its weight; no "elbo" of points."""
+        """As `VAE.evaluate`, with the "mmd" of the same codes, without its weight; no "elbo" of points. Of a subclass
+        with a `forward` of its own, as `VAE.evaluate` alone."""
+        if self.has_own(*FORWARD):
+            return super().evaluate(x)
         config, flat = self.config, self.flatten(x)
         reconstruction, kl, _, z, mu = self._estimate(flat)
         mmd = self.prior_mmd(z)

@@ -24,6 +24,9 @@ from aefast.ops import _registry
 
 LIKELIHOODS = ("mse", "bernoulli", "gaussian")
 
+FORWARD = ("forward", "_pass", "_estimate", "_reconstruction_term")
+"""The methods that the loss is made by."""
+
 LOGVAR_RANGE = (-30.0, 10.0)
 """The posterior's logvar counts as its nearest value in it. A deviation of exp(10 / 2) = 148 keeps a sample, its
 divergence and their gradients finite in float16 too."""
@@ -225,7 +228,10 @@ class VAE(EncoderDecoder):
         return reconstruction, kl, self.decoder_loss.mean_of(output).reshape(x.shape), latent, z
 
     def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As `Model.evaluate`, with the "elbo" of the same sample, in nats, unless there is a loss in its place."""
+        """As `Model.evaluate`, with the "elbo" of the same sample, in nats, unless there is a loss in its place, or a
+        subclass has a `forward` of its own, whose loss this is then."""
+        if self.has_own(*FORWARD):
+            return super().evaluate(x)
         flat = self.flatten(x)
         reconstruction, kl, _, _, mu = self._estimate(flat)
         measures = {

@@ -324,13 +324,19 @@ class Trainer:
     def _result(self, interrupted: signal.Signals | None, compare: bool) -> TrainResult:
         if interrupted is not None:
             return TrainResult(self.directory, self.steps_taken, interrupted)
-        comparison = None
+        comparison, model = None, self.model
         if self.processes.is_first:
             try:
                 self._plot()
             except ImportError as error:
                 self._say(f'notice: no plots ({error}); for plots: pip install "aefast[train]"')
         # Beside other processes it would be measured with what they leave of the machine.
+        if compare and model.has_own("forward") and not model.has_own("eager_loss"):
+            compare = False
+            self._say(
+                f"notice: no comparison with eager PyTorch, since {type(model).__name__} has a forward of its own and "
+                "no eager_loss"
+            )
         if compare and self.processes.is_one:
             try:
                 comparison = compare_with_eager(

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from aefast.errors import InputError
-from aefast.models import MODELS, Autoencoder, Model, from_pretrained, register
+from aefast.models import MODELS, Autoencoder, AutoencoderConfig, Model, from_pretrained, register
 from aefast.models._files import write_atomically
 
 
@@ -216,3 +216,13 @@ def test_a_class_that_would_be_loaded_as_another_is_not_saved(model, tmp_path, m
     assert type(loaded) is Squared
     x = torch.rand(4, 10)
     assert torch.equal(loaded.encode(x), own.encode(x))
+
+
+def test_a_class_without_a_name_is_not_saved(tmp_path):
+    class Nameless(Model):
+        config_class = AutoencoderConfig
+
+    with pytest.raises(
+        InputError, match=r"a Nameless could not be loaded, since it has no name .*; list the"
+    ):
+        Nameless(input_size=10).save_pretrained(tmp_path / "saved")

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import aefast.functional as AF
 from aefast.errors import InputError
-from aefast.models import MODELS, VAE, VAEConfig, from_pretrained
+from aefast.models import MODELS, VAE, InfoVAE, ModelOutput, VAEConfig, from_pretrained
 from aefast.models.vae import LIKELIHOODS, LOGVAR_RANGE
 from support.noise import next_normals
 
@@ -380,3 +380,36 @@ def test_a_config_of_another_model_is_refused():
         MODELS["autoencoder"](VAEConfig(input_size=4))
     with pytest.raises(InputError, match=r"x: expected shape \(B, 12\)"):
         make().elbo(torch.rand(3, 5))
+
+
+class CountsVAE(VAE):
+    """Of a Poisson likelihood, whose rates are exp of what the decoder gives."""
+
+    def forward(self, x):
+        z, kl, _, _ = self.head(self.encoder(self.flatten(x)))
+        rate = self.decoder(z).exp()
+        reconstruction = torch.nn.functional.poisson_nll_loss(
+            rate, x, log_input=False, reduction="sum"
+        ) / len(x)
+        return ModelOutput(rate, z, reconstruction + kl, {"reconstruction": reconstruction, "kl": kl})
+
+
+@pytest.mark.parametrize("base", [VAE, InfoVAE])
+def test_a_loss_of_a_subclass_is_what_is_evaluated(base):
+    torch.manual_seed(0)
+    model = type("Counts", (CountsVAE, base), {})(**SIZES).eval()
+    x = torch.poisson(torch.full((10, 12), 2.0))
+    torch.manual_seed(5)
+    expected = model(x)
+    torch.manual_seed(5)
+    measures = model.evaluate(x)
+    assert "elbo" not in measures
+    torch.testing.assert_close(measures["loss"], expected.loss)
+    torch.testing.assert_close(measures["mse"], (expected.reconstruction - x).square().mean())
+
+
+def test_a_subclass_with_other_methods_is_evaluated_as_ever():
+    def halved(self, x):
+        return self.encode(x) / 2
+
+    assert "elbo" in type("Halved", (VAE,), {"halved": halved})(**SIZES).evaluate(data().float())

@@ -30,6 +30,7 @@ from aefast.models import (
     SparseAutoencoder,
     SparseConfig,
     StochasticAutoencoder,
+    _base,
     from_pretrained,
 )
 from aefast.train import (
@@ -222,6 +223,25 @@ def test_models_with_noise_are_compared(make_trainer, tmp_path, monkeypatch, nam
     assert trainer.fit().comparison.aefast > 0
     if name in ("vae", "infovae"):
         assert trainer.model.training_steps == 7
+
+
+def test_other_losses_are_not_compared_with(make_trainer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_base, "MODELS", {**_base.MODELS})
+
+    @_base.register("doubled")
+    class Doubled(VAE):
+        def forward(self, x):
+            output = super().forward(x)
+            terms = {name: 2 * term for name, term in output.terms.items()}
+            return dataclasses.replace(output, loss=2 * output.loss, terms=terms)
+
+    trainer = make_trainer(tmp_path, model=Doubled, epochs=1)
+    trainer.console = Console()
+    result = trainer.fit()
+    assert result.comparison is None
+    assert "elbo" not in result.held_out
+    assert "notice: no comparison with eager PyTorch, since Doubled has" in capsys.readouterr().out
+    assert type(from_pretrained(tmp_path)) is Doubled
 
 
 def test_noisy_vectors_are_plotted_too(make_trainer, tmp_path, dataset):
