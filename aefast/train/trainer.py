@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from aefast._random import other_states, seeded, set_other_states
@@ -117,10 +118,7 @@ class Trainer:
     is logged, and if a process is lost the others stop, with the last checkpoint to go on from.
 
     Args:
-        model: the model to train, with its initial weights. It is moved to the device and trained in place, and stays
-            in the modes of training: ``model.eval()`` comes before it is used. With `ema_decay` or `keep_best` it has
-            the last weights; the averages, and in ``best/`` the best, are what the folder holds
-            (`aefast.models.from_pretrained`).
+        model: the model to train, with its initial weights. It is moved to the device and trained in place.
         dataset: what to train on. Of a `Dataset` a part is held out for validation. Anything else is an iterable of
             batches, or a function that returns one, as `aefast.data.IterableBatches` takes them: a `DataLoader`, a
             list. It decides the size and order of batches, and none are held out. Of a batch that is a tuple or list
@@ -188,6 +186,8 @@ class Trainer:
         self.metrics: MetricsLog | None = None
         # Whether the folder holds a run that this one takes the place of, once it has something to write.
         self._is_replacing = False
+        # Which modules were in training mode as the last `fit` ended; it leaves all of them in eval mode.
+        self._modes: dict[nn.Module, bool] = {}
         # The lowest loss on held-out samples, and how many validations ago that was.
         self._best = math.inf
         self._epochs_since_best = 0
@@ -256,6 +256,10 @@ class Trainer:
     def fit(self, *, resume: bool = False, overwrite: bool = False, compare: bool = True) -> TrainResult:
         """Train to the last epoch, or until SIGINT or SIGTERM asks to stop after the current step.
 
+        The model is in eval mode afterwards, however the run ended, and has the weights of the last step. The average
+        of `ema_decay` and the weights of `keep_best` are in the folder: ``from_pretrained(directory)`` loads the model
+        that is kept, which is the average where there is one, and ``from_pretrained(directory / "best")`` the best.
+
         Args:
             resume: go on from the newest checkpoint in the folder; without one, start afresh and say so.
             overwrite: start afresh even if the folder holds a run, which is deleted once there is something to write.
@@ -269,7 +273,8 @@ class Trainer:
                 checkpoint is kept.
         """
         try:
-            return self._fit(resume, overwrite, compare)
+            with self._in_training_mode():
+                return self._fit(resume, overwrite, compare)
         except RuntimeError as error:
             if not self.processes.is_loss(error):
                 raise
@@ -284,6 +289,19 @@ class Trainer:
             raise InputError(
                 f"out={str(self.directory)!r}: cannot read or write {file} ({error.strerror or error})"
             ) from error
+
+    @contextlib.contextmanager
+    def _in_training_mode(self) -> Iterator[None]:
+        """The modules that train in training mode, within; afterwards all of the model in eval mode."""
+        if not self.model.training:
+            self.model.train()
+            for one, mode in self._modes.items():
+                one.training = mode
+        try:
+            yield
+        finally:
+            self._modes = {one: one.training for one in self.model.modules()}
+            self.model.eval()
 
     def _output_file(self, error: OSError) -> Path | None:
         """Which file of the run `error` is about, or None if it is not about one of them."""

@@ -50,10 +50,12 @@ def interrupt_after(monkeypatch, steps, number=signal.SIGINT):
 
 def interrupt_in_validation(monkeypatch, trainer, steps):
     """The process gets a signal as the trainer turns to validation behind so many steps."""
-    evaluate = trainer.model.eval
+    evaluate, is_sent = trainer.model.eval, False
 
     def interrupted():
-        if trainer.steps_taken == steps:
+        nonlocal is_sent
+        if trainer.steps_taken == steps and not is_sent:
+            is_sent = True
             os.kill(os.getpid(), signal.SIGINT)
         return evaluate()
 

@@ -225,6 +225,35 @@ def test_models_with_noise_are_compared(make_trainer, tmp_path, monkeypatch, nam
         assert trainer.model.training_steps == 7
 
 
+def test_a_run_leaves_the_model_in_eval_mode(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, epochs=2)
+    frozen = trainer.model.encoder.layers[0].eval()
+    interrupt_after(monkeypatch, 3)
+    assert trainer.fit(compare=False).interrupted is not None
+    assert not any(one.training for one in trainer.model.modules())
+    seen = []
+    trainer.callbacks.append(ModesSeen(seen))
+    trainer.fit(resume=True, compare=False)
+    assert not any(one.training for one in trainer.model.modules())
+    expected = {one: one is not frozen for one in trainer.model.modules()}
+    assert seen == [expected, expected]
+
+
+class ModesSeen(Callback):
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_epoch_end(self, trainer, record):
+        self.seen.append({one: one.training for one in trainer.model.modules()})
+
+
+def test_a_run_that_fails_leaves_the_model_in_eval_mode(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, lr=1e30)
+    with pytest.raises(TrainingError):
+        trainer.fit(compare=False)
+    assert not any(one.training for one in trainer.model.modules())
+
+
 def test_other_losses_are_not_compared_with(make_trainer, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(_base, "MODELS", {**_base.MODELS})
 
