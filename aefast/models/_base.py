@@ -213,12 +213,12 @@ class Model(nn.Module):
     def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """What held-out samples say of the model in eval mode: scalars by name, means over the batch x (B, ...).
 
-        "loss" is what training minimises. A name that ends in "mse" is a mean squared error over all elements, "mse"
-        itself that of the reconstruction. A model may add measures of its own; "explained_variance", 1 - mse / the
-        variance of the batch, is told of all held-out samples as of one batch.
+        "loss" is what training minimises; where it has several terms these are told too. A name that ends in "mse" is a
+        mean squared error over all elements, "mse" itself that of the reconstruction. A model may add measures of its
+        own; "explained_variance", 1 - mse / the variance of the batch, is told of all held-out samples as of one batch.
         """
         output = self(x)
-        return {"loss": output.loss, "mse": F.mse_loss(output.reconstruction, x)}
+        return {"loss": output.loss, **several(output.terms), "mse": F.mse_loss(output.reconstruction, x)}
 
     def illustrate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """What to show of the model's work on samples x (B, ...) in eval mode: batches of x's shape by name."""
@@ -401,6 +401,13 @@ class Model(nn.Module):
             model = model_class(config, **networks)
         _fill(model, _read_weights(directory / WEIGHTS_FILE), directory / WEIGHTS_FILE)
         return model.to(device=device, dtype=dtype).eval()
+
+
+def several(terms: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The terms of a loss that has several, by name, but for names that `Model.evaluate` has for what it tells."""
+    if len(terms) == 1:
+        return {}
+    return {name: term for name, term in terms.items() if name != "loss" and not name.endswith("mse")}
 
 
 def _first_parameter(module: nn.Module) -> nn.Parameter | None:

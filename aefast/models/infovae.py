@@ -222,8 +222,8 @@ class InfoVAE(VAE):
         return ModelOutput(made, latent, reconstruction + kl + mmd, terms)
 
     def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As `VAE.evaluate`, with the "mmd" of the same codes, without its weight; no "elbo" of points. Of a subclass
-        with a `forward` of its own, as `VAE.evaluate` alone."""
+        """As `VAE.evaluate`, the term "kl" with the weight kl_weight, and with the "mmd" of the same codes, without its
+        weight; no "elbo" of points. Of a subclass with a `forward` of its own, as `VAE.evaluate` alone."""
         if self.has_own(*FORWARD):
             return super().evaluate(x)
         config, flat = self.config, self.flatten(x)
@@ -231,6 +231,8 @@ class InfoVAE(VAE):
         mmd = self.prior_mmd(z)
         measures = {
             "loss": reconstruction + config.kl_weight * kl + config.mmd_weight * mmd,
+            "reconstruction": reconstruction,
+            "kl": config.kl_weight * kl,
             "mse": F.mse_loss(self.decode(mu), flat),
             "mmd": mmd,
         }

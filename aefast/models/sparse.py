@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 import aefast.functional as AF
 from aefast.errors import InputError
-from aefast.models._base import Model, ModelOutput, check_choice, register
+from aefast.models._base import Model, ModelOutput, check_choice, register, several
 from aefast.models._reconstruction import LOSSES, LossConfig, does_without
 from aefast.models._warmup import steps_taken, warmed_up
 from aefast.nn import SparseDecoder
@@ -444,14 +444,15 @@ class SparseAutoencoder(Model):
         return ModelOutput(made, code, sum(terms.values()), terms)
 
     def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Beside "loss" and "mse": "l0", how many latents a sample uses; "explained_variance", 1 - mse / the variance
-        of the batch; and of all but kl "dead", the part of the latents that counts as dead."""
+        """Beside what `Model.evaluate` tells: "l0", how many latents a sample uses; "explained_variance", 1 - mse / the
+        variance of the batch; and of all but kl "dead", the part of the latents that counts as dead."""
         flat = self.flatten(x)
         output = self(flat)
         values = output.latent.values if self.config.is_sparse else output.latent
         mse = F.mse_loss(output.reconstruction, flat)
         measures = {
             "loss": output.loss,
+            **several(output.terms),
             "mse": mse,
             "l0": (values > 0).sum(-1).to(mse.dtype).mean(),
             "explained_variance": 1.0 - mse / (flat - flat.mean(0)).square().mean(),

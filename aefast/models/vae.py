@@ -228,14 +228,17 @@ class VAE(EncoderDecoder):
         return reconstruction, kl, self.decoder_loss.mean_of(output).reshape(x.shape), latent, z
 
     def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As `Model.evaluate`, with the "elbo" of the same sample, in nats, unless there is a loss in its place, or a
-        subclass has a `forward` of its own, whose loss this is then."""
+        """As `Model.evaluate`, the term "kl" with the weight beta, and with the "elbo" of the same sample, in nats,
+        unless there is a loss in its place, or a subclass has a `forward` of its own, whose loss this is then."""
         if self.has_own(*FORWARD):
             return super().evaluate(x)
         flat = self.flatten(x)
         reconstruction, kl, _, _, mu = self._estimate(flat)
+        weighted = self.config.beta * kl
         measures = {
-            "loss": reconstruction + self.config.beta * kl,
+            "loss": reconstruction + weighted,
+            "reconstruction": reconstruction,
+            "kl": weighted,
             "mse": F.mse_loss(self.decode(mu), flat),
         }
         if self.config.loss is None:

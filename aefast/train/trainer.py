@@ -87,10 +87,11 @@ class TrainResult:
         stopped_early: whether it ended for the loss on held-out samples, or because a callback said so.
         held_out: the last measures on held-out samples, by name: "loss" and, in dB, "psnr" of the
             reconstructions; of a denoiser the loss and PSNR of noisy samples once denoised, and in dB "noisy_psnr",
-            theirs before; of a VAE also "elbo", in nats a sample; of an InfoVAE also "mmd", the MMD² of its codes to
-            the prior; of a sparse autoencoder also "l0", how many latents a sample uses, "explained_variance", 1 - mean
-            squared error / variance, if there is any, and but for kl "dead", the part of the latents that counts as
-            dead. Empty if the run was interrupted, or had no held-out samples.
+            theirs before; where the loss has several terms, such as "kl", also these, with their weights; of a VAE also
+            "elbo", in nats a sample; of an InfoVAE also "mmd", the MMD² of its codes to the prior, without its weight;
+            of a sparse autoencoder also "l0", how many latents a sample uses, "explained_variance", 1 - mean squared
+            error / variance, if there is any, and but for kl "dead", the part of the latents that counts as dead. Empty
+            if the run was interrupted, or had no held-out samples.
     """
 
     directory: Path

@@ -234,11 +234,15 @@ def test_evaluate_tells_the_mmd_without_its_weight(noise, stochastic):
     noise(prior)
     measures = model.evaluate(x.reshape(10, 3, 4))
     mu, z, kl = codes(model, x, eps)
-    assert measures.keys() == {"loss", "mse", "mmd"} | ({"elbo"} if stochastic else set())
+    assert measures.keys() == {"loss", "reconstruction", "kl", "mse", "mmd"} | (
+        {"elbo"} if stochastic else set()
+    )
     mmd = mmd_of(model.config, z, prior)
     nll = model._reconstruction_term(model.decoder_loss.eager(model.decoder(z), x), None)
     torch.testing.assert_close(measures["mmd"], mmd)
     torch.testing.assert_close(measures["loss"], nll + 4.0 * mmd)
+    torch.testing.assert_close(measures["reconstruction"], nll)
+    torch.testing.assert_close(measures["kl"], 0.0 * kl)
     torch.testing.assert_close(measures["mse"], (model.decode(mu) - x).square().mean())
     if stochastic:
         torch.testing.assert_close(measures["elbo"], -nll - kl - 6 * math.log(2 * math.pi))

@@ -779,6 +779,8 @@ def test_evaluate(sparsity):
     torch.testing.assert_close(measures["l0"], (code > 0).sum(1).double().mean())
     torch.testing.assert_close(measures["explained_variance"], 1 - error / x.var(0, unbiased=False).mean())
     assert ("dead" in measures) == (sparsity != "kl")
+    assert ("sparsity" in measures) == ("topk" not in sparsity)
+    torch.testing.assert_close(measures["loss"], measures["mse"] + measures.get("sparsity", 0.0))
 
 
 @pytest.mark.parametrize("size", [1, 29, 30])

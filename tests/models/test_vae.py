@@ -172,7 +172,9 @@ def test_evaluate_tells_loss_error_and_bound():
     model, x = make(beta=3.0).eval(), data()
     log_likelihood, kl, _, mu = bound(model, x, next_normals(10, 3))
     measures = model.evaluate(x)
-    assert measures.keys() == {"loss", "mse", "elbo"}
+    assert measures.keys() == {"loss", "reconstruction", "kl", "mse", "elbo"}
+    torch.testing.assert_close(measures["kl"], 3 * kl)
+    torch.testing.assert_close(measures["loss"], measures["reconstruction"] + measures["kl"])
     torch.testing.assert_close(measures["elbo"], log_likelihood - kl)
     torch.testing.assert_close(measures["loss"], -log_likelihood - 6 * math.log(2 * math.pi) + 3 * kl)
     torch.testing.assert_close(measures["mse"], ((model.decode(mu) - x) ** 2).mean())
@@ -405,6 +407,8 @@ def test_a_loss_of_a_subclass_is_what_is_evaluated(base):
     measures = model.evaluate(x)
     assert "elbo" not in measures
     torch.testing.assert_close(measures["loss"], expected.loss)
+    for name in ("reconstruction", "kl"):
+        torch.testing.assert_close(measures[name], expected.terms[name])
     torch.testing.assert_close(measures["mse"], (expected.reconstruction - x).square().mean())
 
 

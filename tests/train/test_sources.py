@@ -114,7 +114,7 @@ def test_validation_on_data_of_its_own(train_on, tmp_path, dataset, kind):
         assert trainer.held_out is not None
         total = sum(len(batch) for batch in trainer.held_out.in_order())
     assert total == len(dataset)
-    assert set(result.held_out) == {"loss", "psnr", "elbo"}
+    assert set(result.held_out) == {"loss", "reconstruction", "kl", "psnr", "elbo"}
     assert (tmp_path / "plots" / "reconstructions.png").exists()
 
 

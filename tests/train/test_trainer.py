@@ -155,8 +155,8 @@ STOCHASTIC = {
     "stochastic": (StochasticAutoencoder, {}),
 }
 MEASURES = {
-    "vae": {"val_loss", "val_psnr", "val_elbo"},
-    "infovae": {"val_loss", "val_psnr", "val_elbo", "val_mmd"},
+    "vae": {"val_loss", "val_reconstruction", "val_kl", "val_psnr", "val_elbo"},
+    "infovae": {"val_loss", "val_reconstruction", "val_kl", "val_psnr", "val_elbo", "val_mmd"},
     "denoising": {"val_loss", "val_psnr", "val_noisy_psnr"},
     "stochastic": {"val_loss", "val_psnr"},
 }
