@@ -56,6 +56,10 @@ class Dataset:
         is_file = hasattr(samples, "read")
         if not is_file and not isinstance(samples, torch.Tensor):
             raise DataError(f"samples: expected a tensor (N, features), got {type(samples).__name__}")
+        if not is_file and samples.layout != torch.strided:
+            raise DataError(
+                f"samples: expected a dense tensor, got layout {samples.layout}; give samples.to_dense()"
+            )
         if len(samples.shape) != 2 or not (is_file or samples.dtype == torch.float32):
             dtype = "" if is_file else f"{str(samples.dtype).removeprefix('torch.')} of "
             raise DataError(

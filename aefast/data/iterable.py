@@ -254,6 +254,14 @@ class IterableBatches:
             batch = batch[key]
         elif isinstance(batch, (tuple, list)) and batch:
             batch = batch[0]
+        if hasattr(batch, "toarray"):
+            raise DataError(
+                f"{where}: expected a dense array, got the sparse {type(batch).__name__}; give batch.toarray()"
+            )
+        if isinstance(batch, torch.Tensor) and batch.layout != torch.strided and not batch.is_nested:
+            raise DataError(
+                f"{where}: expected a dense tensor, got layout {batch.layout}; give batch.to_dense()"
+            )
         if isinstance(batch, np.ndarray) and batch.dtype.kind in "fiub":
             batch = torch.as_tensor(batch)
         if not isinstance(batch, torch.Tensor) or batch.is_complex():

@@ -45,6 +45,9 @@ _REMEDY = "; a file of a folder that holds no samples, such as labels, is to be 
 # Keys that hold the samples in a file of several arrays, the first that is there.
 _SAMPLE_KEYS = ("x", "data")
 
+# What `scipy.sparse.save_npz` writes of a matrix of any format.
+_SCIPY_KEYS = frozenset({"format", "shape", "data"})
+
 # The types of numbers, with numpy's name for them in files, which are little-endian; bfloat16 as integers of its bits.
 _DTYPES = {
     **{torch.float64: "<f8", torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<u2"},
@@ -430,6 +433,10 @@ def _readable(path: Path) -> Iterator[None]:
         # What the parsers of numpy, zipfile and torch raise over a damaged file is of no fixed set of types.
         if isinstance(error, ValueError) and ("allow_pickle" in str(error) or "Python objects" in str(error)):
             raise DataError(f"data={str(path)!r}: expected numbers, found Python objects") from None
+        if isinstance(error, RuntimeError) and "compressed tensor" in str(error):
+            raise DataError(
+                f"data={str(path)!r}: expected a dense tensor, got a compressed sparse one; save tensor.to_dense()"
+            ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"data={str(path)!r}: expected a readable {suffix} file ({reason})") from None
 
@@ -444,6 +451,11 @@ def _read(path: Path, reading: _Reading) -> np.ndarray | torch.Tensor:
             if not zipfile.is_zipfile(path):
                 raise ValueError("it is not a .npz archive")
             with np.load(path, allow_pickle=False) as archive:
+                if _SCIPY_KEYS.issubset(archive.files):
+                    raise DataError(
+                        f"data={str(path)!r}: expected an array, found a sparse matrix of scipy's; save "
+                        "scipy.sparse.load_npz(path).toarray() by np.save"
+                    )
                 array = archive[_pick_key(archive.files, path, reading)]
             # numpy hands out the bytes of a member that does not look like an array.
             if not isinstance(array, np.ndarray):
@@ -543,7 +555,9 @@ def _check_dense(tensor: torch.Tensor, where: str) -> None:
     if tensor.device.type != "cpu":
         raise DataError(f"{where}: expected a tensor with values, got one on the {tensor.device} device")
     if tensor.layout != torch.strided:
-        raise DataError(f"{where}: expected a dense tensor, got layout {tensor.layout}")
+        raise DataError(
+            f"{where}: expected a dense tensor, got layout {tensor.layout}; save tensor.to_dense()"
+        )
     if tensor.dtype not in _DTYPES:
         raise DataError(f"{where}: expected real numbers, got dtype {tensor.dtype}")
 

@@ -253,6 +253,8 @@ class Model(nn.Module):
                 f"x: expected shape (B, {size}) or (B, ...) with {size} features a sample, "
                 f"got {tuple(x.shape)}"
             )
+        if x.layout != torch.strided and not x.is_nested:
+            raise InputError(f"x: expected a dense tensor, got layout {x.layout}; give x.to_dense()")
         if x.dim() == 4:
             self.check_order(x.shape[1:], "x")
         dtype = None if any_dtype else self.sample_dtype

@@ -106,6 +106,19 @@ def test_bad_batches_are_named(batch, message):
         all_of(wrapped([torch.zeros(2, 4), batch]))
 
 
+@pytest.mark.parametrize("form", ["coo", "csr"])
+def test_sparse_batches_are_named_with_the_remedy(form):
+    dense = torch.eye(4)
+    sparse = dense.to_sparse() if form == "coo" else dense.to_sparse_csr()
+    for batch in (sparse, (sparse, torch.zeros(4)), {"x": sparse}):
+        with pytest.raises(DataError, match=rf"layout torch.sparse_{form}; give batch.to_dense\(\)"):
+            all_of(wrapped([batch]))
+    scipy = pytest.importorskip("scipy.sparse")
+    for make in (getattr(scipy, f"{form}_matrix"), getattr(scipy, f"{form}_array")):
+        with pytest.raises(DataError, match=rf"got the sparse {form}_\w+; give batch.toarray\(\)"):
+            all_of(wrapped([make(dense.numpy())]))
+
+
 def test_sources_that_give_no_batches():
     with pytest.raises(DataError, match="dataset=3: expected a Dataset or an iterable of batches"):
         wrapped(3)

@@ -12,6 +12,8 @@ import torch
 
 from aefast.data import Batches, DataError, Dataset, load
 from aefast.data.bundled import patches
+from aefast.errors import InputError
+from aefast.models import Autoencoder
 
 load_module = importlib.import_module("aefast.data.load")
 
@@ -233,8 +235,11 @@ def test_whatever_a_parser_raises_names_the_file(tmp_path, rows, monkeypatch, er
     [
         (lambda x: x.to("meta"), "expected a tensor with values, got one on the meta device"),
         (lambda x: torch.nested.nested_tensor([x, x[:3]]), "expected (samples of one shape|a tensor)"),
-        (lambda x: x.to_sparse(), "expected a dense tensor, got layout torch.sparse_coo"),
-        (lambda x: x.to_sparse_csr(), "expected a dense tensor, got layout torch.sparse_csr"),
+        (lambda x: x.to_sparse(), "expected a dense tensor, got layout torch.sparse_coo; save .*to_dense"),
+        (
+            lambda x: x.to_sparse_csr(),
+            "expected a dense tensor, got layout torch.sparse_csr; save .*to_dense",
+        ),
         (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "expected real numbers.*qint8"),
     ],
     ids=["meta", "nested", "coo", "csr", "quantized"],
@@ -244,6 +249,28 @@ def test_tensors_without_plain_values_are_refused(tmp_path, rows, make, message)
     torch.save(make(torch.from_numpy(rows)), tmp_path / "a.pt")
     with pytest.raises(DataError, match=message):
         load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("to_sparse", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+@pytest.mark.filterwarnings("ignore")
+def test_sparse_tensors_are_named_with_the_remedy(tmp_path, rows, to_sparse):
+    sparse = to_sparse(torch.from_numpy(rows))
+    torch.save(sparse, tmp_path / "a.pt")
+    with pytest.raises(DataError, match=r"expected a dense tensor, got .*; save tensor.to_dense\(\)"):
+        load(tmp_path)
+    with pytest.raises(DataError, match=r"expected a dense tensor, got .*; give samples.to_dense\(\)"):
+        Dataset("sparse", sparse, (5,))
+    with pytest.raises(InputError, match=r"expected a dense tensor, got .*; give x.to_dense\(\)"):
+        Autoencoder(input_size=5, hidden=(), latent=2)(sparse)
+
+
+@pytest.mark.parametrize("form", ["csr", "csc", "coo", "bsr", "dia"])
+def test_files_of_sparse_matrices_are_named_with_the_remedy(tmp_path, rows, form):
+    sparse = pytest.importorskip("scipy.sparse")
+    sparse.save_npz(tmp_path / "a.npz", sparse.csr_matrix(rows).asformat(form))
+    for key in (None, "data"):
+        with pytest.raises(DataError, match=r"found a sparse matrix of scipy's; .*toarray\(\)"):
+            load(tmp_path / "a.npz", key=key)
 
 
 def test_a_name_that_no_file_can_have_is_refused(tmp_path):
