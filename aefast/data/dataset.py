@@ -26,6 +26,13 @@ class DataWarning(UserWarning):
     """Data that can be trained on, and are probably meant to be read otherwise."""
 
 
+BYTES_ARE_IMAGES = (
+    "its uint8 values are read as those of images, 0 to 255 as 0 to 1; for counts give another type, such as int32, "
+    "whose values are kept"
+)
+"""What is warned of where samples of uint8 have no shape of an image."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """N samples of the same shape.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from aefast._random import other_states, set_other_states
-from aefast.data.dataset import DataError
+from aefast.data.dataset import BYTES_ARE_IMAGES, DataError, DataWarning
 from aefast.data.files import not_finite
 
 # Keys that hold the samples in a batch of several entries, the first that is there.
@@ -44,6 +45,9 @@ class IterableBatches:
 
     Raises:
         DataError: `source` cannot be gone through, or only once.
+
+    Warns:
+        DataWarning: once, of uint8 values in batches (B, features), which are divided as those of images are.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class IterableBatches:
         self._argument = argument
         # Random states before the present epoch began, of PyTorch and the source, and of others.
         self._before: list[torch.Tensor] = []
+        self._has_told_of_bytes = False
         self._others_before: dict[str, torch.Tensor] = {}
         # The batch that was read last in the epoch, and its number.
         self._last: tuple[int, torch.Tensor] | None = None
@@ -275,6 +280,9 @@ class IterableBatches:
             )
         self.sample_shape = shape[1:]
         is_bytes = batch.dtype == torch.uint8
+        if is_bytes and len(shape) == 2 and not self._has_told_of_bytes:
+            self._has_told_of_bytes = True
+            warnings.warn(f"{where}: {BYTES_ARE_IMAGES}", DataWarning, stacklevel=2)
         batch = batch.detach().flatten(1)
         if batch.device.type == "cpu":
             batch = batch.float().mul(1 / 255) if is_bytes else batch.float()

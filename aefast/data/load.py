@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from aefast.data.blocks import block_rows_of
 from aefast.data.bundled import digits, patches
-from aefast.data.dataset import DataError, Dataset, DataWarning
+from aefast.data.dataset import BYTES_ARE_IMAGES, DataError, Dataset, DataWarning
 from aefast.data.files import PIECE_VALUES, ArrayFile, ArrayRows, FileRows, not_finite
 from aefast.data.images import IMAGE_SUFFIXES, ImageRows
 from aefast.data.memory import available_bytes
@@ -180,7 +180,8 @@ def load(
             blocks are searched for these two; the others are when they are read.
 
     Warns:
-        DataWarning: integers of 16 bits that look like the bits of bfloat16 numbers.
+        DataWarning: integers of 16 bits that look like the bits of bfloat16 numbers; uint8 values of samples that have
+            one dimension, which are divided by 255 as those of images are.
     """
     reading = _Reading(dtype, key, sample_dims)
     text = str(source)
@@ -296,6 +297,7 @@ def _of_shards(shards: list[ArrayFile], path: Path) -> Dataset:
     dataset = _of_rows(rows, first.shape[1:], rows.stored_bytes, path)
     if not first.is_bfloat16:
         _hint_at_bits(dataset, first.dtype, path)
+        _hint_at_counts(dataset, first.dtype, path)
     return dataset
 
 
@@ -316,6 +318,12 @@ def _hint_at_bits(dataset: Dataset, dtype: np.dtype | torch.dtype, path: Path) -
             DataWarning,
             stacklevel=_outside(),
         )
+
+
+def _hint_at_counts(dataset: Dataset, dtype: np.dtype | torch.dtype, path: Path) -> None:
+    """Warn if samples were bytes, which are scaled, and have no shape of an image."""
+    if _named(dtype) == "uint8" and len(dataset.sample_shape) == 1:
+        warnings.warn(f"data={str(path)!r}: {BYTES_ARE_IMAGES}", DataWarning, stacklevel=_outside())
 
 
 def _outside() -> int:
@@ -532,6 +540,7 @@ def _dataset(path: Path, reading: _Reading) -> Dataset:
     dataset = Dataset(_name(path), samples, shape[1:])
     if not is_bfloat16:
         _hint_at_bits(dataset, dtype, path)
+        _hint_at_counts(dataset, dtype, path)
     return dataset
 
 

@@ -99,7 +99,7 @@ class ModelConfig:
                 owners = [
                     name for name, one in MODELS.items() if key in one.config_class.__dataclass_fields__
                 ]
-                hint = f"; it is one of {', '.join(owners)}" if owners else did_you_mean(key, fields)
+                hint = f"; {key} is an option of {', '.join(owners)}" if owners else did_you_mean(key, fields)
                 raise InputError(
                     f"{origin}: unknown option {key!r}, expected one of {', '.join(fields)}{hint}"
                 )

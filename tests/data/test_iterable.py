@@ -1,11 +1,13 @@
 """Batches that something else makes."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from aefast.data import DataError, IterableBatches
+from aefast.data import DataError, DataWarning, IterableBatches
 
 CPU = torch.device("cpu")
 
@@ -104,6 +106,15 @@ def test_bytes_are_scaled_as_load_does():
 def test_bad_batches_are_named(batch, message):
     with pytest.raises(DataError, match=message):
         all_of(wrapped([torch.zeros(2, 4), batch]))
+
+
+def test_bytes_that_are_no_images_are_warned_of_once():
+    for dtype, shape, count in ((np.uint8, (2, 4), 1), (np.uint8, (2, 2, 2), 0), (np.int32, (2, 4), 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            all_of(wrapped([np.ones(shape, dtype)] * 2))
+        assert [one.category for one in caught] == [DataWarning] * count
+        assert all("0 to 255 as 0 to 1; for counts" in str(one.message) for one in caught)
 
 
 @pytest.mark.parametrize("form", ["coo", "csr"])

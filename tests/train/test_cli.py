@@ -158,6 +158,14 @@ def test_bits_of_bfloat16_are_hinted_at_and_read(train, data, tmp_path, capsys):
     assert again["loss"] == last["loss"]
 
 
+def test_bytes_that_are_no_images_are_said_to_be_scaled(train, data, capsys):
+    np.save(data, np.random.default_rng(0).integers(0, 9, (100, 12), np.uint8))
+    assert train("--no-compare", "--epochs", 1) == 0
+    assert re.search(
+        "^notice: .*uint8.* 0 to 255 as 0 to 1; for counts", capsys.readouterr().out, re.MULTILINE
+    )
+
+
 def test_what_a_sample_is_is_said_where_it_has_several_dimensions(train, tmp_path, capsys):
     path = tmp_path / "activations.npy"
     np.save(path, np.random.default_rng(0).random((20, 5, 12), dtype=np.float32))

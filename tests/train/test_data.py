@@ -4,13 +4,14 @@ import importlib
 import os
 import struct
 import sys
+import warnings
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 
-from aefast.data import Batches, DataError, Dataset, load
+from aefast.data import Batches, DataError, Dataset, DataWarning, load
 from aefast.data.bundled import patches
 from aefast.errors import InputError
 from aefast.models import Autoencoder
@@ -249,6 +250,22 @@ def test_tensors_without_plain_values_are_refused(tmp_path, rows, make, message)
     torch.save(make(torch.from_numpy(rows)), tmp_path / "a.pt")
     with pytest.raises(DataError, match=message):
         load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt", "folder"])
+def test_bytes_that_are_no_images_are_warned_of(tmp_path, suffix):
+    path = tmp_path / ("a.npy" if suffix == "folder" else f"a{suffix}")
+    for dtype, shape, count in (
+        (np.uint8, (12, 6), 1),
+        (np.uint8, (12, 2, 3), 0),
+        (np.int32, (12, 6), 0),
+    ):
+        saved_as(path, np.ones(shape, dtype))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load(tmp_path if suffix == "folder" else path)
+        assert [one.category for one in caught] == [DataWarning] * count
+        assert all("0 to 255 as 0 to 1; for counts" in str(one.message) for one in caught)
 
 
 @pytest.mark.parametrize("to_sparse", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
