@@ -35,6 +35,15 @@ def load(name: str) -> str | None:
     return None
 
 
+def keeps_to_float32() -> str | None:
+    """The instruction set of the CPU library, if it never forms products of float32 in bfloat16 on this processor; None
+    if it may, where that is faster, or if there is no library."""
+    if load("cpu") is not None:
+        return None
+    name = torch.ops.aefast_cpu.instruction_set()
+    return None if name in ("amx", "avx512bf16") else name
+
+
 def _cache_bytes() -> int | None:
     """How much freed memory the environment asks the CPU library to keep; None for its default."""
     given = os.environ.get("AEFAST_CPU_CACHE_MB", "")

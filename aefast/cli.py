@@ -230,7 +230,8 @@ def train(
         str,
         typer.Option(
             metavar="fp32|bf16|fp16",
-            help="What matrix products are formed in; bf16 is faster where the processor or the GPU multiplies it.",
+            help="What matrix products are formed in. bf16 is for GPUs, and for processors with AMX or AMD's with "
+            "AVX512-BF16; on others aefast's products stay in float32.",
             rich_help_panel=_OPTIMISATION,
         ),
     ] = "fp32",

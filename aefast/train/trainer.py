@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from aefast import _library
 from aefast._random import other_states, seeded, set_other_states
 from aefast.data import Batches, Dataset, IterableBatches
 from aefast.errors import AefastError, InputError
@@ -317,6 +318,13 @@ class Trainer:
         self._is_replacing = False
         self._is_asked_to_stop = self._is_stopped = False
         self._metrics_size = self._open(resume, overwrite)
+        if self.config.precision == "bf16" and self.device.type == "cpu":
+            instructions = _library.keeps_to_float32()
+            if instructions is not None:
+                self._say(
+                    "notice: precision='bf16' leaves aefast's products in float32 on this processor (kernels: "
+                    f"{instructions}), where bfloat16 is no faster"
+                )
         if not self._is_replacing:
             self._begin_metrics()
         try:

@@ -19,6 +19,7 @@ from matplotlib.image import imread
 from rich.console import Console
 from torch import nn
 
+from aefast import _library
 from aefast.bench import memory
 from aefast.data import Dataset
 from aefast.errors import InputError
@@ -223,6 +224,27 @@ def test_models_with_noise_are_compared(make_trainer, tmp_path, monkeypatch, nam
     assert trainer.fit().comparison.aefast > 0
     if name in ("vae", "infovae"):
         assert trainer.model.training_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("precision", "instructions", "is_told"),
+    [("bf16", "avx2", True), ("bf16", "amx", False), ("bf16", "avx512bf16", False), ("fp32", "avx2", False)],
+)
+def test_a_precision_that_changes_nothing_is_told(
+    make_trainer, tmp_path, monkeypatch, capsys, precision, instructions, is_told
+):
+    if _library.load("cpu") is not None:
+        pytest.skip("needs the CPU library")
+    library = types.SimpleNamespace(instruction_set=lambda: instructions)
+    trainer = make_trainer(tmp_path, epochs=1, precision=precision)
+    trainer.console = Console()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "ops", types.SimpleNamespace(aefast_cpu=library))
+        told = _library.keeps_to_float32()
+    monkeypatch.setattr(_library, "keeps_to_float32", lambda: told)
+    trainer.fit(compare=False)
+    text = "notice: precision='bf16' leaves aefast's products in float32 on this processor (kernels: avx2)"
+    assert (text in capsys.readouterr().out) == is_told
 
 
 def test_a_run_leaves_the_model_in_eval_mode(make_trainer, tmp_path, monkeypatch):
