@@ -30,7 +30,7 @@ BYTES_ARE_IMAGES = (
     "its uint8 values are read as those of images, 0 to 255 as 0 to 1; for counts give another type, such as int32, "
     "whose values are kept"
 )
-"""What is warned of where samples of uint8 have no shape of an image."""
+"""What is warned of where samples of uint8 look like counts."""
 
 
 @dataclasses.dataclass(frozen=True)

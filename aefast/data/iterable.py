@@ -47,7 +47,8 @@ class IterableBatches:
         DataError: `source` cannot be gone through, or only once.
 
     Warns:
-        DataWarning: once, of uint8 values in batches (B, features), which are divided as those of images are.
+        DataWarning: of uint8 values that are divided by 255, as those of images are, and look like counts: a first
+            batch of the shape (B, features), no value of which is 255.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class IterableBatches:
         self._argument = argument
         # Random states before the present epoch began, of PyTorch and the source, and of others.
         self._before: list[torch.Tensor] = []
-        self._has_told_of_bytes = False
+        self._has_looked_at_bytes = False
         self._others_before: dict[str, torch.Tensor] = {}
         # The batch that was read last in the epoch, and its number.
         self._last: tuple[int, torch.Tensor] | None = None
@@ -280,9 +281,10 @@ class IterableBatches:
             )
         self.sample_shape = shape[1:]
         is_bytes = batch.dtype == torch.uint8
-        if is_bytes and len(shape) == 2 and not self._has_told_of_bytes:
-            self._has_told_of_bytes = True
-            warnings.warn(f"{where}: {BYTES_ARE_IMAGES}", DataWarning, stacklevel=2)
+        if is_bytes and not self._has_looked_at_bytes:
+            self._has_looked_at_bytes = True
+            if len(shape) == 2 and batch.max() < 255:
+                warnings.warn(f"{where}: {BYTES_ARE_IMAGES}", DataWarning, stacklevel=2)
         batch = batch.detach().flatten(1)
         if batch.device.type == "cpu":
             batch = batch.float().mul(1 / 255) if is_bytes else batch.float()

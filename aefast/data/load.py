@@ -180,8 +180,9 @@ def load(
             blocks are searched for these two; the others are when they are read.
 
     Warns:
-        DataWarning: integers of 16 bits that look like the bits of bfloat16 numbers; uint8 values of samples that have
-            one dimension, which are divided by 255 as those of images are.
+        DataWarning: integers of 16 bits that look like the bits of bfloat16 numbers; uint8 values that are divided by
+            255, as those of images are, and look like counts: of samples that have one dimension, none of which tried
+            is 255; files of a folder that are not in the order of the numbers in their names.
     """
     reading = _Reading(dtype, key, sample_dims)
     text = str(source)
@@ -250,6 +251,8 @@ def _of_folder(path: Path, reading: _Reading) -> Dataset:
             f"{where}: expected files of one kind, found a folder with both, {found[0][0].name} and {found[1][0].name}"
             f"{_REMEDY}"
         )
+    if found:
+        _warn_of_order([file.name for file in found[0]], where)
     if kinds[-1]:
         reading.refuse_for("a folder of images")
         rows = ImageRows(kinds[-1])
@@ -260,25 +263,26 @@ def _of_folder(path: Path, reading: _Reading) -> Dataset:
         raise DataError(
             f"{where}: expected {_listed(SHARD_SUFFIXES)} files, or images, found a folder with neither{below}"
         )
-    _warn_of_order([file.name for file in found[0]], where)
     remedy = _REMEDY if len(found[0]) > 1 else ""
     return _of_shards([_shard(file, reading, remedy) for file in found[0]], path)
 
 
 def _warn_of_order(names: list[str], where: str) -> None:
-    """Tell that `names` are not in the order of the numbers in them, where they are not."""
-    by_number = sorted(
-        names, key=lambda name: [int(x) if x.isdecimal() else x for x in re.split("([0-9]+)", name)]
-    )
-    for name, expected in zip(names, by_number, strict=True):
-        if name != expected:
-            warnings.warn(
-                f"{where}: files are read in the order of their names, {name} before {expected}; for that of their "
-                "numbers, write these with as many digits in all of them",
-                DataWarning,
-                stacklevel=_outside(),
-            )
-            return
+    """Tell where names that differ in nothing but numbers are not in the order of these."""
+    alike: dict[tuple[str, ...], list[tuple[list[int], str]]] = {}
+    for name in names:
+        pieces = re.split("([0-9]+)", name)
+        alike.setdefault(tuple(pieces[::2]), []).append(([int(piece) for piece in pieces[1::2]], name))
+    for of_kind in alike.values():
+        for (numbers, name), (expected_numbers, expected) in zip(of_kind, sorted(of_kind), strict=True):
+            if numbers != expected_numbers:
+                warnings.warn(
+                    f"{where}: files are read in the order of their names, {name} before {expected}; for that of their "
+                    "numbers, write these with as many digits in all of them",
+                    DataWarning,
+                    stacklevel=_outside(),
+                )
+                return
 
 
 def _of_shards(shards: list[ArrayFile], path: Path) -> Dataset:
@@ -305,8 +309,7 @@ def _hint_at_bits(dataset: Dataset, dtype: np.dtype | torch.dtype, path: Path) -
     """Warn if samples that were integers of 16 bits look like the bits of bfloat16 numbers."""
     if _named(dtype) not in _HALF_INTEGERS:
         return
-    rows = torch.linspace(0, len(dataset) - 1, min(_JUDGED_ROWS, len(dataset)), dtype=torch.float64).long()
-    values = dataset.samples[rows]
+    values = _judged(dataset)
     integers = values[values != 0].int()
     bits, is_negative = integers & 0x7FFF, (integers & 0x8000) != 0
     has_both_signs = is_negative.any() and not is_negative.all()
@@ -320,9 +323,16 @@ def _hint_at_bits(dataset: Dataset, dtype: np.dtype | torch.dtype, path: Path) -
         )
 
 
+def _judged(dataset: Dataset) -> torch.Tensor:
+    """Some of the samples, from all of them."""
+    rows = torch.linspace(0, len(dataset) - 1, min(_JUDGED_ROWS, len(dataset)), dtype=torch.float64).long()
+    return dataset.samples[rows]
+
+
 def _hint_at_counts(dataset: Dataset, dtype: np.dtype | torch.dtype, path: Path) -> None:
-    """Warn if samples were bytes, which are scaled, and have no shape of an image."""
-    if _named(dtype) == "uint8" and len(dataset.sample_shape) == 1:
+    """Warn if samples were bytes, which are scaled, and do not look like images: they have one dimension, and no value
+    is the largest."""
+    if _named(dtype) == "uint8" and len(dataset.sample_shape) == 1 and _judged(dataset).max() < 1:
         warnings.warn(f"data={str(path)!r}: {BYTES_ARE_IMAGES}", DataWarning, stacklevel=_outside())
 
 

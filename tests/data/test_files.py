@@ -531,6 +531,12 @@ def test_bad_images_are_named_before_training(tmp_path, memory, spoil, message, 
     assert str(tmp_path / "images" / "3.") in str(error.value)
 
 
+def test_images_that_are_not_in_the_order_of_their_numbers_are_told(tmp_path):
+    pictures(tmp_path / "images", (4, 7), count=11)
+    with pytest.warns(DataWarning, match=r"10\.png before 2\.png"):
+        load(tmp_path / "images")
+
+
 def test_images_without_pillow_say_what_to_install(tmp_path, monkeypatch):
     pictures(tmp_path / "images", (4, 7))
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
@@ -543,6 +549,9 @@ def test_images_without_pillow_say_what_to_install(tmp_path, monkeypatch):
     [
         (("part10", "part2", "part3"), "part10.npy before part2.npy"),
         (("a-1-10", "a-1-9"), "a-1-10.npy before a-1-9.npy"),
+        (("a", "b11-of-12", "b9-of-12"), "b11-of-12.npy before b9-of-12.npy"),
+        (("12c", "3f"), None),
+        (("part01", "part1"), None),
         (("part02", "part10"), None),
         (("a1", "b", "c3"), None),
     ],

@@ -108,11 +108,16 @@ def test_bad_batches_are_named(batch, message):
         all_of(wrapped([torch.zeros(2, 4), batch]))
 
 
-def test_bytes_that_are_no_images_are_warned_of_once():
-    for dtype, shape, count in ((np.uint8, (2, 4), 1), (np.uint8, (2, 2, 2), 0), (np.int32, (2, 4), 0)):
+def test_bytes_that_look_like_counts_are_warned_of_once():
+    for dtype, shape, largest, count in (
+        (np.uint8, (2, 4), 254, 1),
+        (np.uint8, (2, 4), 255, 0),
+        (np.uint8, (2, 2, 2), 254, 0),
+        (np.int32, (2, 4), 254, 0),
+    ):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            all_of(wrapped([np.ones(shape, dtype)] * 2))
+            all_of(wrapped([np.full(shape, largest, dtype)] * 2))
         assert [one.category for one in caught] == [DataWarning] * count
         assert all("0 to 255 as 0 to 1; for counts" in str(one.message) for one in caught)
 

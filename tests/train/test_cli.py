@@ -158,7 +158,7 @@ def test_bits_of_bfloat16_are_hinted_at_and_read(train, data, tmp_path, capsys):
     assert again["loss"] == last["loss"]
 
 
-def test_bytes_that_are_no_images_are_said_to_be_scaled(train, data, capsys):
+def test_bytes_that_look_like_counts_are_said_to_be_scaled(train, data, capsys):
     np.save(data, np.random.default_rng(0).integers(0, 9, (100, 12), np.uint8))
     assert train("--no-compare", "--epochs", 1) == 0
     assert re.search(

@@ -253,14 +253,15 @@ def test_tensors_without_plain_values_are_refused(tmp_path, rows, make, message)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt", "folder"])
-def test_bytes_that_are_no_images_are_warned_of(tmp_path, suffix):
+def test_bytes_that_look_like_counts_are_warned_of(tmp_path, suffix):
     path = tmp_path / ("a.npy" if suffix == "folder" else f"a{suffix}")
-    for dtype, shape, count in (
-        (np.uint8, (12, 6), 1),
-        (np.uint8, (12, 2, 3), 0),
-        (np.int32, (12, 6), 0),
+    for dtype, shape, largest, count in (
+        (np.uint8, (12, 6), 254, 1),
+        (np.uint8, (12, 6), 255, 0),
+        (np.uint8, (12, 2, 3), 254, 0),
+        (np.int32, (12, 6), 254, 0),
     ):
-        saved_as(path, np.ones(shape, dtype))
+        saved_as(path, np.full(shape, largest, dtype))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             load(tmp_path if suffix == "folder" else path)
