@@ -24,7 +24,6 @@ def define_divergence(
     define(f"{op}({tensors}, str backend) -> Tensor")
     define(f"{op}_backward(Tensor grad, {tensors}, str backend) -> (Tensor, Tensor)")
     forward = getattr(torch.ops.aefast, op).default
-    backward = getattr(torch.ops.aefast, f"{op}_backward").default
 
     @implement(op)
     def _(first, second, backend):
@@ -61,11 +60,9 @@ def define_divergence(
             if _registry.wants_reference(grad):
                 needs = ctx.needs_input_grad[:2]
                 gradients = _registry.differentiate(reference, (first, second), needs, grad)
-            elif _registry.is_direct(ctx.backend, grad, first, second):
-                launch = getattr(_registry.kernels(ctx.backend, op), f"{op}_backward")
-                gradients = launch(grad, first, second)
             else:
-                gradients = backward(grad, first, second, ctx.backend)
+                tensors = grad, first, second
+                gradients = _registry.gradients(op, ctx.backend, tensors, (), (True, True))
             return *gradients, None
 
     apply = direct_apply(Divergence)
@@ -74,7 +71,7 @@ def define_divergence(
     def _(first, second, backend):
         if _registry.is_transformed():
             return reference(first, second)
-        if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
+        if _registry.needs_gradient(first, second):
             return Divergence.apply(first, second, (backend, None))
         with below_autograd():
             return forward(first, second, backend)
@@ -93,7 +90,7 @@ def define_divergence(
         if not _registry.is_direct(backend, first, second):
             return forward(first, second, backend)
         launchers = _registry.kernels(backend, op)
-        if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
+        if _registry.needs_gradient(first, second):
             return apply(first, second, (backend, launchers))
         return getattr(launchers, op)(first, second)
 

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -426,6 +426,16 @@ def _kernels(name: str, op: str) -> Any:
     return _BY_NAME[name].kernels(op)
 
 
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd follows what is computed of these."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:  # noqa: SIM110 -- a generator takes longer than all the rest
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
 def wants_reference(grad: torch.Tensor) -> bool:
     """Whether a backward called with `grad` has to differentiate the reference instead of launching a kernel.
 
@@ -449,6 +459,21 @@ def may_launch(grad: torch.Tensor) -> bool:
     if grad.is_cpu:
         _follow_matmul_precision()
     return True
+
+
+def gradients(
+    op: str,
+    backend: str,
+    tensors: tuple[torch.Tensor | None, ...],
+    settings: tuple[Any, ...],
+    needs: tuple[bool, ...],
+) -> Sequence[torch.Tensor | None]:
+    """What the kernels of `op` compute of ``(*tensors, *settings)`` in its backward: a gradient for each of `needs`, or
+    None where it is not needed, which the op in ``torch.ops.aefast`` leaves out."""
+    if is_direct(backend, *tensors):
+        return getattr(kernels(backend, op), f"{op}_backward")(*tensors, *settings)
+    computed = iter(getattr(torch.ops.aefast, f"{op}_backward").default(*tensors, *settings, backend))
+    return [next(computed) if need else None for need in needs]
 
 
 def differentiate(

@@ -70,9 +70,8 @@ class _BatchTopkEncode(torch.autograd.Function):
             )
         else:
             bits = NEED_X * needs[0] + NEED_WEIGHT * needs[1] + NEED_BIAS * needs[2]
-            backward = torch.ops.aefast.topk_encode_backward.default
-            computed = iter(backward(grad, indices, x, weight, bits, ctx.backend))
-            gradients = [next(computed) if need else None for need in needs]
+            tensors = grad, indices, x, weight
+            gradients = _registry.gradients("topk_encode", ctx.backend, tensors, (bits,), needs)
         return *gradients, None, None, None
 
 
@@ -130,7 +129,7 @@ def batch_topk_encode(
         indices = _chosen(encode, k, weight.shape[0])
     # A row's are the first of those that were looked at.
     values = found[0][:, : indices.shape[1]].masked_fill(indices < 0, 0.0)
-    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, weight, bias)):
+    if _registry.needs_gradient(x, weight, bias):
         values = _BatchTopkEncode.apply(flat, weight, bias, values, indices, backend)
     width = indices.shape[1]
     return values.reshape(*shape, width), indices.reshape(*shape, width)

@@ -182,7 +182,7 @@ def _(x, seed, kind, first, second, limit, block, backend):
     noise = Noise(kind, first, second, limit, block)
     if _registry.is_transformed():
         return _reference(x, seed, noise)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if _registry.needs_gradient(x):
         return _Corrupt.apply(x, seed, (noise, backend, None))
     with below_autograd():
         return torch.ops.aefast.corrupt.default(x, seed, *noise.arguments, backend)
@@ -279,7 +279,7 @@ def corrupt(
         x = x.reshape(math.prod(shape[:-3]), *shape[-3:])
     if _registry.is_direct(backend, x, seed):
         launchers = _registry.kernels(backend, "corrupt")
-        if torch.is_grad_enabled() and x.requires_grad:
+        if _registry.needs_gradient(x):
             out = _apply(x, seed, (spec, backend, launchers))
         else:
             out = launchers.corrupt(x, seed, *spec.arguments)

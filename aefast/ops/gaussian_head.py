@@ -126,28 +126,18 @@ class _GaussianHead(torch.autograd.Function):
             )
             return *gradients, None, None
         bits = NEED_X * needs[0] + NEED_WEIGHT * needs[1] + NEED_BIAS * needs[2]
-        if _registry.is_direct(backend, *grads, h, weight, moments):
-            launch = _registry.kernels(backend, "gaussian_head").gaussian_head_backward
-            return *launch(*grads, h, weight, moments, seed, low, high, bits), None, None
-        backward = torch.ops.aefast.gaussian_head_backward.default
-        computed = iter(backward(*grads, h, weight, moments, seed, low, high, bits, backend))
-        return *(next(computed) if need else None for need in needs), None, None
+        tensors, settings = (*grads, h, weight, moments, seed), (low, high, bits)
+        return *_registry.gradients("gaussian_head", backend, tensors, settings, needs), None, None
 
 
 _apply = direct_apply(_GaussianHead)
-
-
-def _needs_gradient(h, weight, bias):
-    return torch.is_grad_enabled() and (
-        h.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
 
 
 @torch.library.impl(LIBRARY, "gaussian_head", "Autograd")
 def _(h, weight, bias, seed, low, high, backend):
     if _registry.is_transformed():
         return _reference(h, weight, bias, seed, low, high)
-    if _needs_gradient(h, weight, bias):
+    if _registry.needs_gradient(h, weight, bias):
         return _GaussianHead.apply(h, weight, bias, seed, (low, high, "none", backend, None))
     with below_autograd():
         return torch.ops.aefast.gaussian_head.default(h, weight, bias, seed, low, high, backend)
@@ -201,7 +191,7 @@ def gaussian_head(
         h = h.reshape(math.prod(leading), h.shape[-1])
     is_direct = _registry.is_direct(backend, h, weight, bias, seed)
     launchers = _registry.kernels(backend, "gaussian_head") if is_direct else None
-    if is_direct and _needs_gradient(h, weight, bias):
+    if is_direct and _registry.needs_gradient(h, weight, bias):
         z, kl, moments = _apply(h, weight, bias, seed, (low, high, reduction, backend, launchers))
     else:
         if is_direct:

@@ -97,26 +97,18 @@ class _JumpReLU(torch.autograd.Function):
             )
             return *gradients, None
         bits = NEED_X * needs[0] + NEED_THRESHOLD * needs[1]
-        if _registry.is_direct(backend, *grads, x, threshold):
-            launch = _registry.kernels(backend, "jumprelu").jumprelu_backward
-            return *launch(*grads, x, threshold, bandwidth, bits), None
-        backward = torch.ops.aefast.jumprelu_backward.default
-        computed = iter(backward(*grads, x, threshold, bandwidth, bits, backend))
-        return *(next(computed) if need else None for need in needs), None
+        tensors = *grads, x, threshold
+        return *_registry.gradients("jumprelu", backend, tensors, (bandwidth, bits), needs), None
 
 
 _apply = direct_apply(_JumpReLU)
-
-
-def _needs_gradient(x, threshold):
-    return torch.is_grad_enabled() and (x.requires_grad or threshold.requires_grad)
 
 
 @torch.library.impl(LIBRARY, "jumprelu", "Autograd")
 def _(x, threshold, bandwidth, backend):
     if _registry.is_transformed():
         return reference(x, threshold, bandwidth)
-    if _needs_gradient(x, threshold):
+    if _registry.needs_gradient(x, threshold):
         return _JumpReLU.apply(x, threshold, (bandwidth, backend, None))
     with below_autograd():
         return torch.ops.aefast.jumprelu.default(x, threshold, bandwidth, backend)
@@ -159,7 +151,7 @@ def jumprelu(x: Tensor, threshold: Tensor, bandwidth: float = 1e-3) -> tuple[Ten
     flat = x if x.dim() == 2 else x.reshape(math.prod(leading), x.shape[-1])
     if _registry.is_direct(backend, flat, threshold):
         launchers = _registry.kernels(backend, "jumprelu")
-        if _needs_gradient(flat, threshold):
+        if _registry.needs_gradient(flat, threshold):
             h, l0 = _apply(flat, threshold, (bandwidth, backend, launchers))
         else:
             h, l0 = launchers.jumprelu(flat, threshold)

@@ -166,37 +166,29 @@ class _LinearAct(torch.autograd.Function):
                 ctx.needs_input_grad[:3],
                 grad,
             )
-        elif _registry.is_direct(backend, grad, x, weight, saved):
-            launch = _registry.kernels(backend, "linear_act").linear_act_backward
-            gradients = launch(grad, x, weight, saved, activation, needs)
         else:
-            backward = torch.ops.aefast.linear_act_backward.default
-            computed = iter(backward(grad, x, weight, saved, activation, needs, backend))
-            gradients = [next(computed) if need else None for need in ctx.needs_input_grad[:3]]
+            tensors, settings = (grad, x, weight, saved), (activation, needs)
+            gradients = _registry.gradients(
+                "linear_act", backend, tensors, settings, ctx.needs_input_grad[:3]
+            )
         return *gradients, None
 
 
 _apply = direct_apply(_LinearAct)
 
 
-def _needs_gradient(x, weight, bias):
-    return torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-
-
 @torch.library.impl(LIBRARY, "linear_act", "Autograd")
 def _(x, weight, bias, activation, backend):
     if _registry.is_transformed():
         return specified_reference(x, weight, bias, activation)
-    if _needs_gradient(x, weight, bias):
+    if _registry.needs_gradient(x, weight, bias):
         return _LinearAct.apply(x, weight, bias, (activation, backend, None))
     with below_autograd():
         return torch.ops.aefast.linear_act.default(x, weight, bias, activation, backend)
 
 
 def _launch(x, weight, bias, activation, backend, launchers):
-    if _needs_gradient(x, weight, bias):
+    if _registry.needs_gradient(x, weight, bias):
         return _apply(x, weight, bias, (activation, backend, launchers))
     return launchers.linear_act(x, weight, bias, activation, False)[0]
 

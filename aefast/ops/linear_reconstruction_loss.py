@@ -246,10 +246,6 @@ class _LinearReconstructionLoss(torch.autograd.Function):
 _apply = direct_apply(_LinearReconstructionLoss)
 
 
-def _is_differentiated(*operands: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in operands)
-
-
 @torch.library.impl(LIBRARY, "linear_reconstruction_loss", "Autograd")
 def _(h, weight, bias, target, activation, kind, parameter, factor, count, needs, checked, backend):
     """The value's gradients are autograd's, and none are returned beside it."""
@@ -257,7 +253,7 @@ def _(h, weight, bias, target, activation, kind, parameter, factor, count, needs
     loss = Loss(kind, parameter)
     if _registry.is_transformed():
         value = _reference(*operands, activation, loss, factor, count)
-    elif _is_differentiated(*operands):
+    elif _registry.needs_gradient(*operands):
         call = (activation, loss, factor, count, checked, backend)
         value = _LinearReconstructionLoss.apply(*operands, call)
     else:
@@ -334,7 +330,9 @@ def linear_reconstruction_loss(
     # Under autocast a target may be of any dtype.
     is_known = target.dtype in (h.dtype, _arguments.accumulator(h.dtype))
     # A mean of nothing is NaN, and gradients that were to be multiplied by its normaliser would be.
-    is_apart = _is_differentiated(target) or not loss.is_kept(h.dtype) or not is_known or target.numel() == 0
+    is_apart = (
+        _registry.needs_gradient(target) or not loss.is_kept(h.dtype) or not is_known or target.numel() == 0
+    )
     if backend == "eager" or is_apart:
         output = linear_act.linear_act(
             h, weight, bias, output_activation, negative_slope=negative_slope, alpha=alpha
@@ -392,7 +390,7 @@ def _launch(
 ) -> Tensor:
     operands = (h, weight, bias, target)
     is_direct = _registry.is_direct(backend, *operands)
-    if is_direct and _is_differentiated(*operands):
+    if is_direct and _registry.needs_gradient(*operands):
         return _apply(*operands, (activation, loss, *fraction, True, backend))
     arguments = (*operands, activation, loss.kind, loss.parameter, *fraction, 0, is_direct, backend)
     if is_direct:

@@ -179,27 +179,18 @@ def _spread(gradients: list[Tensor], needs_input_grad: tuple[bool, ...]) -> tupl
 _apply = direct_apply(_Mlp)
 
 
-def _needs_gradient(x, weights, biases):
-    if not torch.is_grad_enabled():
-        return False
-    for tensor in (x, *weights, *biases):  # noqa: SIM110 -- a generator takes as long as all the rest
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
-
-
 @torch.library.impl(LIBRARY, "mlp", "Autograd")
 def _(x, weights, biases, activations, backend):
     if _registry.is_transformed():
         return _reference(x, weights, biases, activations)
-    if _needs_gradient(x, weights, biases):
+    if _registry.needs_gradient(x, *weights, *biases):
         return _Mlp.apply(x, (activations, backend, None), *weights, *biases)
     with below_autograd():
         return torch.ops.aefast.mlp.default(x, weights, biases, activations, backend)
 
 
 def _launch(x, weights, biases, activations, backend, launchers):
-    if _needs_gradient(x, weights, biases):
+    if _registry.needs_gradient(x, *weights, *biases):
         return _apply(x, (activations, backend, launchers), *weights, *biases)
     return launchers.mlp(x, weights, biases, activations, False)[0]
 

@@ -164,7 +164,7 @@ def _(x, y, unit, kernel, rates, alpha, estimator, needs, backend):
     wide = _arguments.accumulator(x.dtype)
     if _registry.is_transformed():
         value = estimate(x, y, unit, spec, estimator)
-    elif torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+    elif _registry.needs_gradient(x, y):
         value = _MMD.apply(x, y, unit, (spec, estimator, backend, False))
     else:
         with below_autograd():
@@ -192,7 +192,7 @@ def weighted_sum(x: Tensor, y: Tensor, unit: Tensor | None, kernel: Kernel, esti
     arguments = (x, y, unit, kernel.name, kernel.rates, kernel.alpha, estimator, 0, backend)
     if not _registry.is_direct(backend, x, y):
         return torch.ops.aefast.mmd.default(*arguments)[0]
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+    if _registry.needs_gradient(x, y):
         return _apply(x, y, unit, (kernel, estimator, backend, True))
     return _sum(*arguments)[0]
 

@@ -167,7 +167,7 @@ _apply = direct_apply(_Nearest)
 def _(x, y, backend):
     if _registry.is_transformed():
         return squared_reference(x, y)
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+    if _registry.needs_gradient(x, y):
         return _Nearest.apply(x, y, (backend, None))
     with below_autograd():
         return torch.ops.aefast.nearest.default(x, y, backend)
@@ -186,7 +186,7 @@ def squared_nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         squared, index = torch.ops.aefast.nearest.default(x, y, backend)
     else:
         launchers = _registry.kernels(backend, "nearest")
-        if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        if _registry.needs_gradient(x, y):
             squared, index = _apply(x, y, (backend, launchers))
         else:
             squared, index = launchers.nearest(x, y)

@@ -151,21 +151,11 @@ class _PenalizedLinearAct(torch.autograd.Function):
             )
             return *gradients, None
         bits = NEED_X * needs[0] + NEED_WEIGHT * needs[1] + NEED_BIAS * needs[2]
-        if _registry.is_direct(backend, *grads, x, weight, *saved):
-            launch = _registry.kernels(backend, "penalized_linear_act").penalized_linear_act_backward
-            return *launch(*grads, x, weight, *saved, *settings, bits), None
-        backward = torch.ops.aefast.penalized_linear_act_backward.default
-        computed = iter(backward(*grads, x, weight, *saved, *settings, bits, backend))
-        return *(next(computed) if need else None for need in needs), None
+        tensors, settings = (*grads, x, weight, *saved), (*settings, bits)
+        return *_registry.gradients("penalized_linear_act", backend, tensors, settings, needs), None
 
 
 _apply = direct_apply(_PenalizedLinearAct)
-
-
-def _needs_gradient(x, weight, bias):
-    return torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
 
 
 @torch.library.impl(LIBRARY, "penalized_linear_act", "Autograd")
@@ -173,7 +163,7 @@ def _(x, weight, bias, activation, penalty, rate, backend):
     settings = (activation, penalty, rate)
     if _registry.is_transformed():
         return _reference(x, weight, bias, *settings)
-    if _needs_gradient(x, weight, bias):
+    if _registry.needs_gradient(x, weight, bias):
         return _PenalizedLinearAct.apply(x, weight, bias, (*settings, backend, None))
     with below_autograd():
         return torch.ops.aefast.penalized_linear_act.default(x, weight, bias, *settings, backend)
@@ -227,7 +217,7 @@ def penalized_linear_act(
     settings = (specified, penalty, float(rate) if penalty == "kl" else 0.0)
     if _registry.is_direct(backend, x, weight, bias):
         launchers = _registry.kernels(backend, "penalized_linear_act")
-        if _needs_gradient(flat, weight, bias):
+        if _registry.needs_gradient(flat, weight, bias):
             h, value = _apply(flat, weight, bias, (*settings, backend, launchers))
         else:
             h, value, *_ = launchers.penalized_linear_act(flat, weight, bias, *settings, False)

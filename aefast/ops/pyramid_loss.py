@@ -273,7 +273,7 @@ def _(input, target, pyramid, penalty, parameter, weights, reduction, with_gradi
     settings = Settings(pyramid, penalty, parameter, tuple(weights), reduction)
     if _registry.is_transformed():
         value = _reference(input, target, settings)
-    elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+    elif _registry.needs_gradient(input, target):
         value = _PyramidLoss.apply(input, target, (settings, backend, False))
     else:
         with below_autograd():
@@ -394,7 +394,7 @@ def pyramid_loss(
     input, target = input.contiguous(memory_format=layout), target.contiguous(memory_format=layout)
     if not _registry.is_direct(backend, input, target):
         return torch.ops.aefast.pyramid_loss.default(input, target, *settings, False, backend)[0]
-    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+    if _registry.needs_gradient(input, target):
         return _apply(input, target, (settings, backend, True))
     return _launch(input, target, settings, False, backend)[0]
 

@@ -200,17 +200,13 @@ _apply_reduced = direct_apply(_Reduced)
 _apply_elements = direct_apply(_Elements)
 
 
-def _is_differentiated(input: Tensor, target: Tensor) -> bool:
-    return torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
-
-
 @torch.library.impl(LIBRARY, "reconstruction_loss", "Autograd")
 def _(input, target, kind, parameter, factor, count, root, with_gradient, checked, backend):
     """The value's gradient is autograd's, and none is returned beside it."""
     loss = Loss(kind, parameter, root)
     if _registry.is_transformed():
         value = loss.total(input, target, factor, count)
-    elif _is_differentiated(input, target):
+    elif _registry.needs_gradient(input, target):
         value = _Reduced.apply(input, target, (loss, factor, count, backend, False))
     else:
         with below_autograd():
@@ -225,7 +221,7 @@ def _(input, target, kind, parameter, checked, backend):
     loss = Loss(kind, parameter)
     if _registry.is_transformed():
         return loss.elements(input, target)
-    if _is_differentiated(input, target):
+    if _registry.needs_gradient(input, target):
         return _Elements.apply(input, target, (loss, backend, None))
     with below_autograd():
         return torch.ops.aefast.reconstruction_loss_elements.default(
@@ -259,13 +255,13 @@ def _launch(
     input, target = _loss.in_one_layout(input, target)
     if fraction is None:
         launchers = _registry.kernels(backend, "reconstruction_loss") if is_direct else None
-        if launchers is not None and _is_differentiated(input, target):
+        if launchers is not None and _registry.needs_gradient(input, target):
             return _apply_elements(input, target, (loss, backend, launchers))
         arguments = (input, target, loss.kind, loss.parameter, is_direct)
         if launchers is not None:
             return launchers.reconstruction_loss_elements(*arguments)
         return torch.ops.aefast.reconstruction_loss_elements.default(*arguments, backend)
-    if is_direct and _is_differentiated(input, target):
+    if is_direct and _registry.needs_gradient(input, target):
         return _apply_reduced(input, target, (loss, *fraction, backend, True))
     arguments = (input, target, loss.kind, loss.parameter, *fraction, loss.root, False, is_direct, backend)
     if is_direct:

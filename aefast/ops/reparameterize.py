@@ -117,12 +117,9 @@ class _Reparameterize(torch.autograd.Function):
                 ctx.needs_input_grad[:2],
                 (grad_z, grad_kl),
             )
-        elif _registry.is_direct(backend, grad_z, grad_kl, mu, logvar):
-            launch = _registry.kernels(backend, "reparameterize").reparameterize_backward
-            gradients = launch(grad_z, grad_kl, mu, logvar, seed, low, high)
         else:
-            backward = torch.ops.aefast.reparameterize_backward.default
-            gradients = backward(grad_z, grad_kl, mu, logvar, seed, low, high, backend)
+            tensors = grad_z, grad_kl, mu, logvar, seed
+            gradients = _registry.gradients("reparameterize", backend, tensors, (low, high), (True, True))
         return *gradients, None, None
 
 
@@ -133,7 +130,7 @@ _apply = direct_apply(_Reparameterize)
 def _(mu, logvar, seed, low, high, backend):
     if _registry.is_transformed():
         return rows_reference(mu, logvar, seed, low, high)
-    if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
+    if _registry.needs_gradient(mu, logvar):
         return _Reparameterize.apply(mu, logvar, seed, (low, high, "none", backend, None))
     with below_autograd():
         return torch.ops.aefast.reparameterize.default(mu, logvar, seed, low, high, backend)
@@ -194,7 +191,7 @@ def reparameterize(
         mu, logvar = mu.reshape(rows, shape[-1]), logvar.reshape(rows, shape[-1])
     is_direct = _registry.is_direct(backend, mu, logvar, seed)
     launchers = _registry.kernels(backend, "reparameterize") if is_direct else None
-    if is_direct and torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
+    if is_direct and _registry.needs_gradient(mu, logvar):
         z, kl = _apply(mu, logvar, seed, (low, high, reduction, backend, launchers))
     else:
         if is_direct:

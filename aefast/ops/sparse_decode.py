@@ -95,39 +95,29 @@ class _SparseDecode(torch.autograd.Function):
         backend, _ = ctx.call
         values, indices, weight, bias = ctx.saved_tensors
         of_values, _, of_weight, of_bias, _ = ctx.needs_input_grad
+        needs = of_values, of_weight, of_bias
         if _registry.wants_reference(grad):
             gradients = _registry.differentiate(
                 lambda values, weight, bias: reference(values, indices, weight, bias),
                 (values, weight, bias),
-                (of_values, of_weight, of_bias),
+                needs,
                 grad,
             )
         else:
-            needs = NEED_X * of_values + NEED_WEIGHT * of_weight + NEED_BIAS * of_bias
-            if _registry.is_direct(backend, grad, values, indices, weight):
-                launch = _registry.kernels(backend, "sparse_decode").sparse_decode_backward
-                gradients = launch(grad, values, indices, weight, needs)
-            else:
-                backward = torch.ops.aefast.sparse_decode_backward.default
-                computed = iter(backward(grad, values, indices, weight, needs, backend))
-                gradients = [next(computed) if need else None for need in (of_values, of_weight, of_bias)]
+            bits = NEED_X * of_values + NEED_WEIGHT * of_weight + NEED_BIAS * of_bias
+            tensors = grad, values, indices, weight
+            gradients = _registry.gradients("sparse_decode", backend, tensors, (bits,), needs)
         return gradients[0], None, gradients[1], gradients[2], None
 
 
 _apply = direct_apply(_SparseDecode)
 
 
-def _needs_gradient(values, weight, bias):
-    return torch.is_grad_enabled() and (
-        values.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-
-
 @torch.library.impl(LIBRARY, "sparse_decode", "Autograd")
 def _(values, indices, weight, bias, backend):
     if _registry.is_transformed():
         return reference(values, indices, weight, bias)
-    if _needs_gradient(values, weight, bias):
+    if _registry.needs_gradient(values, weight, bias):
         return _SparseDecode.apply(values, indices, weight, bias, (backend, None))
     with below_autograd():
         return torch.ops.aefast.sparse_decode.default(values, indices, weight, bias, backend)
@@ -176,7 +166,7 @@ def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor 
         out = torch.ops.aefast.sparse_decode.default(values, indices, weight, bias, backend)
     else:
         launchers = _registry.kernels(backend, "sparse_decode")
-        if _needs_gradient(values, weight, bias):
+        if _registry.needs_gradient(values, weight, bias):
             out = _apply(values, indices, weight, bias, (backend, launchers))
         else:
             out = launchers.sparse_decode(values, indices, weight, bias)

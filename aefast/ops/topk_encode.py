@@ -102,30 +102,19 @@ class _TopkEncode(torch.autograd.Function):
             )
         else:
             bits = NEED_X * needs[0] + NEED_WEIGHT * needs[1] + NEED_BIAS * needs[2]
-            if _registry.is_direct(backend, grad, indices, x, weight):
-                launch = _registry.kernels(backend, "topk_encode").topk_encode_backward
-                gradients = launch(grad, indices, x, weight, bits)
-            else:
-                backward = torch.ops.aefast.topk_encode_backward.default
-                computed = iter(backward(grad, indices, x, weight, bits, backend))
-                gradients = [next(computed) if need else None for need in needs]
+            tensors = grad, indices, x, weight
+            gradients = _registry.gradients("topk_encode", backend, tensors, (bits,), needs)
         return *gradients, None
 
 
 _apply = direct_apply(_TopkEncode)
 
 
-def _needs_gradient(x, weight, bias):
-    return torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-
-
 @torch.library.impl(LIBRARY, "topk_encode", "Autograd")
 def _(x, weight, bias, k, backend):
     if _registry.is_transformed():
         return reference(x, weight, bias, k=k)
-    if _needs_gradient(x, weight, bias):
+    if _registry.needs_gradient(x, weight, bias):
         return _TopkEncode.apply(x, weight, bias, (k, backend, None))
     with below_autograd():
         return torch.ops.aefast.topk_encode.default(x, weight, bias, k, backend)
@@ -172,7 +161,7 @@ def topk_encode(
         values, indices = torch.ops.aefast.topk_encode.default(x, weight, bias, k, backend)
     else:
         launchers = _registry.kernels(backend, "topk_encode")
-        if _needs_gradient(x, weight, bias):
+        if _registry.needs_gradient(x, weight, bias):
             values, indices = _apply(x, weight, bias, (k, backend, launchers))
         else:
             values, indices = launchers.topk_encode(x, weight, bias, k)
