@@ -182,6 +182,14 @@ def train(
             rich_help_panel=_RUN,
         ),
     ],
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|FOLDER|NAME",
+            help="Held-out samples to validate on, read as --data is. \\[default: a part of --data]",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     model: Annotated[
         str,
         typer.Option(
@@ -735,18 +743,20 @@ def train(
     def run() -> int:
         console = Console(quiet=not Processes().is_first)
         say = _teller(console)
-        dataset = _load(
-            data, say, patch_size=patch_size, dtype=data_dtype, key=data_key, sample_dims=sample_dims
-        )
+        reading = {"patch_size": patch_size, "dtype": data_dtype, "key": data_key, "sample_dims": sample_dims}
+        dataset = _load(data, say, **reading)
+        held_out = None if validation is None else _load(validation, say, "validation", least=1, **reading)
         torch.manual_seed(seed)
         network = model_class(_model_config(model_class, given, dataset.sample_shape))
         callbacks = [TensorBoard(os.path.join(out, TENSORBOARD_FOLDER))] if tensorboard else []
-        trainer = Trainer(network, dataset, config, out, callbacks=callbacks, console=console)
+        trainer = Trainer(
+            network, dataset, config, out, validation=held_out, callbacks=callbacks, console=console
+        )
         parameters = sum(parameter.numel() for parameter in network.parameters())
         say(
             f"{model_class.name}: {parameters:,} parameters on {trainer.device} · "
             f"{dataset.name}: {len(trainer.batches.rows):,} samples of {dataset.features} features, "
-            f"{len(trainer.held_out.rows):,} held out"
+            f"{len(trainer.held_out.rows):,} held out{'' if held_out is None else f', of {held_out.name}'}"
         )
         # Whoever asks for what is done to images knows.
         is_image = getattr(network.config, "image_shape", None) is not None
@@ -859,6 +869,14 @@ def sample(
             help="Where the samples go, float32 of shape (count, ...). A picture of some goes beside it, FILE.png.",
         ),
     ],
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|NAME",
+            help="The held-out samples to compare with, read as --data is, where the run had --validation. "
+            "\\[default: the part of --data that training held out]",
+        ),
+    ] = None,
     sampler: Annotated[
         str,
         typer.Option(
@@ -923,11 +941,21 @@ def sample(
         density = PriorSampler.of(model)
         source = "N(0, I)" if density.prior == "normal" else "the box of its codes"
 
-    training, held_out = (
-        Batches(dataset.samples, rows, batch_size=1, seed=0).spread(_MOST_COMPARED)
-        for rows in dataset.split()
-    )
     say = _teller()
+    if validation is not None:
+        others = _load_for(model, run, validation, "validation", **reading)
+        parts = (dataset, dataset.rows()), (others, others.rows())
+    else:
+        parts = [(dataset, rows) for rows in dataset.split()]
+        others = _validation_of(run)
+        if others is not None:
+            say(
+                f"notice: the run was trained on all of --data and validated on {others}; without --validation, what "
+                "is called held out here are samples that it was trained on"
+            )
+    training, held_out = (
+        Batches(one.samples, rows, batch_size=1, seed=0).spread(_MOST_COMPARED) for one, rows in parts
+    )
     say(
         f"{model.name} of {run} · {dataset.name}: {len(training):,} training samples · codes drawn from {source}"
     )
@@ -1043,16 +1071,22 @@ def _teller(console: Console | None = None) -> Callable[[str], None]:
     return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _load(data: str, say: Callable[[str], None], **reading: Any) -> Dataset:
-    """What `aefast.data.load` makes of `data`, and what it warns of as notices."""
-    from aefast.data import DataWarning, load
+def _load(data: str, say: Callable[[str], None], argument: str = "data", **reading: Any) -> Dataset:
+    """What `aefast.data.load` makes of `data`, and what it warns of as notices; both name the `argument`."""
+    from aefast.data import DataError, DataWarning, load
+
+    def named(message: object) -> str:
+        return str(message).replace("data=", f"{argument}=", 1)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DataWarning)
-        dataset = load(data, **reading)
+        try:
+            dataset = load(data, **reading)
+        except DataError as error:
+            raise DataError(named(error)) from error
     for warning in caught:
         if issubclass(warning.category, DataWarning):
-            say(f"notice: {warning.message}")
+            say(f"notice: {named(warning.message)}")
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return dataset
@@ -1070,16 +1104,30 @@ def _trained(run: str, data: str, device: str, **reading: Any) -> tuple[Model, D
         model = from_pretrained(run, device=place)
     except InputError as error:
         raise InputError(str(error).replace("directory=", "run=", 1)) from None
-    dataset = _load(data, _teller(), **reading)
+    return model, _load_for(model, run, data, **reading)
+
+
+def _load_for(model: Model, run: str, data: str, argument: str = "data", **reading: Any) -> Dataset:
+    """Samples for the model of a run."""
+    dataset = _load(data, _teller(), argument, **reading)
     size, shape = model.config.input_size, dataset.sample_shape
     if dataset.features != size:
         fitting = (dims for dims in range(1, len(shape)) if math.prod(shape[-dims:]) == size)
         hint = "".join(f"; --sample-dims {dims} takes such of it" for dims in fitting)
         raise InputError(
-            f"data={data!r}: expected {size} features a sample, those of the model in {run}, got {dataset.features}"
-            f"{hint}"
+            f"{argument}={data!r}: expected {size} features a sample, those of the model in {run}, got "
+            f"{dataset.features}{hint}"
         )
-    return model, dataset
+    return dataset
+
+
+def _validation_of(run: str) -> str | None:
+    """What a run was validated on, if that was no part of what it was trained on."""
+    from aefast.models._base import CONFIG_FILE
+
+    metadata = json.loads(Path(run, CONFIG_FILE).read_text(encoding="utf-8")).get("metadata")
+    training = metadata.get("training") if isinstance(metadata, dict) else None
+    return training.get("validation") if isinstance(training, dict) else None
 
 
 def _new_file(out: str, data: str, overwrite: bool, suffix: str = ".npy") -> Path:

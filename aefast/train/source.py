@@ -80,10 +80,14 @@ class Source:
         else:
             self.training = IterableBatches(data, features, device)
             self.name = self.training.name
+        # Of what is no part of the data.
+        self.validation_name: str | None = None
         if isinstance(validation, Dataset):
+            self.validation_name = validation.name
             self.held_out = Batches(_placed(validation.samples, device), validation.rows(), **self._options)
         elif validation is not None:
             self.held_out = IterableBatches(validation, features, device, "validation")
+            self.validation_name = self.held_out.name
 
     def _cut(self, data: Dataset) -> None:
         training, held_out = data.split() if self._is_split else (data.rows(), None)

@@ -618,7 +618,8 @@ class Trainer:
         return {}
 
     def _keep_model(self, directory: Path) -> None:
-        training = {"data": self.source.name, "step": self.steps_taken, **dataclasses.asdict(self.config)}
+        data = {"data": self.source.name, "validation": self.source.validation_name}
+        training = {**data, "step": self.steps_taken, **dataclasses.asdict(self.config)}
         with self.step.averaged():
             self.model.save_pretrained(directory, metadata={"training": training})
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from aefast import cli
-from aefast.models import MODELS, SparseAutoencoder, SparseCode, from_pretrained
+from aefast.models import MODELS, Autoencoder, SparseAutoencoder, SparseCode, from_pretrained
 from aefast.sampling import load_sampler
 
 
@@ -69,6 +69,27 @@ def test_sample_writes_samples_a_picture_and_a_report(command, runs, tmp_path, c
     with torch.no_grad():
         expected = from_pretrained(runs / "autoencoder").decode(codes)
     torch.testing.assert_close(torch.from_numpy(samples).flatten(1), expected)
+
+
+def test_samples_are_compared_with_what_the_run_was_validated_on(command, runs, tmp_path, capsys):
+    model, held_out = Autoencoder(input_size=12, latent=4), tmp_path / "held.npy"
+    model.save_pretrained(tmp_path / "run", metadata={"training": {"validation": "held"}})
+    np.save(held_out, np.load(runs / "data.npy")[:50] + 9)
+    options = ("--count", 20, "--out", tmp_path / "samples.npy", "--overwrite")
+    notice = "notice: the run was trained on all of --data and validated on held; without --validation"
+    assert command("sample", *options, model=tmp_path / "run") == 0
+    told = capsys.readouterr().out
+    assert notice in told
+    assert "108 training samples" in told
+    assert command("sample", *options, "--validation", held_out, model=tmp_path / "run") == 0
+    told = capsys.readouterr().out
+    assert notice not in told
+    assert "120 training samples" in told
+    # Held-out samples of other places than all training data.
+    assert re.search(r"real data: .* p = 0\.0", told)
+    np.save(held_out, np.zeros((5, 7), dtype=np.float32))
+    assert command("sample", *options, "--validation", held_out, model=tmp_path / "run") == 2
+    assert "validation='" in capsys.readouterr().err
 
 
 def test_a_vae_has_a_prior_and_vectors_make_lines(command, runs, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -70,6 +71,33 @@ def test_model_options_reach_the_model(train, tmp_path):
     assert train("--no-compare", "--overwrite", "--hidden", "none", "--decoder-hidden", "5") == 0
     config = from_pretrained(tmp_path / "run").config
     assert (config.hidden, config.decoder_hidden) == ((), (5,))
+
+
+def test_samples_of_their_own_are_validated_on(train, data, tmp_path, capsys):
+    held_out = tmp_path / "held.npy"
+    np.save(held_out, np.full((1, 12), 0.5, dtype=np.float32))
+    assert train("--no-compare", "--validation", held_out) == 0
+    assert "samples: 100 samples of 12 features, 1 held out, of held\n" in capsys.readouterr().out
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        loss = from_pretrained(tmp_path / "run")(torch.full((1, 12), 0.5)).loss.item()
+    assert metrics[-1]["val_loss"] == pytest.approx(loss, rel=1e-6)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["metadata"]["training"]["validation"] == "held"
+
+
+@pytest.mark.parametrize(
+    ("shape", "value", "message"),
+    [
+        ((3, 12), math.nan, r"validation='.*held\.npy': expected finite numbers"),
+        ((3, 11), 0.5, "validation: expected 12 features a sample, the model's input_size, got 11"),
+    ],
+)
+def test_bad_samples_to_validate_on_end_in_one_line(train, tmp_path, capsys, shape, value, message):
+    held_out = tmp_path / "held.npy"
+    np.save(held_out, np.full(shape, value, dtype=np.float32))
+    assert re.search(message, failure(capsys, train("--validation", held_out)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_options_of_the_vae_reach_it(train, tmp_path, capsys):
