@@ -124,6 +124,15 @@ def test_what_is_no_activation_of_aefast_is_left(follower):
     assert f"followed by {type(follower).__name__}" in left(report)["0"]
 
 
+def test_an_activation_with_hooks_is_left_and_said_to_have_them():
+    model, seen = nn.Sequential(nn.Linear(6, 4), nn.ReLU()), []
+    model[1].register_forward_hook(lambda module, arguments, out: seen.append(out))
+    report = aefast.patch(model)
+    assert left(report) == {"0": "the ReLU that follows it has hooks, or a forward of its own"}
+    model(torch.randn(5, 6))
+    assert len(seen) == 1
+
+
 class Registered(nn.Module):
     """A family that knows its members, each name once."""
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from aefast.errors import AefastError, InputError
 from aefast.patch import _dense, _losses, _pythae, _sites
-from aefast.patch._classes import Patched, derived
+from aefast.patch._classes import Patched, derived, is_plain
 
 __all__ = ["KINDS", "Entry", "Report", "patch"]
 
@@ -246,6 +246,8 @@ class _Search:
                 reason = "no activation follows it in its Sequential"
                 if follower and modules[index + 1] in self.skipped:
                     reason = f"the {follower} that follows it is skipped"
+                elif follower and not is_plain(modules[index + 1]):
+                    reason = f"the {follower} that follows it has hooks, or a forward of its own"
                 elif follower:
                     reason = f"it is followed by {follower}, which is no activation that can be fused with it"
                 self._reasons.setdefault(child, reason)
