@@ -12,6 +12,7 @@ Needs scikit-learn, which comes with ``aefast[train]``.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,6 +35,9 @@ except ImportError as error:
         f'aefast.estimators needs scikit-learn 1.6 or newer ({error}); install it with: pip install "aefast[train]"'
     ) from error
 
+# How long training is by default: so many epochs, and at least so many steps. With fewer, reconstructions of tables of
+# a few hundred rows are worse than those of as many principal components.
+_EPOCHS, _STEPS = 50, 1000
 # Rows that are encoded, decoded or scored at a time.
 _ROWS = 4096
 # Codes of a row that its evidence lower bound is the mean of.
@@ -61,8 +65,12 @@ class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         )
         # 2**31 - 1 seeds, as many as RandomState draws on every platform.
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-        settings = {name: _plain(getattr(self, name)) for name in ("epochs", "batch_size", "lr", "device")}
-        training = TrainConfig(seed=seed, **settings)
+        settings = {name: _plain(getattr(self, name)) for name in ("batch_size", "lr", "device")}
+        epochs = _plain(self.epochs)
+        training = TrainConfig(seed=seed, epochs=_EPOCHS if epochs is None else epochs, **settings)
+        if epochs is None:
+            steps = -(-len(X) // training.batch_size)
+            training = dataclasses.replace(training, epochs=max(_EPOCHS, -(-_STEPS // steps)))
         device = training.resolve_device()
         samples = _tensor(X)
         with seeded(seed, device):
@@ -176,7 +184,7 @@ class AutoencoderEstimator(_DenseEstimator):
         activation: activation of the hidden layers, one of `aefast.kernels.activation.ACTIVATIONS`.
         output_activation: activation of the reconstruction, such as "sigmoid" for data in [0, 1].
         linear_decoder: makes the decoder a single linear layer.
-        epochs: passes over X.
+        epochs: passes over X; by default 50, or of few rows as many as make 1,000 steps.
         batch_size: samples of a step.
         lr: learning rate of Adam.
         device: "cpu", "cuda", or "auto": CUDA where it is.
@@ -201,7 +209,7 @@ class AutoencoderEstimator(_DenseEstimator):
         activation: str = "relu",
         output_activation: str = "identity",
         linear_decoder: bool = False,
-        epochs: int = 50,
+        epochs: int | None = None,
         batch_size: int = 256,
         lr: float = 1e-3,
         device: str = "auto",
@@ -268,7 +276,7 @@ class VAEEstimator(_DenseEstimator):
         activation: str = "relu",
         likelihood: str = "mse",
         beta: float = 1.0,
-        epochs: int = 50,
+        epochs: int | None = None,
         batch_size: int = 256,
         lr: float = 1e-3,
         device: str = "auto",

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import MinMaxScaler
+from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
 from aefast import estimators
 from aefast.errors import InputError
@@ -39,7 +39,7 @@ import json, sys, warnings
 from sklearn.utils.estimator_checks import check_estimator
 from aefast import estimators
 
-estimator = getattr(estimators, sys.argv[1])()
+estimator = getattr(estimators, sys.argv[1])(epochs=20)
 results = check_estimator(estimator, on_skip=None, on_fail=None)
 print(json.dumps([[found["check_name"], found["status"], repr(found["exception"])] for found in results]))
 """
@@ -48,7 +48,7 @@ print(json.dumps([[found["check_name"], found["status"], repr(found["exception"]
 @pytest.mark.slow
 @every_estimator
 def test_scikit_learn_finds_nothing_wrong(estimator_class, tmp_path):
-    """All checks, with the default options, none of them skipped or expected to fail."""
+    """All checks, none of them skipped or expected to fail; with the default options but for the time they take."""
     # scikit-learn checks array inputs only where SciPy was told of them before it is imported.
     settings = {"cwd": tmp_path, "env": environment(SCIPY_ARRAY_API="1", OMP_NUM_THREADS="1")}
     done = run([sys.executable, "-c", CHECKS, estimator_class.__name__], **settings)
@@ -57,6 +57,19 @@ def test_scikit_learn_finds_nothing_wrong(estimator_class, tmp_path):
     # scikit-learn 1.6 has about as many for a transformer.
     assert len(results) > 35
     assert [result for result in results if result[1] != "passed"] == []
+
+
+@pytest.mark.parametrize("load", [load_wine, load_breast_cancer], ids=["wine", "cancer"])
+def test_small_tables_are_trained_until_codes_beat_principal_components(load):
+    X = StandardScaler().fit_transform(load().data)
+    model, pca = AutoencoderEstimator(latent=8, random_state=0).fit(X), PCA(8).fit(X)
+    assert model.score(X) > -np.square(pca.inverse_transform(pca.transform(X)) - X).mean()
+    assert len(model.loss_curve_) == -(-1000 // -(-len(X) // 256))
+
+
+def test_long_data_are_passed_over_fifty_times(digits):
+    model = AutoencoderEstimator(latent=3, hidden=(4,), batch_size=16, random_state=0).fit(digits)
+    assert len(model.loss_curve_) == 50
 
 
 def test_an_autoencoder_explains_more_than_principal_components(digits):
