@@ -39,6 +39,9 @@ FILE_SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 # Those of files that a folder may be made of, since they keep an array as it is in memory.
 SHARD_SUFFIXES = (".npy", ".safetensors", ".pt")
 
+# Files of tables, which are left to pandas, and what of it reads them.
+_TABLE_READERS = {".csv": "read_csv", ".parquet": "read_parquet", ".feather": "read_feather"}
+
 # How an error about a file of a folder ends where the file may not be one of samples.
 _REMEDY = "; a file of a folder that holds no samples, such as labels, is to be moved elsewhere"
 
@@ -185,6 +188,11 @@ def load(
             is 255; files of a folder that are not in the order of the numbers in their names.
     """
     reading = _Reading(dtype, key, sample_dims)
+    if not isinstance(source, (str, os.PathLike)):
+        raise DataError(
+            f"source: expected a name or a path, got {type(source).__name__}; Dataset(name, samples, sample_shape) "
+            "takes a float32 tensor in memory"
+        )
     text = str(source)
     if text in SOURCES:
         reading.refuse_for(repr(text))
@@ -221,6 +229,13 @@ def _unknown(text: str) -> str:
     names = ", ".join(SOURCES)
     close = difflib.get_close_matches(text.lower(), SOURCES, n=1)
     suggestion = f"; did you mean {close[0]!r}?" if close else ""
+    path = Path(text)
+    reader = _TABLE_READERS.get(path.suffix.lower())
+    if reader is not None and not is_missing:
+        array = str(path.with_suffix(".npy"))
+        suggestion = (
+            f"; a table of numbers becomes one by numpy.save({array!r}, pandas.{reader}({text!r}).to_numpy())"
+        )
     missing = ", found no such file or folder" if is_missing else ""
     return (
         f"data={text!r}: expected one of {names}, a {_listed(FILE_SUFFIXES)} file, or a folder of "

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import struct
 import sys
 import warnings
@@ -302,6 +303,21 @@ def test_names_that_are_not_utf8_become_text(tmp_path, rows):
     assert load(path).name == "caf\N{REPLACEMENT CHARACTER}"
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_is_told_how_it_becomes_an_array(tmp_path, suffix):
+    table = tmp_path / f"table.{suffix}"
+    table.touch()
+    way = f"numpy.save('{tmp_path / 'table.npy'}', pandas.read_{suffix}('{table}').to_numpy())"
+    with pytest.raises(DataError, match=f"; a table of numbers becomes one by {re.escape(way)}$"):
+        load(table)
+
+
+@pytest.mark.parametrize("source", [np.zeros((4, 2)), torch.zeros(4, 2), [[0.0]], None])
+def test_samples_in_memory_are_no_source(source):
+    with pytest.raises(DataError, match=f"expected a name or a path, got {type(source).__name__}; Dataset"):
+        load(source)
+
+
 def test_names_and_paths_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match=r"'digts': expected one of digits, patches.*did you mean 'digits'"):
         load("digts")
@@ -316,9 +332,9 @@ def test_names_and_paths_that_are_not_there(tmp_path):
         DataError, match=r"'none': expected one of digits.* images, found no such file or folder$"
     ):
         load("none")
-    (tmp_path / "table.csv").touch()
-    with pytest.raises(DataError, match=r"csv': expected one of digits.* or of images$"):
-        load(tmp_path / "table.csv")
+    (tmp_path / "table.xlsx").touch()
+    with pytest.raises(DataError, match=r"xlsx': expected one of digits.* or of images$"):
+        load(tmp_path / "table.xlsx")
     (tmp_path / "folder.npy").mkdir()
     with pytest.raises(DataError, match="found a folder with neither"):
         load(tmp_path / "folder.npy")
