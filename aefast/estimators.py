@@ -75,10 +75,14 @@ class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         samples = _tensor(X)
         with seeded(seed, device):
             model = self._model_class(config, device=device, dtype=samples.dtype)
+            self._prepare(model, samples)
             self.loss_curve_ = self._train(model, samples.to(device), training)
         self.model_ = model.eval()
         self._noise_seed = seed
         return self
+
+    def _prepare(self, model: Model, samples: Tensor) -> None:
+        """Set what of a new model depends on the samples (N, features)."""
 
     def _train(self, model: Model, samples: Tensor, training: TrainConfig) -> list[float]:
         """Train `model` in place; the mean loss of each epoch."""
@@ -254,8 +258,9 @@ class VAEEstimator(_DenseEstimator):
         latent: size of the codes.
         hidden: widths of the encoder's hidden layers; may be empty. The decoder's are the same in reverse.
         activation: activation of the hidden layers, one of `aefast.kernels.activation.ACTIVATIONS`.
-        likelihood: what a sample is given its code: "mse", a Gaussian of variance 1; "gaussian", one whose variance
-            is learnt; "bernoulli", for features in [0, 1].
+        likelihood: what a sample is given its code: "gaussian", a Gaussian whose variance is learnt, beginning at that
+            of X; "mse", one of variance 1, beside which features that vary little do not count; "bernoulli", for
+            features in [0, 1].
         beta: weight of the KL divergence.
         epochs, batch_size, lr, device, verbose: as in `AutoencoderEstimator`.
         random_state: as there, and of the noise that codes get in training and for scores.
@@ -274,7 +279,7 @@ class VAEEstimator(_DenseEstimator):
         *,
         hidden: Sequence[int] = (128,),
         activation: str = "relu",
-        likelihood: str = "mse",
+        likelihood: str = "gaussian",
         beta: float = 1.0,
         epochs: int | None = None,
         batch_size: int = 256,
@@ -320,6 +325,21 @@ class VAEEstimator(_DenseEstimator):
         each call; beta has no part in it.
         """
         return super().score_samples(X)
+
+    def _prepare(self, model: VAE, samples: Tensor) -> None:
+        """Let a learnt variance begin at that of the samples about their mean.
+
+        Its log moves by at most about the learning rate a step. As long as it is far above, the divergence weighs more
+        than the reconstruction and the codes tell nothing.
+        """
+        if model.log_variance is None:
+            return
+        samples = samples.double()
+        variance = samples.var(0, correction=0).mean()
+        # That of constants is 0, or comes from rounding alone.
+        if variance > torch.finfo(model.log_variance.dtype).eps * samples.square().mean():
+            with torch.no_grad():
+                model.log_variance.fill_(variance.log())
 
     def _score(self, batch: Tensor) -> Tensor:
         return self.model_.elbo(batch)

@@ -107,6 +107,26 @@ def test_the_noise_of_scores_and_samples_is_of_the_random_state(digits):
     assert not np.array_equal(other.sample(5)[0], other.sample(5)[0])
 
 
+def test_codes_of_a_vae_tell_rows_apart_that_vary_by_less_than_1(digits):
+    model = VAEEstimator(latent=4, epochs=20, random_state=0).fit(digits)
+    codes = model.transform(digits)
+    assert codes.std(0).max() > 0.5
+    error = np.square(model.inverse_transform(codes) - digits).mean()
+    assert error < 0.7 * digits.var(0).mean()
+
+
+def test_the_variance_of_a_vae_begins_at_that_of_the_data(digits):
+    still = {**QUICK, "epochs": 1, "lr": 1e-30}
+    for scale in (1, 1e6):
+        model = VAEEstimator(**still).fit(scale * digits)
+        variance = scale**2 * digits.var(0).mean()
+        assert model.model_.log_variance.exp().item() == pytest.approx(variance, rel=1e-4)
+    for constant in (0, 1, 0.1):
+        model = VAEEstimator(**still).fit(np.full((30, 3), constant))
+        assert model.model_.log_variance.item() == pytest.approx(0)
+    assert VAEEstimator(**still, likelihood="mse").fit(digits).model_.log_variance is None
+
+
 def test_the_score_of_a_vae_is_its_bound(digits):
     options = {"latent": 6, "likelihood": "bernoulli", "random_state": 0}
     short, long = (VAEEstimator(epochs=epochs, **options).fit(digits) for epochs in (1, 30))
