@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from aefast.train import CapturedStep, TrainConfig, TrainingError, make_optimize
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.utils import check_array, check_random_state
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
@@ -42,6 +44,9 @@ _EPOCHS, _STEPS = 50, 1000
 _ROWS = 4096
 # Codes of a row that its evidence lower bound is the mean of.
 _DRAWS = 8
+# Training is far from its end if of all that the loss fell by, such a share fell from the last fifth of epochs but one
+# to the last; 0.22 is that of a loss that falls as fast as ever. Well below it, what is still to come may be overfitting.
+_FALLING_SHARE = 0.15
 
 
 class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -57,6 +62,9 @@ class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         Raises:
             ValueError: X is not as scikit-learn wants it, or an option is out of its range.
             TrainingError: the loss is no longer finite.
+
+        Warns:
+            ConvergenceWarning: scikit-learn's: the loss was still falling nearly as fast as ever when training ended.
         """
         X = validate_data(self, X, dtype=(np.float64, np.float32), order="C")
         options = {name: _plain(getattr(self, name)) for name in self._model_options}
@@ -77,6 +85,7 @@ class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             model = self._model_class(config, device=device, dtype=samples.dtype)
             self._prepare(model, samples)
             self.loss_curve_ = self._train(model, samples.to(device), training)
+        self._warn_if_falling()
         self.model_ = model.eval()
         self._noise_seed = seed
         return self
@@ -102,6 +111,25 @@ class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             if self.verbose:
                 print(f"{type(self).__name__}: epoch {epoch + 1}/{training.epochs} · loss {losses[-1]:.5g}")
         return losses
+
+    def _warn_if_falling(self) -> None:
+        """Say that there were far too few epochs, as far as the losses of at least two tell.
+
+        Means over a fifth of the epochs average out what is by chance, and compare alike whatever the scale of the loss
+        and its lowest value are.
+        """
+        losses = np.asarray(self.loss_curve_)
+        if len(losses) < 2:
+            return
+        count = max(1, len(losses) // 5)
+        last, before = losses[-count:].mean(), losses[-2 * count : -count].mean()
+        if before - last > _FALLING_SHARE * (losses[0] - last):
+            warnings.warn(
+                f"{type(self).__name__}: the loss was still falling after {len(losses)} epochs, from {before:.4g} to "
+                f"{last:.4g} in the last {count}; raise epochs or lr, or scale X",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
 
     def transform(self, X: Any) -> np.ndarray:
         """The codes of X (N, features): (N, latent), of the dtype that the model was fitted in."""

@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.decomposition import PCA
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
@@ -25,6 +26,8 @@ from support.processes import environment, run
 
 ESTIMATORS = (AutoencoderEstimator, VAEEstimator)
 QUICK = {"latent": 3, "hidden": (16,), "epochs": 2, "random_state": 0, "device": "cpu"}
+# Most fits here are too short on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 every_estimator = pytest.mark.parametrize("estimator_class", ESTIMATORS)
 
 
@@ -85,6 +88,20 @@ def test_an_autoencoder_explains_more_than_principal_components(digits):
     assert len(model.loss_curve_) == 60 and model.loss_curve_[-1] < 0.3 * model.loss_curve_[0]
     errors = np.square(model.inverse_transform(codes) - held_out).mean(1)
     assert model.score_samples(held_out) == pytest.approx(-errors, rel=1e-5)
+
+
+@every_estimator
+def test_too_few_epochs_are_told(digits, estimator_class):
+    with pytest.warns(
+        ConvergenceWarning, match=r"still falling after 5 epochs, from .* in the last 1; raise"
+    ):
+        estimator_class(latent=4, epochs=5, lr=1e-4, random_state=0).fit(digits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # One epoch has no other beside it.
+        estimator_class(**{**QUICK, "epochs": 1}).fit(digits)
+        enough = estimator_class(latent=1, hidden=(), epochs=200, lr=1e-2, random_state=0)
+        enough.fit(np.random.default_rng(0).normal(size=(2000, 3)))
 
 
 @pytest.mark.parametrize("estimator", [AutoencoderEstimator, VAEEstimator])
