@@ -25,6 +25,7 @@ from torch import Tensor
 from aefast._random import seeded
 from aefast.data import Batches
 from aefast.models import VAE, Autoencoder, Model
+from aefast.nn.linear_act import check_positive_int
 from aefast.train import CapturedStep, TrainConfig, TrainingError, make_optimizer
 
 try:
@@ -341,10 +342,12 @@ class VAEEstimator(_DenseEstimator):
         As with scikit-learn's own mixtures, a call makes what random_state says: an int the same at each call.
         """
         check_is_fitted(self, "model_")
+        count = _plain(n_samples)
+        check_positive_int(count, "n_samples")
         place = next(self.model_.parameters()).device
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         with torch.no_grad(), seeded(seed, place):
-            return self.model_.sample(_plain(n_samples)).cpu().numpy(), None
+            return self.model_.sample(count).cpu().numpy(), None
 
     def score_samples(self, X: Any) -> np.ndarray:
         """The evidence lower bound on log p(x) of each row x of X (N, features), in nats: (N,).

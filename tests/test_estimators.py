@@ -144,6 +144,12 @@ def test_the_variance_of_a_vae_begins_at_that_of_the_data(digits):
     assert VAEEstimator(**still, likelihood="mse").fit(digits).model_.log_variance is None
 
 
+@pytest.mark.parametrize("count", [0, -1, 2.5])
+def test_a_number_of_samples_is_named(digits, count):
+    with pytest.raises(InputError, match=f"^n_samples={count}: expected a positive integer$"):
+        VAEEstimator(**QUICK).fit(digits).sample(count)
+
+
 def test_the_score_of_a_vae_is_its_bound(digits):
     options = {"latent": 6, "likelihood": "bernoulli", "random_state": 0}
     short, long = (VAEEstimator(epochs=epochs, **options).fit(digits) for epochs in (1, 30))
