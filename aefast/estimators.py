@@ -46,7 +46,7 @@ _ROWS = 4096
 # Codes of a row that its evidence lower bound is the mean of.
 _DRAWS = 8
 # Training is far from its end if of all that the loss fell by, such a share fell from the last fifth of epochs but one
-# to the last; 0.22 is that of a loss that falls as fast as ever. Well below it, what is still to come may be overfitting.
+# to the last; 0.22 is that of a loss that falls as fast as ever. Well below it, what is to come may be overfitting.
 _FALLING_SHARE = 0.15
 
 
