@@ -117,7 +117,9 @@ class DenoisingAutoencoder(Autoencoder):
 
     def evaluate(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `Model.evaluate`, of noisy samples: "loss" and "mse" are between the denoised and x, "noisy_mse" is
-        between the noisy and x."""
+        between the noisy and x. Of a subclass with a `forward` of its own, as `Model.evaluate` alone."""
+        if self.has_own("forward"):
+            return super().evaluate(x)
         noisy = self.corrupt(x)
         output = self._reconstruct(noisy, x)
         return {

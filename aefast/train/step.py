@@ -95,6 +95,14 @@ def _loss_of_model(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor,
     return output.loss, getattr(output, "terms", {"loss": output.loss})
 
 
+def loss_of_own_forward(
+    model: nn.Module, batch: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The same with the loss among the terms, for a model whose terms may not add up to it."""
+    loss, terms = _loss_of_model(model, batch)
+    return loss, {**terms, "loss": loss}
+
+
 def _with_terms(loss: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The scalar and the terms of what a loss gave."""
     value, terms = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, {"loss": loss})

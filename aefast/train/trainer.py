@@ -38,7 +38,7 @@ from aefast.train.processes import AgreedInterrupt, Processes, Request
 from aefast.train.progress import ProgressView
 from aefast.train.schedule import Schedule
 from aefast.train.source import Data, Source, described
-from aefast.train.step import CapturedStep, make_optimizer
+from aefast.train.step import CapturedStep, loss_of_own_forward, make_optimizer
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -169,6 +169,7 @@ class Trainer:
         self.step = CapturedStep(
             self.model if self.processes.is_one else self._joint_model(),
             make_optimizer(self.model.parameters(), config.lr),
+            loss=loss_of_own_forward if self.model.has_own("forward") else None,
             precision=config.precision,
             clip_norm=config.clip_norm,
             accumulate=config.accumulate,
@@ -835,6 +836,7 @@ class Trainer:
         record = {
             "step": self.steps_taken,
             "epoch": self.epoch + 1,
+            # Where the terms may not add up to the loss, it is one of them, and takes this place.
             "loss": sum(means.values()),
             **means,
         }

@@ -295,6 +295,43 @@ def test_other_losses_are_not_compared_with(make_trainer, tmp_path, capsys, monk
     assert type(from_pretrained(tmp_path)) is Doubled
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_terms_that_are_no_parts_of_the_loss_leave_it_as_it_is(
+    make_trainer, tmp_path, monkeypatch, accumulate
+):
+    monkeypatch.setattr(_base, "MODELS", {**_base.MODELS})
+
+    @_base.register("watched")
+    class Watched(VAE):
+        def forward(self, x):
+            output = super().forward(x)
+            terms = {"kl": output.terms["kl"], "active_units": output.loss.new_tensor(4.0)}
+            return dataclasses.replace(output, terms=terms)
+
+    for name, model in (("plain", VAE), ("watched", Watched)):
+        make_trainer(tmp_path / name, model=model, accumulate=accumulate).fit(compare=False)
+    plain, watched = losses(tmp_path / "plain"), losses(tmp_path / "watched")
+    assert [one["loss"] for one in watched] == pytest.approx([one["loss"] for one in plain], rel=1e-6)
+    assert [one["kl"] for one in watched] == pytest.approx([one["kl"] for one in plain], rel=1e-6)
+    assert all(one["active_units"] == 4.0 for one in watched)
+
+
+def test_a_denoiser_is_validated_by_a_forward_of_its_own(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(_base, "MODELS", {**_base.MODELS})
+
+    @_base.register("shifted")
+    class Shifted(DenoisingAutoencoder):
+        def forward(self, x):
+            output = super().forward(x)
+            return dataclasses.replace(output, loss=output.loss + 100.0)
+
+    trainer = make_trainer(tmp_path, model=Shifted, epochs=1)
+    held_out = trainer.fit(compare=False).held_out
+    assert held_out["loss"] > 100.0
+    assert losses(tmp_path)[-1]["loss"] > 100.0
+    assert "noisy_psnr" not in held_out
+
+
 def test_noisy_vectors_are_plotted_too(make_trainer, tmp_path, dataset):
     data = Dataset("vectors", dataset.samples, (16,))
     make_trainer(tmp_path, model=DenoisingAutoencoder, data=data, epochs=1, plots=True).fit(compare=False)
