@@ -1118,6 +1118,7 @@ def _load_for(model: Model, run: str, data: str, argument: str = "data", **readi
             f"{argument}={data!r}: expected {size} features a sample, those of the model in {run}, got "
             f"{dataset.features}{hint}"
         )
+    model.check_order(shape, f"{argument}={data!r}")
     return dataset
 
 

@@ -255,7 +255,7 @@ class Model(nn.Module):
             )
         if x.layout != torch.strided and not x.is_nested:
             raise InputError(f"x: expected a dense tensor, got layout {x.layout}; give x.to_dense()")
-        if x.dim() == 4:
+        if x.dim() > 2:
             self.check_order(x.shape[1:], "x")
         dtype = None if any_dtype else self.sample_dtype
         if dtype is not None and x.dtype != dtype and not _is_autocast(x.device.type):
@@ -277,15 +277,18 @@ class Model(nn.Module):
         return _first_parameter(self)
 
     def check_order(self, shape: Sequence[int], argument: str) -> None:
-        """That samples of such a shape do not have their channels last, where the model's images have them first."""
+        """That samples of such a shape are no images whose channels or sides are others than those of the model's."""
         expected, shape = getattr(self.config, "image_shape", None), tuple(shape)
-        if expected is None or shape == expected or expected[0] == 1:
+        if expected is None or shape == expected:
             return
+        # Where a side of 1 stands changes nothing. Of another number of sides it is another way to lay out a sample.
+        sides, given = ([side for side in one if side != 1] for one in (expected, shape))
+        if given == sides or len(given) != len(sides):
+            return
+        hint = ""
         if shape == (*expected[1:], expected[0]):
-            raise InputError(
-                f"{argument}: expected samples of image_shape={expected!r}, got {shape!r}, whose channels are last; "
-                "pass x.permute(0, 3, 1, 2)"
-            )
+            hint = ", whose channels are last; pass x.permute(0, 3, 1, 2)"
+        raise InputError(f"{argument}: expected samples of image_shape={expected!r}, got {shape!r}{hint}")
 
     def save_pretrained(self, directory: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` into `directory`, which is made if missing.

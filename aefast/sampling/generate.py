@@ -119,11 +119,12 @@ def _batches(model: Model, samples: Tensor | Dataset, batch_size: int) -> Iterat
     """Batches (≤ batch_size, input_size) in the order of `samples`, on the device and in the dtype of the model."""
     check_positive_int(batch_size, "batch_size")
     if isinstance(samples, Dataset):
-        rows, samples = samples.rows(), samples.samples
+        rows, shape, samples = samples.rows(), samples.sample_shape, samples.samples
         if samples.shape[1] != model.config.input_size:
             raise InputError(
                 f"samples: expected a data set of {model.config.input_size} features a sample, got {samples.shape[1]}"
             )
+        model.check_order(shape, "samples")
     else:
         samples = model.flatten(samples, any_dtype=True)
         rows = torch.arange(len(samples))

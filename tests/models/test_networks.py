@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import pickle
+import re
 import threading
 
 import numpy as np
@@ -354,6 +355,21 @@ def test_channels_that_come_last_are_named(tmp_path):
     grey = Autoencoder(input_size=36, image_shape=(1, 6, 6), channels=(4,), latent=LATENT)
     x = torch.rand(3, 6, 6, 1)
     assert torch.equal(grey(x).latent, grey(x.permute(0, 3, 1, 2)).latent)
+
+
+@pytest.mark.parametrize(
+    ("shape", "others"), [((2, 6, 3), ((2, 3, 6), (3, 4, 3))), ((1, 6, 3), ((1, 3, 6), (3, 6), (2, 9, 1)))]
+)
+def test_images_with_other_sides_are_named(shape, others):
+    size = math.prod(shape)
+    model = Autoencoder(input_size=size, image_shape=shape, channels=(4,), latent=LATENT)
+    for other in others:
+        message = rf"x: expected samples of image_shape=\({shape[0]}, 6, 3\), got {re.escape(str(other))}$"
+        with pytest.raises(InputError, match=message):
+            model(torch.rand(2, *other))
+    x = torch.rand(2, size)
+    for same in ((size,), (size // 3, 3), shape) if shape[0] > 1 else ((size,), (6, 3), (6, 3, 1), shape):
+        assert torch.equal(model(x.reshape(2, *same)).latent, model(x).latent)
 
 
 # Convolutions by their channels

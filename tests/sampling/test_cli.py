@@ -281,6 +281,17 @@ def test_bad_flags_end_in_one_line(command, tmp_path, capsys, monkeypatch, argum
     assert not list(tmp_path.iterdir())
 
 
+def test_images_with_their_channels_last_are_no_samples_of_a_model(command, tmp_path, capsys):
+    options = {"input_size": 12, "image_shape": (3, 2, 2), "channels": (4,), "hidden": (8,), "latent": 4}
+    MODELS["vae"](**options).save_pretrained(tmp_path / "run")
+    data = tmp_path / "images.npy"
+    np.save(data, np.zeros((20, 2, 2, 3), dtype=np.uint8))
+    for name in ("sample", "encode", "reconstruct"):
+        told = failure(capsys, command(name, "--out", tmp_path / "x.npy", model=tmp_path / "run", data=data))
+        assert f"data='{data}': expected samples of image_shape=(3, 2, 2), got (2, 2, 3)" in told
+    assert not (tmp_path / "x.npy").exists()
+
+
 def test_files_that_are_there_are_kept(command, runs, tmp_path, capsys):
     out = tmp_path / "x.npy"
     out.write_bytes(b"mine")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from aefast.data import Dataset
 from aefast.errors import InputError
 from aefast.models import MODELS, VAE, Autoencoder, SparseAutoencoder
 from aefast.sampling import PriorSampler, codes_of, encode_batches, generate, reconstruct_batches
@@ -49,6 +50,14 @@ def test_generated_samples_are_decoded_draws(name):
     with torch.no_grad():
         torch.testing.assert_close(samples, model.eval().decode(sampler.sample(25, seed=4)))
     assert torch.equal(generate(model, sampler, 25, seed=4, batch_size=10), samples)
+
+
+def test_images_with_their_channels_last_are_named():
+    model = VAE(input_size=12, image_shape=(3, 2, 2), channels=(4,), hidden=(9,), latent=5)
+    images = Dataset("images", SAMPLES.flatten(1), (2, 2, 3))
+    for batches in (encode_batches, reconstruct_batches):
+        with pytest.raises(InputError, match=r"samples: .*, got \(2, 2, 3\), whose channels are last"):
+            next(batches(model, images))
 
 
 def test_models_of_another_dtype_get_their_own():
