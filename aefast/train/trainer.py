@@ -431,10 +431,10 @@ class Trainer:
                 more = "epochs of patience"
             elif self.config.steps is not None:
                 reached, more = f"step {self.steps_taken:,}", "steps"
-            self._say(
-                f"nothing left to train: {self.directory} has reached {reached}; "
-                f"a larger number of {more} goes on from there"
-            )
+            hint = f"a larger number of {more} goes on from there"
+            if self.config.schedule != "constant" and not self._is_stopped:
+                hint = f"its {self.config.schedule} schedule has fallen to 0 there"
+            self._say(f"nothing left to train: {self.directory} has reached {reached}; {hint}")
         else:
             self._say(f"resuming {self.directory} at epoch {self.epoch + 1}, step {self.steps_taken:,}")
             count = sum(name.startswith("cpu/") for name in checkpoint.tensors["rng"])
@@ -529,10 +529,21 @@ class Trainer:
             if current.get(name) != stored.get(name):
                 if name in ("data", "validation"):
                     raise self._of_other_data(name, stored.get(name), current.get(name))
+                if name == "total_steps":
+                    raise self._of_other_length(stored.get(name), current.get(name))
                 raise InputError(
                     f"{name}={current.get(name)!r}: expected {stored.get(name)!r}, with which the run in "
                     f"{self.directory} was started; resume with that, or choose another folder"
                 )
+
+    def _of_other_length(self, expected: int | None, got: int | None) -> InputError:
+        """The error about a run whose learning rate was to fall to 0 at another step."""
+        option = "epochs" if self.config.steps is None else "steps"
+        return InputError(
+            f"{option}={getattr(self.config, option)}: expected the {expected:,} steps over which the "
+            f"{self.config.schedule} schedule of the run in {self.directory} falls to 0, got {got:,}; resume with as "
+            "many, or choose another folder"
+        )
 
     def _of_other_data(self, name: str, stored: str | None, current: str | None) -> InputError:
         """The error about "data" or "validation" of other fingerprints than the run's."""

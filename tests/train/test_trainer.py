@@ -1237,10 +1237,20 @@ def test_tensorboard_gets_the_metrics(make_trainer, tmp_path):
     assert [event.step for event in events.Scalars("val_loss")] == [7, 14]
 
 
-def test_a_falling_rate_holds_a_resumed_run_to_its_length(make_trainer, tmp_path):
+@pytest.mark.parametrize(("longer", "given"), [({"epochs": 4}, "epochs=4"), ({"steps": 28}, "steps=28")])
+def test_a_falling_rate_holds_a_resumed_run_to_its_length(make_trainer, tmp_path, capsys, longer, given):
     make_trainer(tmp_path, schedule="linear").fit(compare=False)
-    with pytest.raises(InputError, match="total_steps=28: expected 21"):
-        make_trainer(tmp_path, schedule="linear", epochs=4).fit(resume=True, compare=False)
+    message = (
+        f"{given}: expected the 21 steps over which the linear schedule of the run in .* falls to 0, got 28"
+    )
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, schedule="linear", **longer).fit(resume=True, compare=False)
+    same = make_trainer(tmp_path, schedule="linear")
+    same.console = Console(width=1000)
+    same.fit(resume=True, compare=False)
+    told = capsys.readouterr().out
+    assert "has reached epoch 3; its linear schedule has fallen to 0 there" in told
+    assert "a larger number" not in told
 
 
 def test_what_cannot_be_trained_is_named(tmp_path, dataset):
