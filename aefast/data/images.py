@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,9 @@ _UNBOUNDED = ("I", "F")
 
 _WORD_SCALE = np.float32(1 / 65535)
 
+# Where EXIF data keep how a camera was held, and what they say of one that was upright.
+_ORIENTATION, _UPRIGHT = 0x0112, 1
+
 
 class ImageRows(FileRows):
     """Image files, each a sample with values from 0 to 1, decoded when it is read.
@@ -34,6 +38,7 @@ class ImageRows(FileRows):
 
     Attributes:
         sample_shape: (H, W) of grey images, (3, H, W) of those with colours. Transparency is left out.
+        turned: the first file whose EXIF data ask whoever shows it to turn or mirror it, which is not done; or None.
 
     Raises:
         DataError: a file that cannot be read or differs from the first one; Pillow is not installed.
@@ -42,10 +47,13 @@ class ImageRows(FileRows):
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
         self._pillow = optional("PIL.Image", "Pillow", str(paths[0].parent))
+        self.turned: Path | None = None
         with self._open(paths[0]) as image:
             self.sample_shape = _shape(image, paths[0])
-        for path in paths[1:]:
-            self._open(path).close()
+        for path in paths:
+            with self._open(path) as image:
+                if self.turned is None and _is_turned(image):
+                    self.turned = path
         super().__init__((len(paths), math.prod(self.sample_shape)))
 
     def _open(self, path: Path) -> Image:
@@ -84,6 +92,17 @@ def _shape(image: Image, path: Path) -> tuple[int, ...]:
 def _has_words(image: Image) -> bool:
     """Whether pixels have 16 bits, which Pillow widens to 32 when it reads a .pgm file."""
     return image.mode in _WORDS or (image.mode == "I" and image.format == "PPM")
+
+
+def _is_turned(image: Image) -> bool:
+    """Whether its EXIF data, as far as they are known before the pixels are read, have it shown turned or mirrored."""
+    if "exif" not in image.info:
+        return False
+    try:
+        return image.getexif().get(_ORIENTATION, _UPRIGHT) != _UPRIGHT
+    except (SyntaxError, ValueError, struct.error):
+        # Damaged notes beside an image that can be read.
+        return False
 
 
 def _described(shape: tuple[int, ...]) -> str:

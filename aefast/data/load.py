@@ -163,7 +163,8 @@ def load(
             shape. Those of a folder follow each other in the order of their names and have one type and one shape of
             a sample. uint8 values are divided by 255; other integers and booleans keep their value; all floating-point
             types become float32, bfloat16 of any of these files among them. Images are grey, (H, W), or have colours,
-            (3, H, W), in [0, 1], and are all of one size.
+            (3, H, W), in [0, 1], and are all of one size; transparency is left out, and they lie as their pixels are
+            stored, however EXIF data have them shown.
         patch_size: side of the square patches of "patches", in pixels.
         least: how many samples there have to be. By default one to train on and one that is held out.
         dtype: "bfloat16" takes 16-bit integers as the bits of bfloat16 numbers, for which numpy has no type of its own.
@@ -185,7 +186,8 @@ def load(
     Warns:
         DataWarning: integers of 16 bits that look like the bits of bfloat16 numbers; uint8 values that are divided by
             255, as those of images are, and look like counts: of samples that have one dimension, none of which tried
-            is 255; files of a folder that are not in the order of the numbers in their names.
+            is 255; files of a folder that are not in the order of the numbers in their names; images that EXIF data
+            have shown turned or mirrored.
     """
     reading = _Reading(dtype, key, sample_dims)
     if not isinstance(source, (str, os.PathLike)):
@@ -271,6 +273,13 @@ def _of_folder(path: Path, reading: _Reading) -> Dataset:
     if kinds[-1]:
         reading.refuse_for("a folder of images")
         rows = ImageRows(kinds[-1])
+        if rows.turned is not None:
+            warnings.warn(
+                f"{where}: pixels are taken as they are stored, while {rows.turned.name} is shown turned or mirrored, "
+                "as its EXIF data say; write what PIL.ImageOps.exif_transpose makes of it to have it as it is shown",
+                DataWarning,
+                stacklevel=_outside(),
+            )
         return _of_rows(rows, rows.sample_shape, sum(file.stat().st_size for file in kinds[-1]), path)
     if not found:
         folders = sorted(entry.name for entry in entries if entry.is_dir())

@@ -537,6 +537,27 @@ def test_images_that_are_not_in_the_order_of_their_numbers_are_told(tmp_path):
         load(tmp_path / "images")
 
 
+@pytest.mark.parametrize(
+    ("notes", "is_told"),
+    [({0x0112: 6}, True), ({0x0112: 1}, False), ({0x010F: "a camera"}, False), (b"?", False)],
+)
+def test_images_that_are_shown_turned_are_told(tmp_path, notes, is_told, recwarn):
+    pixels = pictures(tmp_path / "images", (4, 7))
+    if isinstance(notes, dict):
+        exif = PIL.Image.Exif()
+        for tag, value in notes.items():
+            exif[tag] = value
+    else:
+        exif = b"Exif\x00\x00" + notes
+    picture(tmp_path / "images" / "3.png", pixels[3], exif=exif)
+    dataset = load(tmp_path / "images")
+    # The pixels are those of the file, either way.
+    assert torch.equal(dataset.samples[3], torch.from_numpy(pixels[3].reshape(-1) * np.float32(1 / 255)))
+    told = [str(one.message) for one in recwarn if one.category is DataWarning]
+    assert len(told) == is_told
+    assert all("3.png is shown turned or mirrored" in one for one in told)
+
+
 def test_images_without_pillow_say_what_to_install(tmp_path, monkeypatch):
     pictures(tmp_path / "images", (4, 7))
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
