@@ -65,7 +65,8 @@ class Source:
             if isinstance(given, (torch.Tensor, np.ndarray)):
                 raise InputError(
                     f"{argument}: expected a Dataset or something that gives batches, got an array of shape "
-                    f"{tuple(given.shape)}; Dataset(name, samples, sample_shape) makes one of it"
+                    f"{tuple(given.shape)}; aefast.data.Dataset(name, samples, sample_shape) makes one of it, its "
+                    "samples being a tensor of rows, such as x.flatten(1) of images x, and sample_shape x.shape[1:]"
                 )
             if isinstance(given, Dataset) and given.features != features:
                 raise InputError(

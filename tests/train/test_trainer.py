@@ -1279,7 +1279,10 @@ def test_what_cannot_be_trained_is_named(tmp_path, dataset):
             "model: expected parameters of float32.*got float64",
         ),
         ({"model": parametrized}, "model: expected the parameters of a Autoencoder by their names.*missing"),
-        ({"data": torch.rand(30, 16)}, r"dataset: expected a Dataset.*got an array of shape \(30, 16\)"),
+        (
+            {"data": torch.rand(30, 16)},
+            r"dataset: expected a Dataset.*got an array of shape \(30, 16\); aefast\.data\.Dataset\(.*x\.flatten\(1\)",
+        ),
         ({"data": np.zeros((30, 16))}, r"dataset: expected a Dataset.*got an array of shape \(30, 16\)"),
     ):
         with pytest.raises(InputError, match=message):
