@@ -959,7 +959,8 @@ def sample(
     say(
         f"{model.name} of {run} · {dataset.name}: {len(training):,} training samples · codes drawn from {source}"
     )
-    density.fit(codes_of(model, training))
+    with _waiting(f"fitting {sampler}"):
+        density.fit(codes_of(model, training))
     if save_sampler is not None:
         density.save(save_sampler)
         say(f"sampler: {save_sampler}")
@@ -972,7 +973,9 @@ def sample(
         say(f"picture: {picture}")
     except ImportError as error:
         say(f'notice: no picture ({error}); for pictures: pip install "aefast[train]"')
-    say(str(quality(samples, held_out, training, seed=seed)))
+    with _waiting("comparing with real data"):
+        report = quality(samples, held_out, training, seed=seed)
+    say(str(report))
 
 
 @app.command()
@@ -1069,6 +1072,13 @@ def _teller(console: Console | None = None) -> Callable[[str], None]:
 
         console = Console()
     return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _waiting(what: str) -> contextlib.AbstractContextManager[Any]:
+    """Within it a terminal shows what it is that takes its time, in characters that every terminal has."""
+    from rich.console import Console
+
+    return Console().status(what, spinner="line")
 
 
 def _load(data: str, say: Callable[[str], None], argument: str = "data", **reading: Any) -> Dataset:

@@ -281,6 +281,15 @@ def test_bad_flags_end_in_one_line(command, tmp_path, capsys, monkeypatch, argum
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_shows_what_sample_waits_for(command, tmp_path, capsys, monkeypatch, is_terminal):
+    monkeypatch.setenv("FORCE_COLOR", "1" if is_terminal else "")
+    monkeypatch.setenv("TERM", "xterm")
+    assert command("sample", "--sampler", "gmm", "--components", 2, "--out", tmp_path / "x.npy") == 0
+    told = capsys.readouterr().out
+    assert ("fitting gmm" in told, "comparing with real data" in told) == (is_terminal, is_terminal)
+
+
 def test_images_with_their_channels_last_are_no_samples_of_a_model(command, tmp_path, capsys):
     options = {"input_size": 12, "image_shape": (3, 2, 2), "channels": (4,), "hidden": (8,), "latent": 4}
     MODELS["vae"](**options).save_pretrained(tmp_path / "run")
