@@ -11,6 +11,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 
 #include "allocation.h"
 #include "dispatch.h"
@@ -103,20 +104,9 @@ constexpr int64_t kMostElementsOfBFloat16 = 1 << 16;
 // A product of so many operations is worth a second thread.
 constexpr double kLeastFlopsOfThread = 1.5e5;
 
-bool is_own(Scalar scalar) { return scalar == Scalar::float32 || scalar == Scalar::float64; }
+double flops_of(int64_t rows, int64_t inner, int64_t cols) { return 2.0 * rows * inner * cols; }
 
-double flops_of(Matrix a, Matrix b) { return 2.0 * a.rows * a.cols * b.cols; }
-
-// The elements of the smallest of three matrices: the operands of (rows, inner) times (inner, cols), and the product.
-int64_t smallest_of_three(int64_t rows, int64_t inner, int64_t cols) {
-  return std::min({rows * inner, inner * cols, rows * cols});
-}
-
-// Those of the layer's product, or as many as are left to product_kernels() if it is theirs anyway.
-double layer_flops(int64_t rows, Matrix weight) {
-  const double flops = 2.0 * rows * weight.rows * weight.cols;
-  return weight.rows * weight.cols <= kMostElementsOfOwn ? std::min(flops, most_flops_of_own()) : flops;
-}
+bool is_large(double flops) { return flops > most_flops_of_own(); }
 
 int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
@@ -126,45 +116,54 @@ std::atomic<bool> has_bfloat16{has_fast_bfloat16_products()};
 // Whether float32 products may be formed from operands rounded to bfloat16.
 std::atomic<bool> may_round{false};
 
-// By what a product is formed.
-enum class Engine { vectors, matrix_unit, rounding_matrix_unit, blas };
+// How a product is formed: in one way in all parts that threads take of it, so that none of its bits depends on which
+// these are.
+struct Plan {
+  std::optional<Unit> unit;     // of product_kernels(); none: by the BLAS
+  Scalar left, right, product;  // in what the operands are and what it is written in: the BLAS rounds to their type
 
-bool is_matrix_unit(Engine engine) { return engine == Engine::matrix_unit || engine == Engine::rounding_matrix_unit; }
+  bool rounds() const { return product != accumulator_of(product); }
+};
 
-Unit unit_of(Engine engine) {
-  if (engine == Engine::matrix_unit) return Unit::matrix;
-  return engine == Engine::rounding_matrix_unit ? Unit::matrix_rounding : Unit::vectors;
+// The unit for (rows, inner) times (inner, cols) in float32 or float64.
+Unit unit_of(Scalar scalar, int64_t rows, int64_t inner, int64_t cols) {
+  if (scalar != Scalar::float32) return Unit::vectors;
+  const Unit unit = may_round.load(std::memory_order_relaxed) ? Unit::matrix_rounding : Unit::matrix;
+  return product_kernels().suits(unit, rows, inner, cols) ? unit : Unit::vectors;
 }
 
-// Whether product_kernels() take such an operand.
-bool is_own(Matrix m, Engine engine) {
-  const bool is_known = is_own(m.scalar) || (m.scalar == Scalar::bfloat16 && engine != Engine::blas);
-  return is_known && (m.row_stride == 1 || m.col_stride == 1);
-}
-
-// That for (rows, inner) times (inner, cols) of `scalar`, in all parts that threads take of it, so that none of its bits
-// depends on which these are. `for_blas`: what the matrix unit does not suit is the BLAS's. `is_of_rows`: the rows are
-// samples; few of them, in float32, are multiplied by vectors with a weight in bfloat16.
-Engine engine_of(Scalar scalar, int64_t rows, int64_t inner, int64_t cols, bool for_blas, bool is_of_rows = true) {
-  const bool is_half = scalar == Scalar::bfloat16;
-  if (is_half && is_of_rows && rows <= kFewRows) return Engine::vectors;
-  const bool is_panels = is_half && has_bfloat16.load(std::memory_order_relaxed) &&
-                         smallest_of_three(rows, inner, cols) <= kMostElementsOfBFloat16;
-  if (scalar == Scalar::float32 || is_panels) {
-    const bool rounds = is_half || may_round.load(std::memory_order_relaxed);
-    const Engine engine = rounds ? Engine::rounding_matrix_unit : Engine::matrix_unit;
-    if (product_kernels().suits(unit_of(engine), rows, inner, cols)) return engine;
+// For (rows, inner) times (inner, cols) of `scalar`, one of which or whose product is a weight of so many elements.
+// `is_large`: vectors leave it to the BLAS. `is_of_samples`: the rows are samples, few of which, in float32, vectors
+// multiply with a weight in bfloat16.
+Plan plan_of(Scalar scalar, int64_t rows, int64_t inner, int64_t cols, int64_t weight_elements, bool is_large,
+             bool is_of_samples = true) {
+  if (scalar == Scalar::bfloat16) {
+    const Plan by_vectors{Unit::vectors, Scalar::float32, scalar, Scalar::float32};
+    const Plan by_unit{Unit::matrix_rounding, scalar, scalar, Scalar::float32};
+    const Plan by_blas{std::nullopt, scalar, scalar, scalar};
+    if (is_of_samples && rows <= kFewRows) return by_vectors;
+    if (has_bfloat16.load(std::memory_order_relaxed)) {
+      const int64_t smallest = std::min({rows * inner, inner * cols, rows * cols});
+      if (smallest <= kMostElementsOfBFloat16 && product_kernels().suits(Unit::matrix_rounding, rows, inner, cols))
+        return by_unit;
+      // A shorter product costs the BLAS more than to convert its operands.
+      if (weight_elements > kMostElementsOfBFloat16) return by_blas;
+    }
   }
-  return for_blas || !is_own(scalar) ? Engine::blas : Engine::vectors;
+  // Without instructions for a half type torch's product of such matrices is a scalar loop, some 100 times slower than
+  // in float32, and with slow ones half as fast.
+  const Scalar type = accumulator_of(scalar);
+  const Unit unit = unit_of(type, rows, inner, cols);
+  if (is_large && unit == Unit::vectors) return {std::nullopt, type, type, type};
+  return {unit, type, type, type};
 }
 
-// out = a b, or += with `add`, on one thread, by product_kernels(), which take both operands.
-void multiply_here(Matrix a, Matrix b, Matrix out, Engine engine, bool add = false) {
+// out = a b, or += with `add`, on one thread, by product_kernels().
+void multiply_here(Matrix a, Matrix b, Matrix out, Unit unit, bool add = false) {
   // Kept, because a large block that is freed goes back to the system, and comes back page by page.
   static thread_local Workspace workspace;
   const ProductOperand left{a.data, a.scalar, a.row_stride, a.col_stride};
   const ProductOperand right{b.data, b.scalar, b.row_stride, b.col_stride};
-  const Unit unit = unit_of(engine);
   const size_t bytes = product_kernels().workspace_bytes(out.scalar, unit, left, out.rows, a.cols, out.cols);
   product_kernels().product(out.scalar, unit, left, right, out.data, out.row_stride, out.rows, a.cols, out.cols, add,
                             workspace.of(bytes));
@@ -177,28 +176,29 @@ void multiply_in_parts(Matrix a, Matrix b, Matrix out, int64_t workers) {
   Scratch scratch;
   const Matrix sums = scratch.matrix(out.scalar, kParts, out.rows * out.cols);
   const int64_t terms = (a.cols + kParts - 1) / kParts;
-  const Engine engine = engine_of(out.scalar, out.rows, terms, out.cols, false);
+  const Unit unit = unit_of(out.scalar, out.rows, terms, out.cols);
   torch::stable::parallel_for(0, kParts, (kParts + workers - 1) / workers, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first = std::min(part * terms, a.cols), count = std::min(terms, a.cols - first);
       const Matrix sum{sums.row_block(part, 1).data, out.scalar, out.rows, out.cols, out.cols, 1};
-      multiply_here(a.column_block(first, count), b.row_block(first, count), sum, engine);
+      multiply_here(a.column_block(first, count), b.row_block(first, count), sum, unit);
     }
   });
   pointwise().sum_rows(out.scalar, sums.data, out.data, kParts, out.rows * out.cols);
 }
 
-// out = a b by the BLAS, or by product_kernels() on several threads, each with columns of out of its own, or with rows
-// where the columns are too few.
-void multiply(Matrix a, Matrix b, Matrix out, Engine engine) {
-  if (engine == Engine::blas || !is_own(a, engine) || !is_own(b, engine)) {
+// out = a b as planned. By product_kernels() on several threads, each has columns of out of its own, or rows where the
+// columns are too few.
+void multiply(Matrix a, Matrix b, Matrix out, const Plan& plan) {
+  if (!plan.unit) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(borrow(out).get(), borrow(a).get(), borrow(b).get()));
     return;
   }
+  const Unit unit = *plan.unit;
   // Few rows of many terms: b is all there is to read, and parts of it are whole rows.
   constexpr int64_t kColumns = 32, kLeastRows = 64, kMostRowsOfParts = 4, kLeastTermsOfParts = 256;
   const auto workers_of = [&](int64_t tasks) {
-    return std::min({threads(), tasks, static_cast<int64_t>(flops_of(a, b) / kLeastFlopsOfThread)});
+    return std::min({threads(), tasks, static_cast<int64_t>(flops_of(a.rows, a.cols, b.cols) / kLeastFlopsOfThread)});
   };
   if (b.col_stride == 1 && out.rows <= kMostRowsOfParts && a.cols >= kLeastTermsOfParts && out.is_row_major())
     return multiply_in_parts(a, b, out, std::max<int64_t>(1, workers_of(threads())));
@@ -208,15 +208,15 @@ void multiply(Matrix a, Matrix b, Matrix out, Engine engine) {
     // Parts differ by one row at most: products of fewer rows than kLeastRows are summed in another order.
     torch::stable::parallel_for(0, by_rows, 1, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * out.rows / by_rows, count = end * out.rows / by_rows - first;
-      multiply_here(a.row_block(first, count), b, out.row_block(first, count), engine);
+      multiply_here(a.row_block(first, count), b, out.row_block(first, count), unit);
     });
     return;
   }
-  if (workers <= 1) return multiply_here(a, b, out, engine);
+  if (workers <= 1) return multiply_here(a, b, out, unit);
   const int64_t width = (tasks + workers - 1) / workers * kColumns;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * width, count = std::min(end * width, out.cols) - first;
-    if (count > 0) multiply_here(a, b.column_block(first, count), out.column_block(first, count), engine);
+    if (count > 0) multiply_here(a, b.column_block(first, count), out.column_block(first, count), unit);
   });
 }
 
@@ -226,26 +226,15 @@ void multiply_add(Matrix a, Matrix b, Matrix start, Matrix out) {
                                                   borrow(b).get(), 1.0, 1.0));
 }
 
-// In what the operands of (rows, inner) times (inner, cols) are, one of which or whose product is a weight of so many
-// elements. Without instructions for a half type torch's product of such matrices is a scalar loop, some 100 times slower
-// than in float32, and with slow ones half as fast; with fast ones a short product in bfloat16 costs more than to convert
-// its operands, unless product_kernels() take it.
-Scalar product_type(Scalar scalar, int64_t rows, int64_t inner, int64_t cols, int64_t weight_elements,
-                    bool is_of_rows = true) {
-  if (scalar == Scalar::float16) return Scalar::float32;
-  if (scalar != Scalar::bfloat16 || engine_of(scalar, rows, inner, cols, true, is_of_rows) != Engine::blas)
-    return scalar;
-  const bool is_short = weight_elements <= kMostElementsOfBFloat16;
-  return has_bfloat16.load(std::memory_order_relaxed) && !is_short ? scalar : Scalar::float32;
+// product = x weight^T, and the bias in it where it is rounded; returns the bias that is left to add.
+Matrix multiply_layer(Matrix x, Matrix weight, Matrix bias, Matrix product, const Plan& plan) {
+  if (bias.data && plan.rounds()) {
+    multiply_add(x, weight.transposed(), bias, product);
+    return {};
+  }
+  multiply(x, weight.transposed(), product, plan);
+  return bias;
 }
-
-Scalar accumulator_type(Scalar scalar) { return scalar == Scalar::float64 ? Scalar::float64 : Scalar::float32; }
-
-// In what the left operand of a product is, of which the right one is in `type`.
-Scalar left_type(Scalar type, Engine engine) { return engine == Engine::vectors ? accumulator_type(type) : type; }
-
-// In what a product of operands in `type` is written: by the BLAS in their type, rounded.
-Scalar written_type(Scalar type, Engine engine) { return engine == Engine::blas ? type : accumulator_type(type); }
 
 // Bias gradients are summed over blocks of rows, and then over the blocks in order: the result depends on the
 // shape alone, not on threads or parts. A block is long enough to be worth a call, and short enough for threads to
@@ -296,28 +285,35 @@ Matrix unit_stride(Matrix in, Scratch& scratch) {
   return !in.data || in.col_stride == 1 ? in : copied(in, in.scalar, scratch);
 }
 
-// What there is to do for each row.
+// The layers that rows go through one after the other. All are added before the first is planned.
 struct Work {
+  Scalar scalar;  // of the rows
+  int64_t rows;
   int64_t widest = 1;
-  double flops = 0.0;      // the most of a layer, all rows together
+  double flops = 0.0;      // the most of a layer, all rows together; of a small weight as many as are left to vectors
   bool is_packed = false;  // whether a large weight goes through the matrix unit
-  bool is_half = false;    // whether the BLAS multiplies half precision, for which it rearranges a weight at each call
+  bool has_blas = false;   // whether a layer is multiplied by the BLAS
+  bool converts = false;   // whether one is multiplied in another type
 
-  // The weight is in the type of the product.
-  void add(int64_t rows, Matrix weight) {
+  void add(Matrix weight) {
+    const double its = flops_of(rows, weight.rows, weight.cols);
     widest = std::max({widest, weight.rows, weight.cols});
-    flops = std::max(flops, layer_flops(rows, weight));
-    const Engine engine = engine_of(weight.scalar, rows, weight.cols, weight.rows, false);
-    is_packed |= weight.rows * weight.cols > kMostElementsOfOwn && is_matrix_unit(engine);
-    is_half |= engine == Engine::blas;
+    flops = std::max(flops, weight.rows * weight.cols <= kMostElementsOfOwn ? std::min(its, most_flops_of_own()) : its);
+  }
+
+  // For the rows of so many terms times (inner, cols), of a weight of so many elements.
+  Plan plan(int64_t inner, int64_t cols, int64_t weight_elements) {
+    const Plan plan = plan_of(scalar, rows, inner, cols, weight_elements, is_large(flops));
+    is_packed |= weight_elements > kMostElementsOfOwn && plan.unit && *plan.unit != Unit::vectors;
+    has_blas |= !plan.unit;
+    converts |= plan.right != scalar;
+    return plan;
   }
 };
 
-// How rows are divided: so many parts of so many rows each, the last of what is left; and by what they are multiplied if
-// not by the matrix unit.
+// How rows are divided: so many parts of so many rows each, the last of what is left.
 struct Division {
   int64_t parts, rows;
-  bool use_blas;
 };
 
 // Products of few rows are summed in another order. A last part that has so few, beside others that have more, joins the
@@ -331,25 +327,26 @@ int64_t parts_of(int64_t rows, int64_t part_rows) {
 // Parts are a multiple of the threads, so that all finish together, and of whole blocks. A part's matrices should
 // stay in the cache until the pointwise pass, and yet be long enough for the full rate of a product. With fewer
 // rows than keep all threads busy there is one part, and threads share its columns.
-Division divide(int64_t rows, const Work& work, int64_t block, bool convert) {
+Division divide(const Work& work, int64_t block) {
   constexpr int64_t kLeastRowsOfThread = 64, kRows = 256, kLeastRowsOfBlas = 512, kMostRowsOfBlas = 2048;
   constexpr int64_t kElementsOfBlas = 1 << 20, kRowsOfMatrixUnit = 512;
-  const bool use_blas = work.flops > most_flops_of_own();
   int64_t least = kLeastRowsOfThread, most = kRows;
   if (work.is_packed) {
     // A weight is packed once for each part; where threads share columns, the rows are for each thread.
     least = std::clamp(work.widest, kLeastRowsOfThread, kRowsOfMatrixUnit);
     most = kRowsOfMatrixUnit;
-  } else if (use_blas || work.is_half) {
+  } else if (work.has_blas) {
+    // In half precision the BLAS rearranges a weight at each call.
     least = kLeastRowsOfBlas;
-    most = convert ? kLeastRowsOfBlas : std::clamp(kElementsOfBlas / work.widest, kLeastRowsOfBlas, kMostRowsOfBlas);
+    most = work.converts ? kLeastRowsOfBlas
+                         : std::clamp(kElementsOfBlas / work.widest, kLeastRowsOfBlas, kMostRowsOfBlas);
   }
-  if (rows < least * threads() || work.flops < kLeastFlopsOfThread * static_cast<double>(threads()))
-    return {1, rows, use_blas};
-  const int64_t least_parts = (rows + most - 1) / most;
+  if (work.rows < least * threads() || work.flops < kLeastFlopsOfThread * static_cast<double>(threads()))
+    return {1, work.rows};
+  const int64_t least_parts = (work.rows + most - 1) / most;
   const int64_t parts = (least_parts + threads() - 1) / threads() * threads();
-  const int64_t part_rows = blocks_of((rows + parts - 1) / parts, block) * block;
-  return {parts_of(rows, part_rows), part_rows, use_blas};
+  const int64_t part_rows = blocks_of((work.rows + parts - 1) / parts, block) * block;
+  return {parts_of(work.rows, part_rows), part_rows};
 }
 
 // body(row_begin, row_count) over the parts, in parallel if there are several.
@@ -370,7 +367,7 @@ class ColumnSums {
   ColumnSums() = default;
   ColumnSums(Matrix out, int64_t rows, int64_t block, Scratch& scratch)
       : out_(out), blocks_(blocks_of(rows, block)), block_(block) {
-    if (wanted()) partials_ = scratch.matrix(accumulator_type(out.scalar), blocks_, out.cols);
+    if (wanted()) partials_ = scratch.matrix(accumulator_of(out.scalar), blocks_, out.cols);
   }
   bool wanted() const { return out_.data != nullptr; }
   int64_t block() const { return block_; }
@@ -387,7 +384,7 @@ class ColumnSums {
 // upstream with what is added to it: in g where g can hold it, which is about to be written anyway.
 Matrix with_slopes(Matrix upstream, const OutputSlopes& added, Matrix g) {
   static thread_local Workspace workspace;
-  const Scalar wide = accumulator_type(upstream.scalar);
+  const Scalar wide = accumulator_of(upstream.scalar);
   const int64_t rows = upstream.rows, cols = upstream.cols;
   void* const memory =
       g.data && g.scalar == wide ? g.data : workspace.of(static_cast<size_t>(rows * cols * size_of(wide)));
@@ -412,30 +409,31 @@ void activation_gradient(const ActivationSpec& spec, Matrix upstream, Matrix sav
 
 // below = (g weight) * act' of the layer below, and its column sums.
 void data_gradient(const ActivationSpec& spec, Matrix g, Matrix weight, Matrix saved, Matrix below,
-                   const ColumnSums& sums, int64_t begin, Engine engine) {
+                   const ColumnSums& sums, int64_t begin, const Plan& plan) {
   if (below.rows == 0 || below.cols == 0) return;
   Scratch scratch;
-  const Scalar type = weight.scalar, written = written_type(type, engine);
-  const Matrix product = written == below.scalar ? below : scratch.matrix(written, below.rows, below.cols);
-  multiply(converted(g, left_type(type, engine), scratch), weight, product, engine);
-  if (spec.activation != Activation::identity || sums.wanted() || written != below.scalar)
+  const Matrix product = plan.product == below.scalar ? below : scratch.matrix(plan.product, below.rows, below.cols);
+  multiply(converted(g, plan.left, scratch), weight, product, plan);
+  if (spec.activation != Activation::identity || sums.wanted() || plan.product != below.scalar)
     activation_gradient(spec, product, saved, below, sums, begin);
 }
 
-// out = a b of many terms, by product_kernels().
-void multiply_long(Matrix a, Matrix b, Matrix out, Engine engine) {
-  const int64_t workers = std::min(threads(), static_cast<int64_t>(flops_of(a, b) / kLeastFlopsOfThread));
+// out = a b of many terms.
+void multiply_long(Matrix a, Matrix b, Matrix out, const Plan& plan) {
+  if (!plan.unit) return multiply(a, b, out, plan);
+  const int64_t workers =
+      std::min(threads(), static_cast<int64_t>(flops_of(a.rows, a.cols, b.cols) / kLeastFlopsOfThread));
   // The parts' sums should stay in the cache, and be written less often than the operands are read.
   constexpr int64_t kMostElementsOfParts = 1 << 16, kLeastTermsOfParts = 1024, kElementsOfTerm = 16;
   if (out.rows * out.cols <= std::min(kMostElementsOfParts, kElementsOfTerm * a.cols) &&
-      a.cols >= kLeastTermsOfParts && a.scalar == out.scalar && is_own(a, engine) && is_own(b, engine))
+      a.cols >= kLeastTermsOfParts && a.scalar == out.scalar)
     return multiply_in_parts(a, b, out, std::max<int64_t>(1, workers));
   // Threads share rows of out where there are enough: a thread that writes whole pages keeps them in its own cache.
   constexpr int64_t kLeastRows = 32;
-  if (workers <= 1 || out.rows < kLeastRows * workers) return multiply(a, b, out, engine);
+  if (workers <= 1 || out.rows < kLeastRows * workers) return multiply(a, b, out, plan);
   const int64_t part = blocks_of((out.rows + workers - 1) / workers, kLeastRows) * kLeastRows;
-  for_row_parts(out.rows, {parts_of(out.rows, part), part, false}, [&](int64_t begin, int64_t count) {
-    multiply(a.row_block(begin, count), b, out.row_block(begin, count), engine);
+  for_row_parts(out.rows, {parts_of(out.rows, part), part}, [&](int64_t begin, int64_t count) {
+    multiply(a.row_block(begin, count), b, out.row_block(begin, count), plan);
   });
 }
 
@@ -448,15 +446,15 @@ void convert_rows(Matrix in, Matrix out) {
   });
 }
 
-// out = a b, formed in `type` and rounded: so many rows at a time that stay in the second-level cache. How many depends
-// on the shape alone.
-void multiply_rounded(Matrix a, Matrix b, Matrix out, Scalar type, Engine engine) {
+// out = a b, rounded to out's type: so many rows at a time that stay in the second-level cache. How many depends on the
+// shape alone.
+void multiply_rounded(Matrix a, Matrix b, Matrix out, const Plan& plan) {
   constexpr int64_t kLeastRows = 64, kElements = 1 << 17;
   const int64_t rows = std::max(kLeastRows, kElements / out.cols / kLeastRows * kLeastRows);
-  for_row_parts(out.rows, {parts_of(out.rows, rows), rows, false}, [&](int64_t begin, int64_t count) {
+  for_row_parts(out.rows, {parts_of(out.rows, rows), rows}, [&](int64_t begin, int64_t count) {
     Scratch scratch;
-    const Matrix product = scratch.matrix(type, count, out.cols);
-    multiply(a.row_block(begin, count), b, product, engine);
+    const Matrix product = scratch.matrix(plan.product, count, out.cols);
+    multiply(a.row_block(begin, count), b, product, plan);
     convert_rows(product, out.row_block(begin, count));
   });
 }
@@ -464,71 +462,52 @@ void multiply_rounded(Matrix a, Matrix b, Matrix out, Scalar type, Engine engine
 // out = g^T x, over all rows at once.
 void weight_gradient(Matrix g, Matrix x, Matrix out) {
   if (out.rows == 0 || out.cols == 0) return;
-  const Scalar type = product_type(out.scalar, out.rows, g.rows, out.cols, out.rows * out.cols, false);
-  if (type == out.scalar) {
-    Scratch scratch;
-    const Matrix a = converted(g, type, scratch).transposed(), b = converted(x, type, scratch);
-    const Engine engine = engine_of(type, out.rows, a.cols, out.cols, flops_of(a, b) > most_flops_of_own(), false);
-    if (engine == Engine::blas) return multiply(a, b, out, engine);
-    const Scalar written = written_type(type, engine);
-    const Matrix product = written == type ? out : scratch.matrix(written, out.rows, out.cols);
-    multiply_long(a, b, product, engine);
-    if (written != type) convert_rows(product, out);
-    return;
-  }
+  const auto plan_for = [&](Scalar scalar, int64_t terms) {
+    return plan_of(scalar, out.rows, terms, out.cols, out.rows * out.cols,
+                   is_large(flops_of(out.rows, terms, out.cols)), false);
+  };
+  const Plan whole = plan_for(out.scalar, g.rows);
+  const bool converts = whole.right != out.scalar;
   // So many rows are converted at a time that stay in the cache.
   constexpr int64_t kLeastRows = 512, kElements = 1 << 18;
-  const int64_t most = std::max(kLeastRows, kElements / (out.rows + out.cols));
+  const int64_t rows = std::max<int64_t>(1, g.rows);
+  const int64_t most = converts ? std::max(kLeastRows, kElements / (out.rows + out.cols)) : rows;
   // What is larger would pass through memory twice before it is rounded.
   constexpr int64_t kMostElementsOfCache = 1 << 16;
-  if (g.rows <= most && out.rows * out.cols > kMostElementsOfCache) {
-    Scratch scratch;
-    const Matrix a = converted(g, type, scratch).transposed(), b = converted(x, type, scratch);
-    const bool for_blas = flops_of(a, b) > most_flops_of_own();
-    return multiply_rounded(a, b, out, type, engine_of(type, out.rows, a.cols, out.cols, for_blas));
+  Scratch memory;
+  if (converts && rows <= most && out.rows * out.cols > kMostElementsOfCache) {
+    const Matrix a = converted(g, whole.left, memory).transposed();
+    return multiply_rounded(a, converted(x, whole.right, memory), out, whole);
   }
-  Scratch result;
-  const Matrix sum = result.matrix(type, out.rows, out.cols);
-  for (int64_t begin = 0; begin < g.rows || begin == 0; begin += most) {
+  const Plan plan = rows <= most ? whole : plan_for(whole.right, most);
+  const Matrix sum = plan.product == out.scalar ? out : memory.matrix(plan.product, out.rows, out.cols);
+  for (int64_t begin = 0; begin < rows; begin += most) {
     Scratch scratch;
     const int64_t count = std::min(most, g.rows - begin);
-    const Matrix g_block = converted(g.row_block(begin, count), type, scratch).transposed();
-    const Matrix x_block = converted(x.row_block(begin, count), type, scratch);
-    if (begin > 0) {
-      multiply_add(g_block, x_block, sum, sum);
-      continue;
-    }
-    const double flops = flops_of(g_block, x_block);
-    const Engine engine = engine_of(type, out.rows, count, out.cols, flops > most_flops_of_own());
-    if (engine == Engine::blas)
-      multiply(g_block, x_block, sum, engine);
+    const Matrix a = converted(g.row_block(begin, count), plan.left, scratch).transposed();
+    const Matrix b = converted(x.row_block(begin, count), plan.right, scratch);
+    if (begin == 0)
+      multiply_long(a, b, sum, plan);
     else
-      multiply_long(g_block, x_block, sum, engine);
+      multiply_add(a, b, sum, sum);
   }
-  convert_rows(sum, out);
+  if (plan.product != out.scalar) convert_rows(sum, out);
 }
 
 // One layer over the rows of x, of which `begin` is the first of a whole, and the partial column sums of its output.
-void layer_forward(const LayerForward& layer, Matrix x, Matrix out, Matrix derivative, Engine engine,
+void layer_forward(const LayerForward& layer, const Plan& plan, Matrix x, Matrix out, Matrix derivative,
                    const ColumnSums& sums, bool of_magnitudes, int64_t begin) {
   if (out.rows == 0 || out.cols == 0) return;
   Scratch scratch;
-  const Scalar type = layer.weight.scalar, written = written_type(type, engine);
-  const Matrix pre = written == out.scalar ? out : scratch.matrix(written, out.rows, out.cols);
-  const Matrix rows_of_x = converted(x, left_type(type, engine), scratch), columns = layer.weight.transposed();
-  // A product in half precision is rounded, so that the bias has to be in it before.
-  const bool has_bias = layer.bias.data && written != accumulator_type(written);
-  if (has_bias)
-    multiply_add(rows_of_x, columns, layer.bias, pre);
-  else
-    multiply(rows_of_x, columns, pre, engine);
-  const void* const bias = has_bias ? nullptr : layer.bias.data;
-  const bool is_done = layer.spec.activation == Activation::identity && !bias && written == out.scalar;
+  const Matrix pre = plan.product == out.scalar ? out : scratch.matrix(plan.product, out.rows, out.cols);
+  const void* const bias =
+      multiply_layer(converted(x, plan.left, scratch), layer.weight, layer.bias, pre, plan).data;
+  const bool is_done = layer.spec.activation == Activation::identity && !bias && plan.product == out.scalar;
   if (is_done && !sums.wanted()) return;
   // A block that is read once more is to stay in the first-level cache.
   const int64_t block = std::max<int64_t>(1, (sums.wanted() ? 1 << 12 : 1 << 14) / out.cols);
   const auto activate = [&](int64_t row, int64_t rows) {
-    pointwise().bias_activation(layer.spec, written, out.scalar, pre.row_block(row, rows).data, bias,
+    pointwise().bias_activation(layer.spec, plan.product, out.scalar, pre.row_block(row, rows).data, bias,
                                 out.row_block(row, rows).data, derivative.row_block(row, rows).data, rows, out.cols);
   };
   if (!sums.wanted()) return for_row_blocks(out.rows, out.cols, block, activate);
@@ -551,19 +530,13 @@ struct BackwardPass {
   size_t lowest, top;
   Matrix x_gradient;
   std::vector<ColumnSums> sums;  // one a layer
+  std::vector<Plan> plans;       // of the gradients of the layers' inputs
   ColumnSums none;
   OutputSlopes added;
-  bool use_blas;
 
   // Whether the layer's gradient is the one that comes in.
   bool is_identity(size_t index) const {
     return layers[index].spec.activation == Activation::identity && !(index == top && added.slopes.data);
-  }
-
-  // By what the gradient of the layer's input is formed.
-  Engine engine(size_t index) const {
-    const Matrix& weight = layers[index].weight;
-    return engine_of(weight.scalar, grad.rows, weight.rows, weight.cols, use_blas);
   }
 
   // memory(index) is where the layer's gradient goes, in these rows; not asked for an identity at the top, whose
@@ -587,11 +560,11 @@ struct BackwardPass {
       const Matrix above = g;
       g = memory(index - 1);
       data_gradient(below.spec, above, layers[index].weight, part(below.saved), g, sums[index - 1], begin,
-                    engine(index));
+                    plans[index]);
       body(index - 1, g);
     }
     if (x_gradient.data)
-      data_gradient({Activation::identity, {}}, g, layers[0].weight, {}, part(x_gradient), none, begin, engine(0));
+      data_gradient({Activation::identity, {}}, g, layers[0].weight, {}, part(x_gradient), none, begin, plans[0]);
   }
 };
 
@@ -601,7 +574,7 @@ int64_t groups_of(const BackwardPass& pass) {
   // A sum stays in the second-level cache beside the rows, and is there long enough.
   constexpr int64_t kLeastRows = 512, kMostGroups = 32, kMostBytes = 200 << 10, kBytesOfRow = 64;
   const int64_t rows = pass.grad.rows;
-  if (pass.use_blas || !is_own(pass.grad.scalar) || rows < 2 * kLeastRows) return 0;
+  if (pass.grad.scalar != accumulator_of(pass.grad.scalar) || rows < 2 * kLeastRows) return 0;
   for (size_t index = pass.lowest; index <= pass.top; ++index) {
     const LayerBackward& layer = pass.layers[index];
     if (!layer.weight_gradient.data) continue;
@@ -642,7 +615,7 @@ void backward_in_groups(const BackwardPass& pass, int64_t groups, int64_t block,
           const Matrix& out = layer.weight_gradient;
           const Matrix sum{sums[index].row_block(group, 1).data, scalar, out.rows, out.cols, out.cols, 1};
           multiply_here(g.transposed(), layer.input.row_block(begin, count), sum,
-                        engine_of(scalar, out.rows, part_rows, out.cols, false), begin > group_begin);
+                        unit_of(scalar, out.rows, part_rows, out.cols), begin > group_begin);
         });
       }
     }
@@ -680,19 +653,19 @@ void check_layer(const Tensor& weight, const OptionalTensor& bias, int64_t input
 
 void dense_forward(Matrix x, LayerForward* layers, size_t count, const OutputSums& sums) {
   Scratch scratch;
-  Work work;
-  bool converts = false;
+  Work work{x.scalar, x.rows};
+  for (size_t index = 0; index < count; ++index) work.add(layers[index].weight);
+  std::vector<Plan> plans(count);
   for (size_t index = 0; index < count; ++index) {
     LayerForward& layer = layers[index];
     const int64_t inner = layer.weight.cols, cols = layer.weight.rows;
-    layer.weight = converted(layer.weight, product_type(x.scalar, x.rows, inner, cols, inner * cols), scratch);
+    plans[index] = work.plan(inner, cols, inner * cols);
+    layer.weight = converted(layer.weight, plans[index].right, scratch);
     layer.bias = unit_stride(layer.bias, scratch);
-    work.add(x.rows, layer.weight);
-    converts |= layer.weight.scalar != x.scalar;
   }
   const int64_t block = sums.out.data ? reduction_rows(x.rows, work.widest) : 1;
   const ColumnSums none, of_output(sums.out, x.rows, block, scratch);
-  const Division division = divide(x.rows, work, block, converts);
+  const Division division = divide(work, block);
   for_row_parts(x.rows, division, [&](int64_t begin, int64_t rows) {
     Matrix input = x.row_block(begin, rows);
     // Outputs that nobody wants take turns in two buffers.
@@ -706,9 +679,7 @@ void dense_forward(Matrix x, LayerForward* layers, size_t count, const OutputSum
         if (!buffer.data) buffer = hidden.matrix(x.scalar, rows, work.widest);
         out = {buffer.data, x.scalar, rows, layer.weight.rows, layer.weight.rows, 1};
       }
-      const Matrix& weight = layer.weight;
-      const Engine engine = engine_of(weight.scalar, x.rows, weight.cols, weight.rows, division.use_blas);
-      layer_forward(layer, input, out, layer.derivative.row_block(begin, rows), engine,
+      layer_forward(layer, plans[index], input, out, layer.derivative.row_block(begin, rows),
                     index == count - 1 ? of_output : none, sums.of_magnitudes, begin);
       input = out;
     }
@@ -720,31 +691,23 @@ void for_products(Matrix x, Matrix weight, Matrix bias, const std::function<void
   constexpr int64_t kColumns = 2048;
   Scratch scratch;
   const int64_t widest = std::min(kColumns, weight.rows);
-  const Scalar type = product_type(x.scalar, x.rows, weight.cols, widest, weight.rows * weight.cols);
-  weight = converted(weight, type, scratch);
-  bias = unit_stride(bias, scratch);
-  Work work;
-  work.add(x.rows, weight);
+  Work work{x.scalar, x.rows};
+  work.add(weight);
   work.widest = std::max(widest, weight.cols);
-  const Division division = divide(x.rows, work, 1, type != x.scalar);
-  const Engine engine = engine_of(type, x.rows, weight.cols, widest, division.use_blas);
-  const Scalar written = written_type(type, engine);
-  const bool has_bias = bias.data && written != accumulator_type(written);
-  for_row_parts(x.rows, division, [&](int64_t begin, int64_t rows) {
+  const Plan plan = work.plan(weight.cols, widest, weight.rows * weight.cols);
+  weight = converted(weight, plan.right, scratch);
+  bias = unit_stride(bias, scratch);
+  for_row_parts(x.rows, divide(work, 1), [&](int64_t begin, int64_t rows) {
     if (rows == 0) return;
     Scratch memory;
-    const Matrix input = converted(x.row_block(begin, rows), left_type(type, engine), memory);
-    const Matrix block = memory.matrix(written, rows, widest);
+    const Matrix input = converted(x.row_block(begin, rows), plan.left, memory);
+    const Matrix block = memory.matrix(plan.product, rows, widest);
     for (int64_t first = 0; first < weight.rows; first += kColumns) {
       const int64_t count = std::min(kColumns, weight.rows - first);
-      const Matrix product{block.data, written, rows, count, count, 1};
-      const Matrix columns = weight.row_block(first, count).transposed();
-      const Matrix its_bias = bias.data ? bias.column_block(first, count) : bias;
-      if (has_bias)
-        multiply_add(input, columns, its_bias, product);
-      else
-        multiply(input, columns, product, engine);
-      body({begin, first, product, has_bias ? Matrix() : its_bias});
+      const Matrix product{block.data, plan.product, rows, count, count, 1};
+      const Matrix its_bias = multiply_layer(input, weight.row_block(first, count), bias.column_block(first, count),
+                                             product, plan);
+      body({begin, first, product, its_bias});
     }
   });
 }
@@ -752,8 +715,7 @@ void for_products(Matrix x, Matrix weight, Matrix bias, const std::function<void
 void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_gradient, const OutputSlopes& added) {
   const size_t top = count - 1;
   const int64_t rows = grad.rows;
-  Work work;
-  bool converts = false;
+  Work work{grad.scalar, rows};
   for (size_t index = 0; index < count; ++index)
     work.widest = std::max({work.widest, layers[index].weight.rows, layers[index].weight.cols});
   const int64_t block = reduction_rows(rows, work.widest);
@@ -762,27 +724,25 @@ void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_g
   if (!x_gradient.data)
     while (lowest < count && !layers[lowest].weight_gradient.data && !layers[lowest].bias_gradient.data) ++lowest;
   if (lowest == count) return;
+  const size_t lowest_input = x_gradient.data ? 0 : lowest + 1;
+  for (size_t index = lowest_input; index < count; ++index) work.add(layers[index].weight);
 
   Scratch scratch;
-  BackwardPass pass{grad,  layers, lowest, top, x_gradient, std::vector<ColumnSums>(count),
-                    {},    {added.slopes, row_major(added.output, scratch)}, false};
+  BackwardPass pass{grad, layers, lowest, top, x_gradient, std::vector<ColumnSums>(count), std::vector<Plan>(count),
+                    {},   {added.slopes, row_major(added.output, scratch)}};
   pass.none = ColumnSums({}, rows, block, scratch);
   for (size_t index = lowest; index < count; ++index) {
     LayerBackward& layer = layers[index];
     pass.sums[index] = ColumnSums(layer.bias_gradient, rows, block, scratch);
     layer.saved =
         layer.spec.activation == Activation::identity ? Matrix() : row_major(layer.saved, scratch);
-    if (index > lowest || x_gradient.data) {
-      const int64_t inner = layer.weight.rows, cols = layer.weight.cols;
-      layer.weight = converted(layer.weight, product_type(grad.scalar, rows, inner, cols, inner * cols), scratch);
-      work.add(rows, layer.weight);
-      converts |= layer.weight.scalar != grad.scalar;
-    }
+    if (index < lowest_input) continue;
+    const int64_t inner = layer.weight.rows, cols = layer.weight.cols;
+    pass.plans[index] = work.plan(inner, cols, inner * cols);
+    layer.weight = converted(layer.weight, pass.plans[index].right, scratch);
   }
-  const Division division = divide(rows, work, block, converts);
-  pass.use_blas = division.use_blas;
 
-  const int64_t groups = groups_of(pass);
+  const int64_t groups = is_large(work.flops) ? 0 : groups_of(pass);
   if (groups > 0) {
     backward_in_groups(pass, groups, block, work.widest);
   } else {
@@ -794,7 +754,7 @@ void dense_backward(Matrix grad, LayerBackward* layers, size_t count, Matrix x_g
         gradients[index] = scratch.matrix(grad.scalar, rows, layers[index].weight.rows);
       gradients[index].scalar = grad.scalar;
     }
-    for_row_parts(rows, division, [&](int64_t begin, int64_t part_rows) {
+    for_row_parts(rows, divide(work, block), [&](int64_t begin, int64_t part_rows) {
       pass.run(
           begin, part_rows, [&](size_t index) { return gradients[index].row_block(begin, part_rows); },
           [](size_t, Matrix) {});
