@@ -176,12 +176,6 @@ void check_layout(const char* name, const Tensor& tensor, const Tensor& like) {
                   " must have the shape and the strides of the other tensors, without gaps or overlaps");
 }
 
-void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols, name, " must be (", rows,
-                  ", ", cols, ")");
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have the dtype of the other tensors");
-}
-
 Tensor borrow(Matrix matrix) {
   const int64_t sizes[] = {matrix.rows, matrix.cols};
   const int64_t strides[] = {matrix.row_stride, matrix.col_stride};

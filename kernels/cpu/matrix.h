@@ -1,17 +1,12 @@
 // Tensors as matrices: views of them, and new ones.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
-#include <optional>
 
+#include "arguments.h"
 #include "scalar.h"
 
 namespace aefast::cpu {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // A view without ownership; strides in elements. No data: the matrix is absent.
 struct Matrix {
@@ -60,9 +55,6 @@ Scalar accumulator_of(Scalar scalar);
 // its shape, lie in the same order; and that it is so.
 bool has_layout(const Tensor& tensor, const Tensor& like);
 void check_layout(const char* name, const Tensor& tensor, const Tensor& like);
-
-// That `tensor` is a (rows, cols) matrix of `like`'s dtype.
-void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const Tensor& like);
 
 // A tensor over memory that somebody else owns. Being no view of an autograd tensor, it can be an output of torch's
 // kernels on any thread.

@@ -13,6 +13,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "kernel_terms.h"
+#include "pairwise_arguments.h"
 #include "pairwise_schemas.h"
 #include "points.h"
 #include "string_argument.h"
@@ -285,49 +287,19 @@ class Gradients {
 
 // --- kernel functions --------------------------------------------------------------------------------------------
 
-Kind kind_of(const std::string& name, double alpha) {
-  const char* const names[] = {"rbf", "laplacian", "imq", "rational_quadratic", "energy"};
-  const auto found = std::find(std::begin(names), std::end(names), name);
-  STD_TORCH_CHECK(found != std::end(names), "unknown kernel ", name);
-  const Kind kind = static_cast<Kind>(found - std::begin(names));
-  // A power of 1 needs no logarithm.
-  return kind == Kind::rational_quadratic && alpha == 1.0 ? Kind::imq : kind;
-}
-
-// How often a kernel has to be squared to be the one of that rate, if an error that doubles with each time stays small;
-// 0 if it has to be computed anew.
-int32_t squarings_of(double from, double to, int32_t so_far) {
-  for (int32_t count = 1; so_far + count <= pairwise::kMostSquarings; ++count)
-    if (std::abs(to / from - std::ldexp(1.0, count)) < 1e-12 * std::ldexp(1.0, count)) return count;
-  return 0;
-}
-
 // A kernel function, with slopes for gradients of `factor` times its sum.
 template <typename A>
 class KernelFunction {
  public:
-  KernelFunction(Kind kind, std::vector<double> rates, double alpha, double unit, double factor) {
-    constexpr double kLog2e = 1.4426950408889634;
-    std::sort(rates.begin(), rates.end());
-    int32_t since = 0;
-    for (size_t k = 0; k < rates.size(); ++k) {
-      const double rate = rates[k] / (kind == Kind::laplacian ? std::sqrt(unit) : unit);
-      const bool is_power = kind == Kind::rbf && sizeof(A) == sizeof(float) && k > 0;
-      const int32_t squarings = is_power ? squarings_of(rates[k - 1], rates[k], since) : 0;
-      since = squarings > 0 ? since + squarings : 0;
-      squarings_.push_back(squarings);
-      const bool is_exponential = kind == Kind::rbf || kind == Kind::laplacian;
-      rate_.push_back(static_cast<A>(is_exponential ? rate * kLog2e : rate));
-      const double slope = kind == Kind::laplacian            ? 0.5
-                           : kind == Kind::rational_quadratic ? alpha
-                                                              : 1.0;
-      weight_.push_back(static_cast<A>(-2.0 * factor * slope * rate));
+  KernelFunction(Kind kind, const std::vector<double>& rates, double alpha, double unit, double factor) {
+    const pairwise::Terms terms = pairwise::terms_of<A>(kind, rates, alpha, rates.size());
+    for (const double given : terms.rates) {
+      const double rate = given / (pairwise::is_of_root(kind) ? std::sqrt(unit) : unit);
+      rate_.push_back(static_cast<A>(rate * terms.rate_factor));
+      weight_.push_back(static_cast<A>(-2.0 * factor * terms.slope_factor * rate));
     }
-    if (kind == Kind::energy) {
-      rate_.push_back(static_cast<A>(1.0 / std::sqrt(unit)));
-      weight_.push_back(static_cast<A>(-factor / std::sqrt(unit)));
-    }
-    function_ = {static_cast<int64_t>(rates.size()), rate_.data(), weight_.data(), squarings_.data(),
+    squarings_ = terms.squarings;
+    function_ = {static_cast<int64_t>(rate_.size()), rate_.data(), weight_.data(), squarings_.data(),
                  static_cast<A>(alpha)};
   }
   KernelFunction(const KernelFunction&) = delete;
@@ -357,7 +329,7 @@ class Weighted {
  public:
   Weighted(const std::string& name, const std::vector<double>& rates, double alpha, const OptionalTensor& unit,
            const std::vector<double>& weights)
-      : kind_(kind_of(name, alpha)),
+      : kind_(pairwise::kind_of(name, alpha)),
         steepness_(steepness_of(kind_, rates, alpha, unit_of<A>(unit))),
         weights_(weights),
         functions_{make(rates, alpha, unit, 2.0 * weights[0]),
@@ -438,18 +410,12 @@ std::tuple<Tensor, Tensor, Tensor> sum_of_rows(const Tensor& x, const Tensor& y,
   return {new_scalar(x, total), x_gradient, y_gradient};
 }
 
-void check(const Tensor& x, const Tensor& y, const OptionalTensor& unit, const std::vector<double>& weights) {
-  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1), "x and y must be matrices of as many columns");
-  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "y must have the dtype of x");
-  STD_TORCH_CHECK(!unit || (unit->numel() == 1 && scalar_of(*unit) == accumulator_of(scalar_of(x))),
-                  "unit must be a scalar of x's accumulator");
-  STD_TORCH_CHECK(weights.size() == 4, "weights must be four numbers");
-}
-
 std::tuple<Tensor, Tensor, Tensor> mmd(Tensor x, Tensor y, OptionalTensor unit, String kernel,
                                        std::vector<double> rates, double alpha, std::vector<double> weights,
                                        int64_t needs) {
-  check(x, y, unit, weights);
+  pairwise::check_points(x, y);
+  pairwise::check_unit(unit, x);
+  pairwise::check_weights(weights);
   const auto run = [&](auto zero) {
     const Weighted<decltype(zero)> weighted(kernel, rates, alpha, unit, weights);
     return sum_of_all(x, y, weighted, weights[3], needs);
@@ -461,9 +427,9 @@ std::tuple<Tensor, Tensor, Tensor> mmd_rows(Tensor x, Tensor y, Tensor all_x, Te
                                             int64_t first_y, OptionalTensor unit, String kernel,
                                             std::vector<double> rates, double alpha, std::vector<double> weights,
                                             int64_t needs) {
-  check(x, y, unit, weights);
-  check(x, all_x, unit, weights);
-  check(x, all_y, unit, weights);
+  for (const Tensor& points : {y, all_x, all_y}) pairwise::check_points(x, points);
+  pairwise::check_unit(unit, x);
+  pairwise::check_weights(weights);
   const auto run = [&](auto zero) {
     const Weighted<decltype(zero)> weighted(kernel, rates, alpha, unit, weights);
     return sum_of_rows(x, y, all_x, all_y, {first_x, first_y}, weighted, needs);
@@ -472,11 +438,12 @@ std::tuple<Tensor, Tensor, Tensor> mmd_rows(Tensor x, Tensor y, Tensor all_x, Te
 }
 
 Tensor kernel_values(Tensor x, Tensor y, OptionalTensor unit, String kernel, std::vector<double> rates, double alpha) {
-  check(x, y, unit, {0.0, 0.0, 0.0, 0.0});
+  pairwise::check_points(x, y);
+  pairwise::check_unit(unit, x);
   const Tensor out = new_accumulators(x, x.size(0), y.size(0));
   const auto run = [&](auto zero) {
     using A = decltype(zero);
-    const Kind kind = kind_of(kernel, alpha);
+    const Kind kind = pairwise::kind_of(kernel, alpha);
     const KernelFunction<A> function(kind, rates, alpha, unit_of<A>(unit), 0.0);
     const Points of_x = points_of(x), of_y = points_of(y);
     const Blocks blocks(of_x, of_y);

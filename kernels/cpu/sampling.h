@@ -15,8 +15,7 @@ inline Tensor with_unit_columns(const Tensor& matrix) {
 }
 
 inline uint64_t seed_of(const Tensor& seed) {
-  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "seed must be an int64 scalar");
+  check_seed(seed);
   return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
 }
 

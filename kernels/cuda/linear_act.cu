@@ -35,8 +35,7 @@ struct Backend : Device {
       const auto current_stream = stream(grad);
       std::optional<Tensor> partials;
       if (bias_grad != nullptr) {
-        const int32_t dtype = std::is_same_v<C, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-        partials = aefast::empty(grad, dtype, {tiling.row_blocks, tiling.cols});
+        partials = aefast::empty(grad, aefast::accumulator_type(grad), {tiling.row_blocks, tiling.cols});
       }
       C* const partial_sums = partials ? static_cast<C*>(partials->data_ptr()) : nullptr;
       aefast::cuda::launch_activation_gradient<T>(spec.activation, spec.parameters, data<T>(&grad), data<T>(saved),

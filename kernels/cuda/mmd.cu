@@ -1,16 +1,17 @@
 // mmd on CUDA: the operators around the kernels of mmd_kernels.cuh, which are for points of few dimensions.
-#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "device.h"
 #include "mmd_kernels.cuh"
+#include "pairwise_arguments.h"
 #include "pairwise_schemas.h"
 #include "tensors.h"
 
 namespace {
 
+using aefast::accumulator_type;
 using aefast::Device;
 using aefast::empty;
 using aefast::OptionalTensor;
@@ -21,33 +22,17 @@ using aefast::cuda::kernel_sum;
 using aefast::cuda::kMostDimensions;
 using aefast::cuda::Points;
 using aefast::cuda::Rows;
+using aefast::pairwise::check_points;
+using aefast::pairwise::check_unit;
+using aefast::pairwise::check_weights;
+using aefast::pairwise::Kind;
+using aefast::pairwise::kind_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-int32_t accumulator_of(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-}
-
-void check_points(const Tensor& x, const Tensor& y) {
-  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1), "x and y must be matrices of as many columns");
-  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "y must have the dtype of x");
-}
-
-void check_unit(const OptionalTensor& unit, const Tensor& x) {
-  const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(!unit || (unit->numel() == 1 && unit->scalar_type() == wide), "unit must be a scalar of x's accumulator");
-}
 
 template <typename T>
 Points<T> points_of(const Tensor& tensor) {
   return {static_cast<const T*>(tensor.data_ptr()), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
-}
-
-aefast::pairwise::Kind kind_of(const std::string& name) {
-  const char* const names[] = {"rbf", "laplacian", "imq", "rational_quadratic", "energy"};
-  const auto found = std::find(std::begin(names), std::end(names), name);
-  STD_TORCH_CHECK(found != std::end(names), "unknown kernel ", name);
-  return static_cast<aefast::pairwise::Kind>(found - std::begin(names));
 }
 
 template <typename A>
@@ -60,16 +45,16 @@ std::tuple<Tensor, Tensor, Tensor> sum_of(const Tensor& x, const Tensor& y, cons
                                           const Rows* rows, const OptionalTensor& unit, const std::string& kernel,
                                           const std::vector<double>& rates, double alpha,
                                           const std::vector<double>& weights, double constant, int64_t needs) {
-  const aefast::pairwise::Kind kind = kind_of(kernel);
+  const Kind kind = kind_of(kernel, alpha);
   STD_TORCH_CHECK(x.size(1) <= kMostDimensions, "the CUDA kernels of mmd are for up to ", kMostDimensions,
                   " dimensions, and x has ", x.size(1));
   const Device::Scope scope(x);
-  const int32_t wide = accumulator_of(x);
+  const ScalarType wide = accumulator_type(x);
   std::tuple<Tensor, Tensor, Tensor> results{empty(x, wide, {}), empty(x, wide, {needs & 1 ? x.size(0) : 0, x.size(1)}),
                                              empty(x, wide, {needs & 2 ? y.size(0) : 0, x.size(1)})};
   std::vector<Tensor> memory;
   const auto allocate = [&](int64_t bytes) {
-    memory.push_back(empty(x, aoti_torch_dtype_uint8(), {bytes}));
+    memory.push_back(empty(x, ScalarType::Byte, {bytes}));
     return memory.back().data_ptr();
   };
   with_element_type(x, [&](auto zero) {
@@ -91,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> mmd(const Tensor& x, const Tensor& y, const O
                                        const std::vector<double>& weights, int64_t needs) {
   check_points(x, y);
   check_unit(unit, x);
-  STD_TORCH_CHECK(weights.size() == 4, "weights must be four numbers");
+  check_weights(weights);
   return sum_of(x, y, x, y, nullptr, unit, kernel, rates, alpha, weights, weights[3], needs);
 }
 
@@ -99,11 +84,9 @@ std::tuple<Tensor, Tensor, Tensor> mmd_rows(const Tensor& x, const Tensor& y, co
                                             int64_t first_x, int64_t first_y, const OptionalTensor& unit,
                                             const String& kernel, const std::vector<double>& rates, double alpha,
                                             const std::vector<double>& weights, int64_t needs) {
-  check_points(x, y);
-  check_points(x, all_x);
-  check_points(x, all_y);
+  for (const Tensor& points : {y, all_x, all_y}) check_points(x, points);
   check_unit(unit, x);
-  STD_TORCH_CHECK(weights.size() == 4, "weights must be four numbers");
+  check_weights(weights);
   STD_TORCH_CHECK(first_x >= 0 && first_x + x.size(0) <= all_x.size(0) && first_y >= 0 &&
                       first_y + y.size(0) <= all_y.size(0),
                   "x and y must be rows of all_x and all_y");
@@ -115,9 +98,9 @@ Tensor kernel_values(const Tensor& x, const Tensor& y, const OptionalTensor& uni
                      const std::vector<double>& rates, double alpha) {
   check_points(x, y);
   check_unit(unit, x);
-  const aefast::pairwise::Kind kind = kind_of(kernel);
+  const Kind kind = kind_of(kernel, alpha);
   const Device::Scope scope(x);
-  Tensor values = empty(x, accumulator_of(x), {x.size(0), y.size(0)});
+  Tensor values = empty(x, accumulator_type(x), {x.size(0), y.size(0)});
   with_element_type(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Compute<T>;

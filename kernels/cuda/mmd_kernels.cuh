@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "kernel_function.h"
+#include "kernel_terms.h"
 #include "launch.h"
 #include "vectors.h"
 
@@ -151,7 +152,7 @@ constexpr pairwise::Kind kKind = kForm == Form::octaves ? pairwise::Kind::rbf
                                  : kForm == Form::seven ? pairwise::Kind::imq
                                                         : static_cast<pairwise::Kind>(kForm);
 
-constexpr int kOctaves = 5, kSeven = 7;
+constexpr int kSeven = 7;
 constexpr int kMostRates = 32;
 
 // What pairwise::Function points to, for squared distances in units of 1. Weights are those of derivatives by u, less
@@ -932,48 +933,23 @@ struct KernelSum {
   std::vector<Mixture<A>> mixtures;
 };
 
-// How often a kernel has to be squared to be the one of that rate, if an error that doubles with each time stays small;
-// 0 if it has to be computed anew.
-inline int32_t squarings_of(double from, double to, int32_t so_far) {
-  for (int32_t count = 1; so_far + count <= 4; ++count) {
-    if (std::abs(to / from - std::ldexp(1.0, count)) < 1e-12 * std::ldexp(1.0, count)) return count;
-  }
-  return 0;
-}
-
-// Rates and alpha as in Kernel of aefast/ops/_pairwise.py.
 template <typename A>
-KernelSum<A> kernel_sum(pairwise::Kind kind, std::vector<double> rates, double alpha) {
-  using pairwise::Kind;
-  constexpr double kLog2e = 1.4426950408889634;
-  // A power of 1 needs no logarithm.
-  if (kind == Kind::rational_quadratic && alpha == 1.0) kind = Kind::imq;
-  if (kind == Kind::energy) rates = {1.0};
-  std::sort(rates.begin(), rates.end());
-  constexpr bool kIsFloat = sizeof(A) == sizeof(float);
+KernelSum<A> kernel_sum(pairwise::Kind kind, const std::vector<double>& rates, double alpha) {
+  const pairwise::Terms terms = pairwise::terms_of<A>(kind, rates, alpha, kMostRates);
   KernelSum<A> sum{static_cast<Form>(kind), {}};
-  bool is_octaves = kIsFloat && kind == Kind::rbf && rates.size() == kOctaves;
-  int32_t since = 0;
-  for (size_t k = 0; k < rates.size(); ++k) {
+  for (size_t k = 0; k < terms.rates.size(); ++k) {
     const int place = static_cast<int>(k % kMostRates);
     if (place == 0) sum.mixtures.emplace_back();
     Mixture<A>& mixture = sum.mixtures.back();
-    const bool is_power = kIsFloat && kind == Kind::rbf && place > 0;
-    const int32_t squarings = is_power ? squarings_of(rates[k - 1], rates[k], since) : 0;
-    since = squarings > 0 ? since + squarings : 0;
-    is_octaves = is_octaves && squarings == (k > 0);
     mixture.count = place + 1;
-    const bool is_exponential = kind == Kind::rbf || kind == Kind::laplacian;
-    mixture.rate[place] = static_cast<A>(rates[k] * (is_exponential ? kLog2e : 1.0));
-    const double slope = kind == Kind::rational_quadratic                          ? alpha
-                         : kind == Kind::laplacian || kind == Kind::energy ? 0.5
-                                                                                   : 1.0;
-    mixture.weight[place] = static_cast<A>(slope * rates[k]);
-    mixture.squarings[place] = squarings;
+    mixture.rate[place] = static_cast<A>(terms.rates[k] * terms.rate_factor);
+    mixture.weight[place] = static_cast<A>(terms.slope_factor * terms.rates[k]);
+    mixture.squarings[place] = terms.squarings[k];
     mixture.alpha = static_cast<A>(alpha);
   }
-  if (is_octaves) sum.form = Form::octaves;
-  if (kIsFloat && kind == Kind::imq && rates.size() == kSeven) sum.form = Form::seven;
+  // Of five kernels each but the first is the square of the one before.
+  if (terms.squarings == std::vector<int32_t>{0, 1, 1, 1, 1}) sum.form = Form::octaves;
+  if (sizeof(A) == sizeof(float) && kind == pairwise::Kind::imq && terms.rates.size() == kSeven) sum.form = Form::seven;
   return sum;
 }
 

@@ -8,6 +8,8 @@
 
 namespace {
 
+using aefast::accumulator_type;
+using aefast::check_seed;
 using aefast::Device;
 using aefast::cuda::Compute;
 using aefast::cuda::Operand;
@@ -16,24 +18,13 @@ using aefast::cuda::RowValues;
 using aefast::empty;
 using aefast::OptionalTensor;
 using aefast::with_element_type;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// What a row's divergence is given in.
-ScalarType divergence_type(const Tensor& mu) {
-  return mu.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 void check_parameters(const Tensor& mu, const Tensor& logvar) {
   STD_TORCH_CHECK(mu.dim() == 2, "mu must be a matrix");
   aefast::check_matrix("logvar", logvar, mu.size(0), mu.size(1), mu);
-}
-
-void check_seed(const Tensor& seed) {
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
-                  "seed must be an int64 tensor of one element");
 }
 
 const int64_t* seed_of(const Tensor& seed) { return static_cast<const int64_t*>(seed.data_ptr()); }
@@ -46,9 +37,7 @@ Operand<T> operand_of(const Tensor& matrix, const RowTiling& tiling) {
 // z is null, and seed with it, for the divergence alone.
 Tensor divergence_of(const Tensor& mu, const Tensor& logvar, const Tensor* seed, const Tensor* z, double low,
                      double high) {
-  const int32_t type =
-      divergence_type(mu) == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  Tensor divergence = empty(mu, type, {mu.size(0)});
+  Tensor divergence = empty(mu, accumulator_type(mu), {mu.size(0)});
   with_element_type(mu, [&](auto zero) {
     using T = decltype(zero);
     const RowTiling tiling = aefast::cuda::row_tiling<T>(mu.size(0), mu.size(1));
@@ -66,7 +55,7 @@ std::tuple<Tensor, Tensor> gradients_of(const Tensor* grad_z, const Tensor* grad
                                         const Tensor& logvar, const Tensor* seed, double low, double high) {
   if (grad_kl != nullptr) {
     STD_TORCH_CHECK(grad_kl->dim() == 1 && grad_kl->size(0) == mu.size(0) &&
-                        grad_kl->scalar_type() == divergence_type(mu),
+                        grad_kl->scalar_type() == accumulator_type(mu),
                     "the divergence's gradient must be (", mu.size(0), ",) of the divergence's dtype");
   }
   std::tuple<Tensor, Tensor> gradients{empty(mu, {mu.size(0), mu.size(1)}), empty(mu, {mu.size(0), mu.size(1)})};

@@ -9,10 +9,10 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "allocation.h"
+#include "arguments.h"
 #include "string_argument.h"
 
 // Later headers than those of torch 2.10 have it, with the message of what failed.
@@ -22,11 +22,10 @@
 
 namespace aefast {
 
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
 
 // Contiguous and uninitialised, on the device of `like`.
-inline Tensor empty(const Tensor& like, int32_t dtype, const std::vector<int64_t>& sizes) {
+inline Tensor empty(const Tensor& like, ScalarType type, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t dim = sizes.size(); dim-- > 0;) {
@@ -35,14 +34,12 @@ inline Tensor empty(const Tensor& like, int32_t dtype, const std::vector<int64_t
   }
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  return Tensor(allocated(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type,
-                          like.get_device_index()));
+  return Tensor(allocated(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                          static_cast<int32_t>(type), device_type, like.get_device_index()));
 }
 
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty(like, dtype, sizes);
+  return empty(like, like.scalar_type(), sizes);
 }
 
 // The view (C, R) of a matrix (R, C).
@@ -58,16 +55,9 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols, name, " must be (", rows,
-                  ", ", cols, ")");
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have the dtype of the other tensors");
-}
-
 // body(T{}) with T the element type of `tensor`.
 template <typename Body>
 void with_element_type(const Tensor& tensor, Body&& body) {
-  using torch::headeronly::ScalarType;
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return body(float{});
