@@ -637,20 +637,6 @@ bool use_large_blas_products(bool use) { return has_fast_blas.exchange(use); }
 
 bool round_products(bool round) { return may_round.exchange(round); }
 
-ActivationSpec activation_spec(const std::string& specification) {
-  ActivationSpec spec;
-  STD_TORCH_CHECK(parse_activation(specification, spec), "aefast: unknown activation ", specification);
-  return spec;
-}
-
-void check_layer(const Tensor& weight, const OptionalTensor& bias, int64_t inputs, const Tensor& like) {
-  STD_TORCH_CHECK(weight.dim() == 2, "weight must be a matrix");
-  check_matrix("weight", weight, weight.size(0), inputs, like);
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) &&
-                            bias->scalar_type() == like.scalar_type()),
-                  "bias must be (", weight.size(0), ",) of the dtype of the other tensors");
-}
-
 void dense_forward(Matrix x, LayerForward* layers, size_t count, const OutputSums& sums) {
   Scratch scratch;
   Work work{x.scalar, x.rows};

@@ -6,9 +6,8 @@
 #pragma once
 
 #include <functional>
-#include <string>
-#include <vector>
 
+#include "dense_arguments.h"
 #include "matrix.h"
 #include "pointwise.h"
 
@@ -26,10 +25,6 @@ bool use_large_blas_products(bool use);
 // Whether products of float32 may be formed from operands rounded to bfloat16, and summed in float32, where that is
 // faster; returns what held before.
 bool round_products(bool round);
-
-ActivationSpec activation_spec(const std::string& specification);
-
-void check_layer(const Tensor& weight, const OptionalTensor& bias, int64_t inputs, const Tensor& like);
 
 // act(input weight^T + bias), and where it is stored act'.
 struct LayerForward {

@@ -9,15 +9,6 @@
 namespace aefast::cpu {
 namespace {
 
-std::vector<ActivationSpec> activation_specs(const std::string& specifications, size_t layers) {
-  const std::vector<std::string> activations = split_activations(specifications);
-  STD_TORCH_CHECK(activations.size() == layers, "activations must have one entry a layer");
-  std::vector<ActivationSpec> specs;
-  specs.reserve(layers);
-  for (const std::string& activation : activations) specs.push_back(activation_spec(activation));
-  return specs;
-}
-
 std::vector<Tensor> mlp(Tensor x, std::vector<Tensor> weights, std::vector<OptionalTensor> biases,
                         String activations, bool save) {
   const size_t count = weights.size();

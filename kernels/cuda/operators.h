@@ -18,17 +18,11 @@
 #include <tuple>
 #include <vector>
 
-#include "activation.h"
+#include "dense_arguments.h"
 #include "dense_schemas.h"
 #include "tensors.h"
 
 namespace aefast::dense {
-
-inline ActivationSpec activation_spec(const std::string& specification) {
-  ActivationSpec spec;
-  STD_TORCH_CHECK(parse_activation(specification, spec), "aefast: unknown activation ", specification);
-  return spec;
-}
 
 template <typename Backend>
 struct Operators {
@@ -52,16 +46,14 @@ struct Operators {
                                  const std::vector<OptionalTensor>& biases, const String& specifications,
                                  bool save) {
     const size_t layers = weights.size();
-    const std::vector<std::string> activations = split_activations(specifications);
     STD_TORCH_CHECK(layers > 0, "weights must hold at least one layer");
-    STD_TORCH_CHECK(biases.size() == layers && activations.size() == layers,
-                    "biases and activations must have one entry a layer");
+    STD_TORCH_CHECK(biases.size() == layers, "biases must have one entry a layer");
+    const std::vector<ActivationSpec> specs = activation_specs(specifications, layers);
     const typename Backend::Scope scope(x);
     std::vector<Tensor> outputs, derivatives;
     Tensor hidden = x;
     for (size_t l = 0; l < layers; ++l) {
-      const ActivationSpec spec = activation_spec(activations[l]);
-      auto [out, derivative] = layer(hidden, weights[l], biases[l], spec, save);
+      auto [out, derivative] = layer(hidden, weights[l], biases[l], specs[l], save);
       hidden = out;
       if (save) {
         outputs.push_back(out);
@@ -77,15 +69,10 @@ struct Operators {
                                           const std::vector<Tensor>& saved, const String& specifications,
                                           const String& needs) {
     const size_t layers = weights.size();
-    const std::vector<std::string> activations = split_activations(specifications);
-    STD_TORCH_CHECK(activations.size() == layers, "activations must have one entry a layer");
+    const std::vector<ActivationSpec> specs = activation_specs(specifications, layers);
     STD_TORCH_CHECK(needs.size() == 1 + 2 * layers, "needs must have one entry for x and two a layer");
-    std::vector<ActivationSpec> specs;
     size_t stored = layers;
-    for (const std::string& activation : activations) {
-      specs.push_back(activation_spec(activation));
-      stored += stores_derivative(specs.back().activation);
-    }
+    for (const ActivationSpec& spec : specs) stored += stores_derivative(spec.activation);
     STD_TORCH_CHECK(saved.size() == stored, "saved must hold ", stored, " tensors");
     const auto is_needed = [&](size_t index) { return needs[index] == '1'; };
     const typename Backend::Scope scope(x);
@@ -126,12 +113,10 @@ struct Operators {
 
   static std::tuple<Tensor, OptionalTensor> layer(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                                   const ActivationSpec& spec, bool save_derivative) {
-    STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x and weight must be matrices");
-    check_matrix("weight", weight, weight.size(0), x.size(1), x);
+    STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
+    check_layer(weight, bias, x.size(1), x);
     Tensor out = empty(x, {x.size(0), weight.size(0)});
     if (bias) {
-      STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == x.scalar_type(),
-                      "bias must be (", weight.size(0), ",) of x's dtype");
       Backend::addmm(out, *bias, x, transposed(weight));
     } else {
       Backend::mm(out, x, transposed(weight));
@@ -146,10 +131,10 @@ struct Operators {
   static LayerGradients layer_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                        const OptionalTensor& saved, const ActivationSpec& spec, bool need_x,
                                        bool need_weight, bool need_bias) {
-    STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x and weight must be matrices");
+    STD_TORCH_CHECK(x.dim() == 2, "x must be a matrix");
+    check_layer(weight, std::nullopt, x.size(1), x);
     const int64_t rows = x.size(0), cols = weight.size(0);
     const bool is_identity = spec.activation == Activation::identity;
-    check_matrix("weight", weight, cols, x.size(1), x);
     check_matrix("grad", grad, rows, cols, x);
     STD_TORCH_CHECK(is_identity || saved, "saved must be given for every activation but identity");
 
