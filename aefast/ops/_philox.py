@@ -31,6 +31,12 @@ def _(like):
         return torch.ops.aefast.draw_seed.default(like)
 
 
+@torch.library.impl(LIBRARY, "draw_seed", "FuncTorchVmapMode")
+def _(like):
+    # What follows vmap's randomness argument.
+    return torch.randint(2**63 - 1, (), device=like.device)
+
+
 @torch.library.register_fake("aefast::draw_seed", lib=LIBRARY)
 def _(like):
     return like.new_empty((), dtype=torch.int64)
@@ -53,9 +59,6 @@ def seed_of(seed: Any, generator: Any, like: Tensor, op: str) -> Tensor:
             if torch.compiler.is_exporting() and _registry.choose(op, like) == "eager":
                 # A program of nothing but references runs without aefast, and draws what they draw.
                 return torch.ops.aten.random.default(torch.zeros((), dtype=torch.int64, device=like.device))
-            if not torch.compiler.is_compiling() and _registry.is_transformed():
-                # Of torch.func's transforms, vmap asks for its randomness argument here.
-                return torch.randint(2**63 - 1, (), device=like.device)
             return torch.ops.aefast.draw_seed.default(like)
         if not isinstance(generator, torch.Generator):
             raise InputError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")
@@ -99,17 +102,50 @@ def _wide_product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def words(seed: Tensor, count: int, first: int = 0) -> Tensor:
-    """The words of elements `first`, a multiple of 4, to first + count - 1: (count,) int64; seed a scalar."""
+    """The words of elements `first`, a multiple of 4, to first + count - 1: (..., count) int64 for seeds (...)."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return torch.ops.aefast.philox_words.default(seed, count, first)
+    return _words(seed, count, first)
+
+
+def _words(seed: Tensor, count: int, first: int) -> Tensor:
     block = torch.arange(first // 4, first // 4 + -(-count // 4), device=seed.device)
     zero = torch.zeros_like(block)
     counter = [block & _LOW, block >> 32, zero, zero]
-    low_key, high_key = seed & _LOW, (seed >> 32) & _LOW
+    low_key, high_key = (seed & _LOW).unsqueeze(-1), ((seed >> 32) & _LOW).unsqueeze(-1)
     for _ in range(10):
         high0, low0 = _wide_product(0xD2511F53, counter[0])
         high2, low2 = _wide_product(0xCD9E8D57, counter[2])
         counter = [high2 ^ counter[1] ^ low_key, low2, high0 ^ counter[3] ^ high_key, low0]
         low_key, high_key = (low_key + 0x9E3779B9) & _LOW, (high_key + 0xBB67AE85) & _LOW
-    return torch.stack(counter, dim=1).reshape(-1)[:count]
+    return torch.stack(counter, dim=-1).flatten(-2)[..., :count]
+
+
+# Inductor writes an element out by following all paths to it, of which ten rounds have too many.
+LIBRARY.define(
+    "philox_words(Tensor seed, SymInt count, SymInt first) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+@implement("philox_words")
+def _(seed, count, first):
+    return _words(seed, count, first)
+
+
+@torch.library.impl(LIBRARY, "philox_words", "Autograd")
+def _(seed, count, first):
+    with below_autograd():
+        return torch.ops.aefast.philox_words.default(seed, count, first)
+
+
+@torch.library.register_fake("aefast::philox_words", lib=LIBRARY)
+def _(seed, count, first):
+    return seed.new_empty((*seed.shape, count))
+
+
+@torch.library.register_vmap("aefast::philox_words", lib=LIBRARY)
+def _(info, in_dims, seed, count, first):
+    return torch.ops.aefast.philox_words.default(seed.movedim(in_dims[0], 0), count, first), 0
 
 
 def normals(seed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

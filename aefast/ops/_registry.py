@@ -280,8 +280,21 @@ def _resolve(
     return row.name
 
 
-def _choose(op: str, device_type: str, dtype: torch.dtype, unfit: tuple[str, str] | None) -> str:
-    return _resolve(requested(), op, device_type, dtype, unfit)
+def _reference_only(request: str, op: str, reason: str) -> str:
+    if request == "auto":
+        return "eager"
+    raise BackendError(f"backend {request!r} cannot serve {op}: {reason} need backend 'eager' or 'auto'")
+
+
+_TRANSFORMS = "torch.func transforms (vmap, jvp, grad, ...) and forward-mode differentiation"
+
+
+def _choose(
+    op: str, device_type: str, dtype: torch.dtype, unfit: tuple[str, str] | None, has_transforms: bool
+) -> str:
+    request = requested()
+    name = _resolve(request, op, device_type, dtype, unfit)
+    return _reference_only(request, op, _TRANSFORMS) if has_transforms and name != "eager" else name
 
 
 # What torch.compiler.assume_constant_result does; calling that would import the compiler, over a second.
@@ -309,25 +322,14 @@ def choose(
         BackendError: a backend was requested by name and cannot serve the call.
     """
     if torch.compiler.is_compiling():
-        return _choose(op, tensor.device.type, tensor.dtype, unfit)
-    request = requested()
-    name = _resolve(request, op, tensor.device.type, tensor.dtype, unfit)
+        return _choose(op, tensor.device.type, tensor.dtype, unfit, is_transformed())
+    name = _choose(op, tensor.device.type, tensor.dtype, unfit, is_transformed())
     if name == "eager":
         return name
-    if is_transformed():
-        reason = "torch.func transforms (vmap, jvp, grad, ...) and forward-mode differentiation"
-    else:
-        unusual = [
-            one.layout
-            for one in (tensor, *others)
-            if one is not None and (one.layout is not torch.strided or one.is_nested)
-        ]
-        if not unusual:
-            return name
-        reason = f"tensors of layout {unusual[0]}"
-    if request == "auto":
-        return "eager"
-    raise BackendError(f"backend {request!r} cannot serve {op}: {reason} need backend 'eager' or 'auto'")
+    for one in (tensor, *others):
+        if one is not None and (one.layout is not torch.strided or one.is_nested):
+            return _reference_only(requested(), op, f"tensors of layout {one.layout}")
+    return name
 
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))

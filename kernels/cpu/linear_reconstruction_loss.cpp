@@ -110,6 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_reconstruction_loss(
                   ", ", features, ")");
   const Scalar scalar = scalar_of(h), wide = scalar_of(target);
   STD_TORCH_CHECK(wide == scalar || wide == accumulator_of(scalar), "target must have the dtype of h or its accumulator");
+  STD_TORCH_CHECK(bias || !(needs & dense::kNeedBias), "the gradient of a bias needs a bias");
   const ActivationSpec layer_spec = activation_spec(activation);
   const loss::Spec loss_spec = spec_of(kind.c_str(), parameter);
 

@@ -7,6 +7,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
 
 import aefast
 import aefast.functional as AF
@@ -370,6 +371,56 @@ def test_torch_func_and_forward_mode_use_the_reference(name):
     numerics.require_backend("cpu", name.split()[0], "cpu", torch.float32)
     with aefast.backend("cpu"), pytest.raises(aefast.BackendError, match="forward-mode"):
         torch.func.jvp(function, tensors, tensors)
+
+
+DRAWING = ["reparameterize", "corrupt gaussian", "corrupt dropout", "gaussian_head"]
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_noise_in_compiled_transforms(name):
+    """That of a constant seed too, which Inductor would follow through all rounds for each element."""
+    function, (first, *rest) = call_of(name, torch.float32)
+    first, *rest = (tensor.detach() for tensor in (first, *rest))
+
+    def loss(one):
+        return total(function(one, *rest))
+
+    stack = torch.stack([first, 2 * first])
+    for transformed, one in (
+        (torch.func.grad(loss), first),
+        (torch.func.vmap(lambda one: function(one, *rest)), stack),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(transformed, fullgraph=True)
+        torch.testing.assert_close(compiled(one), transformed(one))
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_noise_of_a_compiled_reference(name):
+    function, tensors = call_of(name, torch.float32)
+    torch._dynamo.reset()
+    with aefast.backend("eager"):
+        found = torch.compile(function, fullgraph=True)(*tensors)
+        torch.testing.assert_close(found, function(*tensors))
+
+
+def test_a_seed_for_each_element_of_vmap_compiles_to_one_call():
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def sample(mu):
+        return AF.reparameterize(mu, mu)[0]
+
+    backend = aot_autograd(fw_compiler=keep)
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.func.vmap(sample, randomness="different"), backend=backend, fullgraph=True)
+    found = compiled(torch.zeros(5, 3, 2))
+    assert len(found.unique()) == 30
+    words = torch.ops.aefast.philox_words.default
+    assert sum(node.target is words for graph in graphs for node in graph.graph.nodes) == 1
 
 
 @pytest.mark.parametrize("name", CALLS)

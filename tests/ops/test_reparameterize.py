@@ -210,19 +210,27 @@ def test_the_eager_backend_draws_the_same():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_vmap_asks_for_its_randomness():
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_vmap_asks_for_its_randomness(is_compiled):
+    """Where what it maps over is an argument of the draw, and where it is not."""
     mu, logvar = (tensor.detach() for tensor in moments(4, 3))
     stack = mu.expand(2, 4, 3)
 
-    def sample(mu):
-        return AF.reparameterize(mu, logvar)[0]
+    def once(sample, **options):
+        torch._dynamo.reset()
+        mapped = torch.func.vmap(sample, **options)
+        return (torch.compile(mapped, fullgraph=True) if is_compiled else mapped)(stack)
 
-    with pytest.raises(RuntimeError, match="randomness"):
-        torch.func.vmap(sample)(stack)
-    same = torch.func.vmap(sample, randomness="same")(stack)
-    assert torch.equal(same[0], same[1])
-    different = torch.func.vmap(sample, randomness="different")(stack)
-    assert not torch.equal(different[0], different[1])
+    for sample in (
+        lambda one: AF.reparameterize(one, logvar)[0],
+        lambda one: one + AF.reparameterize(mu, logvar)[0],
+    ):
+        with pytest.raises(RuntimeError, match="randomness"):
+            once(sample)
+        same = once(sample, randomness="same")
+        assert torch.equal(same[0], same[1])
+        different = once(sample, randomness="different")
+        assert not torch.equal(different[0], different[1])
 
 
 @pytest.mark.parametrize("training", [False, True])
