@@ -176,11 +176,7 @@ bool is_intel() {
 
 bool has_wider_vectors_than_blas() {
 #if defined(__x86_64__)
-  constexpr unsigned kZen5 = 26;
-  unsigned a, b, c, d;
-  if (!__builtin_cpu_is("amd") || !has_avx512() || !__get_cpuid(1, &a, &b, &c, &d)) return false;
-  const unsigned family = ((a >> 8) & 0xf) + ((a >> 20) & 0xff);
-  return family >= kZen5;
+  return __builtin_cpu_is("amd") && has_avx512();
 #else
   return false;
 #endif
