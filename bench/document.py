@@ -22,6 +22,7 @@ from aefast.bench.timing import Timing
 from aefast.errors import InputError
 
 SCHEMA = 1
+CPUINFO = Path("/proc/cpuinfo")
 FIELDS = ("device", "backend", "versions", "commit", "dirty", "ceilings", "not_run", "cases")
 CASE_FIELDS = (
     *("id", "op", "kind", "dtype", "mode", "sizes", "error", "failure", "missing", "cost"),
@@ -93,16 +94,18 @@ def _timing(timing: Timing) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """GPU or processor, and for the latter the threads, the vector instructions that torch uses, and AMX."""
+    """GPU or processor, and for the latter the family and model, since virtual machines have one name for many, the threads,
+    the vector instructions that torch uses, and AMX."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = next(
-            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
-        )
+    if CPUINFO.exists():
+        pairs = (line.partition(":") for line in CPUINFO.read_text().splitlines())
+        # All of a machine's processors, of which the last is as good as another.
+        fields = {name.strip(): value.strip() for name, _, value in pairs}
+        model = fields.get("model name", model)
+        if "cpu family" in fields:
+            model += f" (family {fields['cpu family']}, model {fields['model']})"
     unit = ", AMX" if torch.cpu._is_amx_tile_supported() else ""
     return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}{unit}"
 

@@ -1,4 +1,5 @@
 import json
+import platform
 import subprocess
 from pathlib import Path
 
@@ -205,10 +206,26 @@ def test_device_name_says_threads_and_instructions():
     assert json.dumps(name)
 
 
+def test_device_name_tells_processors_of_one_name_apart(monkeypatch, tmp_path):
+    lines = (
+        "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\n"
+    )
+    (tmp_path / "cpuinfo").write_text(lines.format(25, 17) + "\n" + lines.format(25, 17))
+    monkeypatch.setattr(document, "CPUINFO", tmp_path / "cpuinfo")
+    assert document.device_name("cpu").startswith("AMD EPYC (family 25, model 17), ")
+    # Processors of other makes have no such lines.
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert document.device_name("cpu").startswith(f"{platform.processor() or platform.machine()}, ")
+
+
 @pytest.mark.parametrize(
     ("name", "stem"),
     [
         ("Intel(R) Xeon(R) Processor, 2 threads, AVX512", "intel-xeon-2-threads-avx512"),
+        (
+            "AMD EPYC (family 25, model 17), 2 threads, AVX512",
+            "amd-epyc-family-25-model-17-2-threads-avx512",
+        ),
         ("AMD EPYC 7763 64-Core Processor, 4 threads, AVX2", "amd-epyc-7763-64-core-4-threads-avx2"),
         ("NVIDIA H200", "nvidia-h200"),
         ("Intel(R) Core(TM) i7 CPU @ 3.0GHz, 2 threads, DEFAULT", "intel-core-i7-3.0ghz-2-threads-default"),
