@@ -6,7 +6,7 @@ import aefast
 import aefast.functional as AF
 from aefast.bench import memory
 from aefast.errors import InputError
-from aefast.ops import _loss
+from aefast.ops import _loss, _registry
 from aefast.ops import linear_reconstruction_loss as op
 from support import numerics
 
@@ -226,3 +226,12 @@ def test_every_kind_is_known():
         AF.linear_reconstruction_loss(
             h, weight, bias, target.sigmoid(), kind, output_activation="sigmoid", **options
         )
+
+
+def test_launcher_wants_a_bias_for_its_gradient():
+    numerics.require_backend("cpu", "linear_reconstruction_loss", "cpu", torch.float32)
+    launch = _registry.kernels("cpu", "linear_reconstruction_loss").linear_reconstruction_loss
+    h, weight, target = torch.rand(4, 8), torch.rand(6, 8), torch.rand(4, 6)
+    needs_all = 0b111
+    with pytest.raises(RuntimeError, match="gradient of a bias needs a bias"):
+        launch(h, weight, None, target, "identity", "mse", 0.0, 1.0, 1.0, needs_all, False, 64)
