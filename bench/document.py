@@ -94,7 +94,7 @@ def _timing(timing: Timing) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """GPU or processor, and for the latter the family and model, since virtual machines have one name for many of them, the
+    """GPU or processor, and for the latter the family and model, since virtual machines give many of them one name, the
     threads, the vector instructions that torch uses, and AMX."""
     if device == "cuda":
         return torch.cuda.get_device_name()
