@@ -63,9 +63,11 @@ class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         Raises:
             ValueError: X is not as scikit-learn wants it, or an option is out of its range.
             TrainingError: the loss is no longer finite.
+            KeyboardInterrupt: in the first epoch; later ones end the training and keep what it has come to.
 
         Warns:
             ConvergenceWarning: scikit-learn's: the loss was still falling nearly as fast as ever when training ended.
+            UserWarning: it was interrupted.
         """
         X = validate_data(self, X, dtype=(np.float64, np.float32), order="C")
         options = {name: _plain(getattr(self, name)) for name in self._model_options}
@@ -99,11 +101,21 @@ class _DenseEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         step = CapturedStep(model.train(), make_optimizer(model.parameters(), training.lr))
         rows = torch.arange(len(samples))
         batches = Batches(samples, rows, batch_size=training.batch_size, seed=training.seed)
-        losses = []
+        losses: list[float] = []
         for epoch in range(training.epochs):
             total = torch.zeros((), dtype=torch.float64, device=samples.device)
-            for batch in batches.epoch(epoch):
-                total += len(batch) * sum(step(batch).values())
+            try:
+                for batch in batches.epoch(epoch):
+                    total += len(batch) * sum(step(batch).values())
+            except KeyboardInterrupt:
+                if not losses:
+                    raise
+                warnings.warn(
+                    f"{type(self).__name__}: interrupted in epoch {epoch + 1} of {training.epochs}; the model is as "
+                    "trained so far",
+                    stacklevel=3,
+                )
+                break
             losses.append(total.item() / len(samples))
             if not math.isfinite(losses[-1]):
                 raise TrainingError(

@@ -19,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
 from aefast import estimators
+from aefast.data import Batches
 from aefast.errors import InputError
 from aefast.estimators import AutoencoderEstimator, VAEEstimator
 from aefast.train import TrainingError
@@ -288,6 +289,29 @@ def test_verbose_tells_each_epoch(digits, capsys):
         f"AutoencoderEstimator: epoch {index + 1}/2 · loss {loss:.5g}"
         for index, loss in enumerate(model.loss_curve_)
     ]
+
+
+def test_an_interrupt_keeps_what_was_trained(digits, monkeypatch):
+    whole = AutoencoderEstimator(**QUICK).fit(digits)
+    epoch = Batches.epoch
+
+    def interrupted_in(number):
+        def batches(self, index, *arguments, **options):
+            yield from epoch(self, index, *arguments, **options)
+            if index == number:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Batches, "epoch", batches)
+
+    interrupted_in(2)
+    model = AutoencoderEstimator(**{**QUICK, "epochs": 9})
+    with pytest.warns(UserWarning, match="AutoencoderEstimator: interrupted in epoch 3 of 9"):
+        model.fit(digits)
+    assert model.loss_curve_ == whole.loss_curve_
+    assert model.score(digits) > whole.score(digits)
+    interrupted_in(0)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(digits)
 
 
 @pytest.mark.parametrize(
