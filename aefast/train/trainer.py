@@ -107,7 +107,9 @@ class Trainer:
     """Trains a model on a data set and writes the run into a folder.
 
     The folder receives ``config.json`` and ``model.safetensors`` (`aefast.models.from_pretrained` loads
-    them), ``metrics.jsonl``, ``checkpoints/``, ``plots/`` and, where it is wanted, ``best/``. A resumed run goes on
+    them), ``metrics.jsonl``, ``checkpoints/``, ``plots/`` and, where it is wanted, ``best/``. A line of metrics tells
+    the step, the epoch, the last learning rate, the mean loss and its terms since the line before, samples per second,
+    and at validations what the model measures on held-out samples, ``val_loss`` and others. A resumed run goes on
     bit for bit as if it had never stopped, on the CPU with the same number of threads. Where batches come from an
     iterable, that takes one that gives the same batches again (`aefast.data.IterableBatches`): checkpoints hold the
     states of PyTorch's, numpy's and Python's global generators, and of no others but those that the iterable shows. If
@@ -847,6 +849,7 @@ class Trainer:
         record = {
             "step": self.steps_taken,
             "epoch": self.epoch + 1,
+            "lr": self._last_rate(),
             # Where the terms may not add up to the loss, it is one of them, and takes this place.
             "loss": sum(means.values()),
             **means,
@@ -866,6 +869,11 @@ class Trainer:
             callback.on_log(self, record)
         self.window.reset()
         return record
+
+    def _last_rate(self) -> float:
+        """The learning rate of the last step."""
+        last = torch.tensor(float(max(0, self.steps_taken - 1)), dtype=torch.float64)
+        return self.config.lr * self.step.schedule(last).item()
 
     @functools.cached_property
     def _peak(self) -> float:

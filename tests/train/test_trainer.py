@@ -98,6 +98,16 @@ def test_metrics_have_a_line_a_log_step(make_trainer, tmp_path, dataset):
     assert records[-1]["val_loss"] < records[2]["val_loss"]
 
 
+def test_metrics_tell_the_rate_of_the_last_step(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, epochs=2, lr=0.01, schedule="linear", warmup_steps=4)
+    trainer.fit(compare=False)
+    # A step of each line sets the optimizer's from the schedule, and 10 steps after the warm-up bring it to 0.
+    shares = {step: 1 - (step - 1 - 4) / 10 for step in (6, 7, 9, 12, 14)} | {3: 3 / 4}
+    for record in metrics(tmp_path):
+        assert record["lr"] == pytest.approx(0.01 * shares[record["step"]])
+    assert record["lr"] == pytest.approx(trainer.step.optimizer.param_groups[0]["lr"])
+
+
 def test_window_means_weigh_samples(monkeypatch):
     seconds = 10.0
     monkeypatch.setattr("time.perf_counter", lambda: seconds)
