@@ -321,10 +321,8 @@ def choose(
     Raises:
         BackendError: a backend was requested by name and cannot serve the call.
     """
-    if torch.compiler.is_compiling():
-        return _choose(op, tensor.device.type, tensor.dtype, unfit, is_transformed())
     name = _choose(op, tensor.device.type, tensor.dtype, unfit, is_transformed())
-    if name == "eager":
+    if name == "eager" or torch.compiler.is_compiling():
         return name
     for one in (tensor, *others):
         if one is not None and (one.layout is not torch.strided or one.is_nested):

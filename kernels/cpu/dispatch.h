@@ -13,8 +13,8 @@ std::string instruction_set();
 std::vector<std::string> supported_instruction_sets();
 
 // Whether the kernels' vectors are wider than those of MKL, which torch's builds have for BLAS: on AMD's processors MKL
-// keeps to the 16 registers of 256 bits. Those of Zen 4 compute as many operations in a second of 256 bits as of 512, and
-// gain by twice the registers.
+// keeps to the 16 registers of 256 bits. Zen 4 computes as many operations in a second of 256 bits as of 512, but 512 come
+// with 32 registers.
 bool has_wider_vectors_than_blas();
 
 // Whether the processor is Intel's, for which MKL is made.
